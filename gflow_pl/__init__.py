@@ -1,0 +1,75 @@
+"""gflow_pl: structured pruning while you train, for PyTorch Lightning.
+
+The names below are loaded when they are first used: importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gflow_pl import data, importance, models
+    from gflow_pl.callbacks import PruningCallback
+    from gflow_pl.channels import ChannelGraph, trace_channels
+    from gflow_pl.importance import Importance, score_filters
+    from gflow_pl.selection import select_units
+    from gflow_pl.surgery import StructureMixin, apply_structure, load_from_checkpoint, rewrite, structure_of
+    from gflow_pl.tasks import ImageClassifier
+    from gflow_pl.types import ChannelGroup, KeepPlan, Scores, Structure
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ChannelGraph": "channels",
+    "ChannelGroup": "types",
+    "ImageClassifier": "tasks",
+    "Importance": "importance",
+    "KeepPlan": "types",
+    "PruningCallback": "callbacks",
+    "Scores": "types",
+    "Structure": "types",
+    "StructureMixin": "surgery",
+    "apply_structure": "surgery",
+    "load_from_checkpoint": "surgery",
+    "rewrite": "surgery",
+    "score_filters": "importance",
+    "select_units": "selection",
+    "structure_of": "surgery",
+    "trace_channels": "channels",
+}
+_ROOMS = ("data", "importance", "models")
+
+__all__ = [
+    "ChannelGraph",
+    "ChannelGroup",
+    "ImageClassifier",
+    "Importance",
+    "KeepPlan",
+    "PruningCallback",
+    "Scores",
+    "Structure",
+    "StructureMixin",
+    "apply_structure",
+    "data",
+    "importance",
+    "load_from_checkpoint",
+    "models",
+    "rewrite",
+    "score_filters",
+    "select_units",
+    "structure_of",
+    "trace_channels",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

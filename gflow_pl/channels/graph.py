@@ -1,0 +1,93 @@
+"""The answer of a trace: which channels belong together, and why the rest is frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gflow_pl.types import ChannelGroup, Layer
+
+__all__ = ["ChannelGraph"]
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """Names and integers only: serves the model, a deepcopy, an EMA copy and the initial weights alike.
+
+    `rewrite` keeps it up to date, so that repeated rounds need no new trace.
+
+    Attributes:
+        groups: The groups of units that can be removed or expanded, in the order of the network.
+        frozen: Layer name to the reason why (some of) its filters cannot be pruned.
+        layers: Every conv, transposed conv and linear layer that is called as a module, by name.
+        shapes: Every parameter and buffer by name, with its present shape.
+        uses: Weight name to the multiply-accumulates of one example per element of that weight; times the
+            number of elements in `shapes` this gives the cost of the layer before and after any plan.
+        patches: Module name to the integer attributes (num_heads, ...) that follow a group, each as
+            ``{attribute: (group name, divisor)}``: the attribute is the group's size times or over a fixed number.
+    """
+
+    groups: list[ChannelGroup]
+    frozen: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)
+    patches: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of that name.
+
+        Raises:
+            KeyError: There is none; the message lists those that exist.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"No group '{name}'. Known: {', '.join(g.name for g in self.groups)}.")
+
+    @property
+    def num_filters(self) -> int:
+        """Filters present now in the layers that stand in groups (what a fraction is a fraction of)."""
+        return sum(group.num_filters for group in self.groups)
+
+    def coverage(self) -> float:
+        """Share of conv and linear output channels that can be pruned; the model's outputs are not counted."""
+        prunable: dict[str, int] = {}
+        for group in self.groups:
+            for part in group.layers:
+                prunable[part.layer] = prunable.get(part.layer, 0) + part.index.size
+        counted = [layer for layer in self.layers.values() if not layer.is_output]
+        total = sum(layer.num_filters for layer in counted)
+        return sum(prunable.get(layer.name, 0) for layer in counted) / total if total else 0.0
+
+    def copy(self) -> ChannelGraph:
+        """An independent copy, for a second rewrite of the same plan."""
+        return copy.copy(self).updated(list(self.groups), dict(self.shapes), dict(self.layers))
+
+    def updated(
+        self, groups: list[ChannelGroup], shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Layer]
+    ) -> ChannelGraph:
+        """Replace what a rewrite changes, in place; returns the graph itself."""
+        self.groups, self.shapes, self.layers = groups, dict(shapes), dict(layers)
+        return self
+
+    def __str__(self) -> str:
+        in_groups: dict[str, list[ChannelGroup]] = {}
+        for group in self.groups:
+            for part in group.layers:
+                in_groups.setdefault(part.layer, []).append(group)
+        rows = [("layer", "filters", "group", "what happens")]
+        for layer in self.layers.values():
+            groups = in_groups.get(layer.name, [])
+            names = ", ".join(dict.fromkeys(g.name for g in groups)) or "-"
+            what = ", ".join(dict.fromkeys({"remove": "removed", "expand": "expanded"}[g.kind] for g in groups))
+            inexact = next((g.inexact for g in groups if g.inexact), None)
+            if inexact:
+                what += f" (not exact: {inexact})"
+            if layer.name in self.frozen:
+                what = f"{what}; " * bool(what) + f"frozen: {self.frozen[layer.name]}"
+            rows.append((layer.name, str(layer.num_filters), names, what))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows)
