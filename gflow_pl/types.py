@@ -208,7 +208,8 @@ class KeepPlan(Mapping[str, Tensor]):
 
     Attributes:
         asked: What was asked for, as a share of the filters present, or None if it was not a fraction.
-        reached: Share of the filters present that the plan takes away, or None if not known.
+        reached: Share of the filters present that the plan takes away, or None if not known. Both are shares of the
+            parameters or multiply-accumulates present where the plan was asked for in these.
 
     Raises:
         ValueError: An entry is not a bool vector.

@@ -27,6 +27,7 @@ class ChannelGraph:
             number of elements in `shapes` this gives the cost of the layer before and after any plan.
         patches: Module name to the integer attributes (num_heads, ...) that follow a group, each as
             ``{attribute: (group name, divisor)}``: the attribute is the group's size times or over a fixed number.
+        buffers: The names in `shapes` that are buffers, which no count of parameters includes.
     """
 
     groups: list[ChannelGroup]
@@ -35,6 +36,7 @@ class ChannelGraph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
     patches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
 
     def group(self, name: str) -> ChannelGroup:
         """The group of that name.

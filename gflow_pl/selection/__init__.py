@@ -1,0 +1,7 @@
+"""Rounds to fractions, and scores to who stays: pure decisions, no module and no batch."""
+
+from gflow_pl.selection.costs import cost_after
+from gflow_pl.selection.schedule import PruningSchedule, round_fraction
+from gflow_pl.selection.select import select_units
+
+__all__ = ["PruningSchedule", "cost_after", "round_fraction", "select_units"]
