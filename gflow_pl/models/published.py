@@ -1,8 +1,8 @@
 """Weight files of the published code: ``{"net": state_dict with "module." prefix, "cfg": ...}``, pruned or not.
 
-The shapes of a pruned network are those of its tensors, so ``cfg`` is never interpreted. It has to be read though, since
-it is part of the pickle, and it holds numpy numbers, which PyTorch's safe loading refuses. Two stand-ins read them here
-as plain numbers; nothing of numpy, and nothing else that the file names, is ever called.
+The shapes of a pruned network are those of its tensors, so ``cfg`` is never interpreted. It has to be read though,
+since it is part of the pickle, and it holds numpy numbers, which PyTorch's safe loading refuses. Two stand-ins read
+them here as plain numbers; nothing of numpy, and nothing else that the file names, is ever called.
 """
 
 from __future__ import annotations
@@ -10,25 +10,19 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_published", "published_shapes", "read_checkpoint", "read_published"]
+__all__ = ["is_published", "published_shapes", "published_state", "read_checkpoint", "read_published"]
 
 _PREFIX = "module."
-_NUMBER_FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q"} | {
-    "u1": "B",
-    "u2": "H",
-    "u4": "I",
-    "u8": "Q",
-    "f2": "e",
-    "f4": "f",
-    "f8": "d",
-}
+# Codes of numpy's numbers -> format characters of `struct`.
+_NUMBER_FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+_NUMBER_FORMATS |= {"f2": "e", "f4": "f", "f8": "d"}
 
 
 class _NumberType:
@@ -51,7 +45,7 @@ def _number(kind: _NumberType, data: bytes) -> int | float | bool:
 
 
 # The module was renamed in numpy 2; both names occur in files.
-_STAND_INS = [
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_NumberType, "numpy.dtype"),
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
@@ -77,8 +71,8 @@ def read_checkpoint(path: str | Path) -> Any:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise ValueError(
-                f"Checkpoint '{path}' holds code ({code[1]}) beside its weights and was refused: only tensors and plain "
-                f"data are loaded."
+                f"Checkpoint '{path}' holds code ({code[1]}) beside its weights and was refused: "
+                f"only tensors and plain data are loaded."
             ) from error
         raise ValueError(
             f"Checkpoint '{path}' could not be read ({type(error).__name__}): it is truncated or no checkpoint."
@@ -97,30 +91,36 @@ def is_published(checkpoint: Any) -> bool:
     return bool(net) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items())
 
 
-def read_published(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a weight file of the published code, without the prefix of its DataParallel wrapper.
+def published_state(checkpoint: Any) -> dict[str, Tensor]:
+    """The state dict in the contents of a published weight file, without the prefix of its DataParallel wrapper.
 
     Args:
-        source: Path of the file, or its contents as `read_checkpoint` gave them.
+        checkpoint: What `read_checkpoint` gave.
 
     Raises:
-        ValueError: The file cannot be read, or is none of the published code.
+        ValueError: The contents are not those of a published weight file.
     """
-    is_path = isinstance(source, str | Path)
-    checkpoint = read_checkpoint(source) if is_path else source
     if not is_published(checkpoint):
-        found = (
-            f"the keys {sorted(map(str, checkpoint))[:8]}"
-            if isinstance(checkpoint, Mapping)
-            else type(checkpoint).__name__
-        )
-        where = f"Checkpoint '{source}'" if is_path else "The checkpoint"
+        keys = isinstance(checkpoint, Mapping) and f"the keys {sorted(map(str, checkpoint))[:8]}"
         raise ValueError(
-            f"{where} is no weight file of the published code: expected a state dict under 'net', found {found}."
+            f"The checkpoint is no weight file of the published code: expected a state dict under 'net', found "
+            f"{keys or type(checkpoint).__name__}."
         )
     net = checkpoint["net"]
     wrapped = all(name.startswith(_PREFIX) for name in net)
     return {name.removeprefix(_PREFIX) if wrapped else name: value for name, value in net.items()}
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a weight file of the published code, tensors on the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file cannot be read, or is none of the published code.
+    """
+    return published_state(read_checkpoint(path))
 
 
 def published_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -141,8 +141,8 @@ def test_an_unknown_network_is_answered_with_the_nearest_one():
     known = "mobilenet_v1, resnet18, resnet34, resnet56, vgg13"
     with pytest.raises(ValueError, match=rf"^Unknown network 'resnet57'. Known: {known}. Did you mean 'resnet56'\?$"):
         build("resnet57", 10)
-    with pytest.raises(ValueError, match=rf"^Unknown network 'alexnet'. Known: {known}.$"):
-        build("alexnet", 10)
+    with pytest.raises(ValueError, match=rf"^Unknown network 'qqq'. Known: {known}\.$"):
+        build("qqq", 10)
 
 
 def test_no_classes_is_one_sentence():
