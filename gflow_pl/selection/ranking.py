@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -128,14 +129,15 @@ def _check_length(
         fits, expected = length >= least, f"at least {least}"
     if not fits:
         raise ValueError(
-            f"Scores of layer '{name}' are for {length} filters, but it has {expected} now: score the network again after it was pruned."
+            f"Scores of layer '{name}' are for {length} filters, but it has {expected} now: "
+            "score the network again after it was pruned."
         )
 
 
 def _places(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """For each unit, the share of its group that is gone once it and all lower ones are."""
     places = np.empty_like(values)
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in pairwise(starts):
         order = np.argsort(values[begin:end], kind="stable")
         places[begin + order] = np.arange(1, end - begin + 1) / max(end - begin, 1)
     return places

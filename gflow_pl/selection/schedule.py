@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = ["PruningSchedule", "round_fraction"]
 
@@ -16,8 +17,9 @@ _SLACK = 1e-9
 def round_fraction(k: int, num_rounds: int, fraction: float) -> float:
     """Share of the filters still present that round `k` takes, so that all rounds together take `fraction`.
 
-    With p = `fraction` and n = `num_rounds`, round k takes p / (k p + n (1 - p)); after it n (1 - p) / (k p + n (1 - p))
-    of the original filters are left, exactly 1 - p after the last. The first rounds take the largest share.
+    With p = `fraction` and n = `num_rounds`, round k takes p / (k p + n (1 - p)); after it the share
+    n (1 - p) / (k p + n (1 - p)) of the original filters is left, exactly 1 - p after the last. The first rounds take
+    the largest share.
 
     Args:
         k: Number of the round, from 1 to `num_rounds`.
@@ -197,9 +199,9 @@ def _checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"`thresholds` must be a list of fractions such as [0.1, 0.5, 0.8], got {thresholds!r}.")
     for value in thresholds:
         _check_fraction("thresholds", value)
-    for before, after in zip(thresholds, thresholds[1:], strict=False):
+    for before, after in pairwise(thresholds):
         if before >= after:
             raise ValueError(
-                f"`thresholds` must ascend (each says what is gone in all after its round), got {after:g} after {before:g}."
+                f"`thresholds` must ascend (each is the share gone after its round), got {after:g} after {before:g}."
             )
     return tuple(float(value) for value in thresholds)

@@ -18,7 +18,7 @@ from gflow_pl.selection.schedule import percent_hint
 from gflow_pl.types import KeepPlan, Scores
 
 if TYPE_CHECKING:
-    from gflow_pl.channels import ChannelGraph
+    from gflow_pl.channels.graph import ChannelGraph
 
 __all__ = ["TARGETS", "Target", "select_units"]
 
@@ -44,8 +44,8 @@ def select_units(
     """Decide which units stay.
 
     Units go in ascending order of score while the filters gone stay at or below floor(fraction * filters present). A
-    protected unit is passed over and the next one goes. Equal scores go in the order of the network. Frozen layers, which
-    stand in no group, are not counted.
+    protected unit is passed over and the next one goes. Equal scores go in the order of the network. Frozen layers,
+    which stand in no group, are not counted.
 
     A unit weighs as many filters as it holds (a depthwise conv's included), so the count may end less than one unit
     below what was asked for. What cannot be met because too much is protected is a warning.
@@ -56,8 +56,9 @@ def select_units(
             none of whose voting layers is scored is kept whole, with a warning.
         fraction: Share to remove, in [0, 1], of all filters present in the layers that stand in groups (protected
             ones included), or of what `target` names.
-        min_kept: Share, in [0, 1], of its original units that every group keeps at least, rounded up: the best ones. At
-            least one unit stays in a group whose units are removed; a group whose units are expanded may be emptied with 0.
+        min_kept: Share, in [0, 1], of its original units that every group keeps at least, rounded up: the best ones.
+            At least one unit stays in a group whose units are removed; with 0, one whose units are expanded may be
+            emptied.
         ignore: Layers and groups that stay whole, by name or by what stands before a dot in their names ("layer1").
         num_filters: Number of filters to remove, in place of `fraction`.
         target: What `fraction` is a share of: "filters", all "parameters" of the network, or its multiply-accumulates
