@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gflow_pl.models.mobilenet import mobilenet_v1
-from gflow_pl.models.published import is_published, published_shapes, published_state, read_checkpoint, read_published
+from gflow_pl.models.published import is_published, published_shapes, read_checkpoint, read_published, strip_prefix
 from gflow_pl.models.resnet import resnet18, resnet34, resnet56
 from gflow_pl.models.vgg import vgg13
 
@@ -30,12 +30,12 @@ __all__ = [
     "is_published",
     "mobilenet_v1",
     "published_shapes",
-    "published_state",
     "read_checkpoint",
     "read_published",
     "resnet18",
     "resnet34",
     "resnet56",
+    "strip_prefix",
     "vgg13",
 ]
 

@@ -11,13 +11,14 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_published", "published_shapes", "published_state", "read_checkpoint", "read_published"]
+__all__ = ["allowed_types", "is_published", "published_shapes", "read_checkpoint", "read_published", "strip_prefix"]
 
 _PREFIX = "module."
 # Codes of numpy's numbers -> format characters of `struct`.
@@ -52,6 +53,11 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+def allowed_types() -> AbstractContextManager[None]:
+    """Within, ``torch.load(..., weights_only=True)`` reads numpy numbers too, as plain ones."""
+    return torch.serialization.safe_globals(_STAND_INS)
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """The contents of a checkpoint file, tensors on the CPU; no code that the file names is run.
 
@@ -65,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise ValueError(f"Checkpoint '{path}' does not exist or is no file: give the path of a .ckpt or .pth file.")
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with allowed_types():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged pickle can fail in any way; whichever it is, the file is not usable.
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -91,7 +97,7 @@ def is_published(checkpoint: Any) -> bool:
     return bool(net) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items())
 
 
-def published_state(checkpoint: Any) -> dict[str, Tensor]:
+def strip_prefix(checkpoint: Any) -> dict[str, Tensor]:
     """The state dict in the contents of a published weight file, without the prefix of its DataParallel wrapper.
 
     Args:
@@ -120,7 +126,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: The file cannot be read, or is none of the published code.
     """
-    return published_state(read_checkpoint(path))
+    return strip_prefix(read_checkpoint(path))
 
 
 def published_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

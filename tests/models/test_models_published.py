@@ -12,9 +12,9 @@ from gflow_pl.models import (
     build,
     is_published,
     published_shapes,
-    published_state,
     read_checkpoint,
     read_published,
+    strip_prefix,
 )
 
 
@@ -153,8 +153,8 @@ def test_other_files_are_not_taken_for_published_ones(other):
     with pytest.raises(
         ValueError, match=r"^The checkpoint is no weight file of the published code: expected a state dict"
     ):
-        published_state(other)
+        strip_prefix(other)
 
 
 def test_names_without_the_prefix_stay(tmp_path):
-    assert list(published_state({"net": {"module.a": torch.ones(1), "b": torch.ones(1)}})) == ["module.a", "b"]
+    assert list(strip_prefix({"net": {"module.a": torch.ones(1), "b": torch.ones(1)}})) == ["module.a", "b"]
