@@ -1,0 +1,129 @@
+"""Decisions of the published code, fed with its own importances; its accidents are put into the input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gflow_pl.channels.graph import ChannelGraph
+from gflow_pl.selection import PruningSchedule, select_units
+from gflow_pl.types import ChannelGroup, Expansion, LayerUnits
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
+STEM = {"vgg": (), "resnet56": ("conv1",)}
+# Filters kept, ours (the target) and published. The published code puts one filter back into every layer that would
+# vanish and so misses its target; ours may empty a layer whose stream keeps its width, and else takes the next one.
+MISSED = {
+    ("resnet56", "mag_based", "75"): (532, 547),
+    ("resnet56", "l1", "30"): (1490, 1492),
+    ("resnet56", "l1", "75"): (532, 563),
+    ("resnet56", "fisher", "75"): (532, 533),
+    ("resnet56", "bn", "75"): (532, 533),
+}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN, allow_pickle=False) as file:
+        return dict(file)
+
+
+def one_group_per_conv(names, sizes, roles):
+    """Role 2 is zeroed and keeps its width in the published code; all others are cut."""
+    groups = []
+    for name, size, role in zip(names, sizes, roles, strict=True):
+        index = np.arange(size)[:, None]
+        kind = "expand" if role == 2 else "remove"
+        groups.append(
+            ChannelGroup(
+                name=name,
+                kind=kind,
+                original_size=int(size),
+                kept=tuple(range(size)),
+                filters=1,
+                layers=(LayerUnits(name, index),),
+                slices=(),
+                expansion=Expansion(name, 1, int(size)) if kind == "expand" else None,
+            )
+        )
+    return ChannelGraph(groups)
+
+
+def split(vector, names, sizes):
+    parts = np.split(vector, np.cumsum(sizes)[:-1])
+    return {str(name): torch.from_numpy(part.copy()) for name, part in zip(names, parts, strict=True)}
+
+
+def decide(names, sizes, roles, importance, stem, *, min_kept=0.0, **options):
+    graph = one_group_per_conv([str(n) for n in names], sizes, roles)
+    plan = select_units(graph, split(importance, names, sizes), min_kept=min_kept, ignore=stem, **options)
+    return torch.cat([plan[str(name)] for name in names]).numpy()
+
+
+def with_last_filters_out_of_reach(importance, sizes, base_sizes):
+    """The published guard of vgg: the last int(0.05 * size) + 1 filters of each layer, by index, get 1e7."""
+    importance = importance.astype(np.float64)
+    for end, base in zip(np.cumsum(sizes), base_sizes, strict=True):
+        importance[end - int(0.05 * base) - 1 : end] = 1e7
+    return importance
+
+
+def one_round_decisions(golden, model):
+    """(measure, ratio, importance with the accidents, names, sizes, roles, n_prune, n_candidates, kept mask)."""
+    names, sizes, roles = (golden[f"{model}/{key}"] for key in ("layer_names", "layer_sizes", "roles"))
+    for measure in golden[f"{model}/measures"]:
+        importance = golden[f"{model}/{measure}/importance"]
+        if model == "vgg":
+            importance = with_last_filters_out_of_reach(importance, sizes, sizes)
+        for ratio in ("30", "75"):
+            recorded = {
+                key: golden[f"{model}/{measure}/{ratio}/{key}"]
+                for key in ("n_prune", "n_candidates", "cut_is_tie", "kept_bits")
+            }
+            mask = np.unpackbits(recorded["kept_bits"], count=int(sizes.sum())).astype(bool)
+            assert not recorded["cut_is_tie"]
+            fraction = float(recorded["n_prune"] / recorded["n_candidates"])
+            yield (str(measure), ratio, (names, sizes, roles, importance, STEM[model])), fraction, mask
+
+
+@pytest.mark.parametrize("model", ["vgg", "resnet56"])
+def test_every_decision_of_one_round_is_the_published_one_to_the_last_filter(golden, model):
+    equal = missed = filters = 0
+    for (measure, ratio, inputs), fraction, published in one_round_decisions(golden, model):
+        ours = decide(*inputs, fraction=fraction)
+        key = (model, measure, ratio)
+        if key in MISSED:
+            assert (ours.sum(), published.sum()) == MISSED[key], key
+            # Asked for as many filters as it reached, one of every layer kept, the decision is the same one.
+            ours = decide(*inputs, num_filters=int((~published).sum()), min_kept=1e-6)
+            missed += 1
+        np.testing.assert_array_equal(ours, published, err_msg=str(key))
+        equal += 1
+        filters += len(published)
+    assert (equal, missed) == (22, sum(key[0] == model for key in MISSED))
+    assert filters == 22 * {"vgg": 2944, "resnet56": 2128}[model]
+
+
+def test_five_rounds_of_vgg_are_the_published_ones(golden):
+    names, base = golden["vgg/layer_names"], golden["vgg/layer_sizes"]
+    schedule = PruningSchedule(0.75, 5)
+    for k in range(1, 6):
+        prefix = f"vgg/rounds5/{k}/"
+        sizes = golden[prefix + "layer_sizes_before"]
+        importance = with_last_filters_out_of_reach(golden[prefix + "importance"], sizes, base)
+        published = np.unpackbits(golden[prefix + "kept_bits"], count=int(sizes.sum())).astype(bool)
+        ours = decide(names, sizes, golden["vgg/roles"], importance, (), fraction=schedule.fraction_of(k))
+        assert not golden[prefix + "cut_is_tie"]
+        assert (~ours).sum() == golden[prefix + "n_prune"]
+        np.testing.assert_array_equal(ours, published)
+
+
+def test_rounds_asked_for_by_target_end_at_the_exact_count_where_rounding_down_each_round_does_not(golden):
+    # 738 of 2,944 filters are left by the published rounds, 736 are a quarter.
+    last = np.unpackbits(golden["vgg/rounds5/5/kept_bits"], count=int(golden["vgg/rounds5/5/layer_sizes_before"].sum()))
+    assert last.sum() == 738
+    schedule, present = PruningSchedule(0.75, 5), 2944
+    for k in range(1, 6):
+        present -= schedule.target(k, original=2944, present=present)
+    assert present == 736

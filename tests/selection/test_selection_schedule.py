@@ -1,0 +1,127 @@
+"""Schedules against the published code's numbers and against themselves."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gflow_pl.selection import PruningSchedule, round_fraction
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "rounds.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_fractions_and_kept_shares_equal_the_published_ones(golden):
+    compared = 0
+    for percent in (25, 50, 75, 90):
+        for rounds in (1, 5, 25):
+            prefix = f"p{percent}_n{rounds}__"
+            schedule = PruningSchedule(percent / 100, rounds)
+            ks = range(1, rounds + 1)
+            np.testing.assert_allclose([schedule.fraction_of(k) for k in ks], golden[prefix + "p_ratios"], rtol=1e-13)
+            np.testing.assert_allclose(
+                [schedule.kept_after(k) for k in ks], golden[prefix + "kept_fraction_exact"], rtol=1e-12
+            )
+            compared += 2 * rounds
+    assert compared == 2 * 4 * 31
+
+
+def test_truncated_percentages_equal_the_published_ones(golden):
+    compared = 0
+    for percent in (25, 50, 75, 90):
+        for rounds in (1, 5, 25):
+            schedule = PruningSchedule(percent / 100, rounds, published_truncation=True)
+            expected = golden[f"p{percent}_n{rounds}__p_cumulative_int"].tolist()
+            assert [schedule.kept_after(k) * 100 for k in range(1, rounds + 1)] == pytest.approx(expected, abs=1e-9)
+            compared += rounds
+    assert compared == 4 * 31
+
+
+def test_thresholds_equal_the_published_ones(golden):
+    schedule = PruningSchedule(thresholds=[0.1, 0.5, 0.8])
+    assert schedule.num_rounds == golden["thresholds_10_50_80__n_rounds"] == 3
+    np.testing.assert_allclose(
+        [schedule.fraction_of(k) for k in (1, 2, 3)], golden["thresholds_10_50_80__p_ratios"], rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        [schedule.kept_after(k) for k in (1, 2, 3)], golden["thresholds_10_50_80__kept_fraction_exact"], rtol=1e-12
+    )
+    truncated = PruningSchedule(thresholds=[0.1, 0.5, 0.8], published_truncation=True)
+    assert [round(truncated.kept_after(k) * 100) for k in (1, 2, 3)] == [90, 50, 19]
+
+
+@pytest.mark.parametrize("published_truncation", [False, True])
+def test_fractions_multiply_to_the_kept_share(published_truncation):
+    schedule = PruningSchedule(0.6, 7, published_truncation=published_truncation)
+    kept = 1.0
+    for k in range(1, 8):
+        kept *= 1 - schedule.fraction_of(k)
+        assert kept == pytest.approx(schedule.kept_after(k))
+
+
+@given(
+    original=st.integers(1, 5000),
+    fraction=st.floats(0.01, 0.99),
+    rounds=st.integers(1, 40),
+)
+def test_targets_of_all_rounds_add_up_to_the_floor_of_the_fraction(original, fraction, rounds):
+    schedule = PruningSchedule(fraction, rounds)
+    present = original
+    for k in range(1, rounds + 1):
+        target = schedule.target(k, original, present)
+        assert 0 <= target <= present
+        present -= target
+    assert present == original - math.floor(fraction * original + 1e-9)
+
+
+def test_a_round_makes_up_for_what_an_earlier_one_left_over():
+    schedule = PruningSchedule(0.5, 2)
+    first = schedule.target(1, 100, 100)
+    assert first == 33
+    assert schedule.target(2, 100, 100 - first) == 17
+    assert schedule.target(2, 100, 100 - first + 5) == 22
+    assert schedule.target(2, 100, 40) == 0
+    assert schedule.share(2, 1000.0, 800.0) == pytest.approx(0.375)
+    assert schedule.share(2, 1000.0, 400.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"fraction": 75, "rounds": 5},
+            r"`fraction` must be in \(0, 1\), got 75. It is a fraction: for 75 % write 0.75.",
+        ),
+        ({"fraction": 0.0, "rounds": 5}, r"`fraction` must be in \(0, 1\), got 0.0."),
+        ({"fraction": float("nan"), "rounds": 5}, r"`fraction` must be in \(0, 1\), got nan."),
+        ({"fraction": True, "rounds": 5}, r"`fraction` must be in \(0, 1\), got True."),
+        ({"fraction": 0.5, "rounds": 0}, "`rounds` must be a whole number of at least 1, got 0"),
+        ({"fraction": 0.5, "rounds": 2.5}, "`rounds` must be a whole number of at least 1, got 2.5"),
+        ({"fraction": 0.5}, "`rounds` must be a whole number of at least 1, got None"),
+        ({"rounds": 3}, "either `fraction` .* or `thresholds`, got neither"),
+        ({"fraction": 0.5, "rounds": 1, "thresholds": [0.5]}, "got both"),
+        ({"thresholds": [10, 50, 80]}, "for 10 % write 0.1"),
+        ({"thresholds": [0.5, 0.1]}, "must ascend .* got 0.1 after 0.5"),
+        ({"thresholds": [0.5, 0.5]}, "must ascend"),
+        ({"thresholds": []}, "must be a list of fractions"),
+        ({"thresholds": [0.1, 0.5], "rounds": 3}, "names 2 rounds, but `rounds` is 3"),
+    ],
+)
+def test_impossible_schedules_are_refused_in_one_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PruningSchedule(**arguments)
+
+
+def test_a_round_outside_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="rounds count from 1 to 5"):
+        round_fraction(6, 5, 0.5)
+    with pytest.raises(ValueError, match="rounds count from 1 to 5"):
+        PruningSchedule(0.5, 5).fraction_of(0)
