@@ -1,0 +1,148 @@
+"""The numbers that a module keeps beside its tensors, read off the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+__all__ = ["shape_attributes"]
+
+Shape = tuple[int, ...]
+Rule = Callable[[Any, Mapping[str, Shape]], dict[str, Any]]
+
+# Where the whole tensor `{}` lives: plain, under a parametrization (weight_norm keeps direction second), or
+# under the hooks of torch.nn.utils that came before parametrizations.
+_HOMES = ("{}", "parametrizations.{}.original", "parametrizations.{}.original1", "{}_v", "{}_orig")
+_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+
+
+def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
+    """Shape of the tensor that the module calls `name`, wherever it is kept."""
+    return next((tuple(shapes[key]) for home in _HOMES if (key := home.format(name)) in shapes), None)
+
+
+def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    if weight is None:
+        return {}
+    transposed = isinstance(module, _ConvTransposeNd)
+    outer, inner = weight[0], weight[1]
+    old_outer = module.in_channels if transposed else module.out_channels
+    old_inner = (module.out_channels if transposed else module.in_channels) // module.groups
+    groups = module.groups
+    per_group = old_outer // groups
+    # Whole groups went where each kept what it had; where positions within every group went, the number stays.
+    if groups > 1 and inner == old_inner and outer != old_outer and outer % per_group == 0:
+        groups = outer // per_group
+    names = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
+    return {names[0]: outer, names[1]: inner * groups, "groups": groups}
+
+
+def _linear(module: nn.Linear, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    return {} if weight is None else {"out_features": weight[0], "in_features": weight[1]}
+
+
+def _bilinear(module: nn.Bilinear, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    names = ("out_features", "in1_features", "in2_features")
+    return {} if weight is None else dict(zip(names, weight, strict=True))
+
+
+def _batch_norm(module: _NormBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    vector = _shape(shapes, "weight") or _shape(shapes, "running_mean")
+    return {} if vector is None else {"num_features": vector[0]}
+
+
+def _layer_norm(module: nn.LayerNorm | nn.RMSNorm, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    return {} if weight is None else {"normalized_shape": weight}
+
+
+def _group_norm(module: nn.GroupNorm, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    if weight is None:
+        return {}
+    # One channel a group: groups go with their channels. Otherwise every group loses the same number of channels.
+    num_groups = weight[0] if module.num_groups == module.num_channels else module.num_groups
+    return {"num_channels": weight[0], "num_groups": num_groups}
+
+
+def _embedding(module: nn.Embedding | nn.EmbeddingBag, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    return {} if weight is None else {"num_embeddings": weight[0], "embedding_dim": weight[1]}
+
+
+def _prelu(module: nn.PReLU, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    weight = _shape(shapes, "weight")
+    return {} if weight is None else {"num_parameters": weight[0]}
+
+
+def _recurrent(module: nn.RNNBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    inputs, hidden = _shape(shapes, "weight_ih_l0"), _shape(shapes, "weight_hh_l0")
+    if inputs is None or hidden is None:
+        return {}
+    projection = _shape(shapes, "weight_hr_l0")
+    gates = _GATES.get(module.mode, 1)
+    sizes = {"input_size": inputs[1], "hidden_size": hidden[0] // gates}
+    return {**sizes, "proj_size": projection[0]} if projection is not None else sizes
+
+
+def _recurrent_cell(module: nn.RNNCellBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    inputs, hidden = _shape(shapes, "weight_ih"), _shape(shapes, "weight_hh")
+    return {} if inputs is None or hidden is None else {"input_size": inputs[1], "hidden_size": hidden[1]}
+
+
+def _attention(module: nn.MultiheadAttention, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    packed, query = _shape(shapes, "in_proj_weight"), _shape(shapes, "q_proj_weight")
+    key, value = _shape(shapes, "k_proj_weight"), _shape(shapes, "v_proj_weight")
+    inputs = packed or query
+    if inputs is None:
+        return {}
+    width = inputs[1]
+    # The head count stays unless the trace patched it; the module insists on width = heads * head width.
+    sizes = {"embed_dim": width, "kdim": key[1] if key else width, "vdim": value[1] if value else width}
+    return {**sizes, "head_dim": width // module.num_heads}
+
+
+# The first entry that fits, most special first.
+_RULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
+    (_ConvNd, _conv),
+    (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
+    (_NormBase, _batch_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
+    (nn.MultiheadAttention, _attention),
+)
+
+
+def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Attributes (``out_channels``, ``num_features``, ...) that the shapes of a module's own tensors decide.
+
+    Args:
+        module: The module as it is now; it is only read. Where shapes alone leave a choice (the number of
+            groups of a convolution), its present numbers decide.
+        shapes: Local tensor name (``weight``, ``parametrizations.weight.original``) to its shape, of all of the
+            module's own parameters and buffers as they are to be.
+
+    Returns:
+        Attribute name to its new value: plain ints, or a tuple of ints for ``normalized_shape``. Empty for a module
+        of a kind that is not known or has no such tensors.
+
+    Example:
+        >>> shape_attributes(nn.Conv2d(3, 8, 3), {"weight": (6, 3, 3, 3), "bias": (6,)})
+        {'out_channels': 6, 'in_channels': 3, 'groups': 1}
+    """
+    for kinds, rule in _RULES:
+        if isinstance(module, kinds):
+            return rule(module, shapes)
+    return {}
