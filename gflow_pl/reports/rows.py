@@ -1,4 +1,4 @@
-"""Rows in a CSV file that is never half written."""
+"""Rows in a CSV file, one an epoch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-__all__ = ["read_rows", "write_rows", "write_text"]
+from gflow_pl.reports.files import write_text
+
+__all__ = ["read_rows", "write_rows"]
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
@@ -36,31 +36,6 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a CSV file: whole numbers as int, other numbers as float, empty fields as None, the rest as text."""
     with open(path, newline="", encoding="utf-8") as file:
         return [{name: _value(field) for name, field in row.items()} for row in csv.DictReader(file)]
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old one or the new one and nothing between."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a report is as readable as any other file of the user.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _value(field: str | None) -> int | float | str | None:

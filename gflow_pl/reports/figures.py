@@ -1,0 +1,154 @@
+"""Drawings of a run, as PNG files; no screen is needed."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+from gflow_pl.reports.files import write_bytes
+from gflow_pl.reports.rows import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["layers_figure", "training_figure"]
+
+_SHADES = {"warmup": "#f2e8cf", "pruning": "#f6d5d0", "final": "#dde9e0"}
+_OTHER_SHADE = "#e8e8e8"
+_TRAIN, _TEST, _FILTERS, _CUT = "#7a8ca3", "#1d3f72", "#8f2d1e", "#8f2d1e"
+
+
+def training_figure(
+    rows: str | os.PathLike[str] | Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draw accuracy, and filters left, over the epochs of a run.
+
+    Phases are shaded; a dotted line stands before every epoch that began with a cut (it has fewer filters than the one
+    before). Values that are missing leave a gap.
+
+    Args:
+        rows: A metrics.csv, or its rows: ``epoch`` (from 0), ``phase``, ``train_accuracy`` and ``test_accuracy``
+            (in [0, 1]), ``filters`` (left after the cut).
+        path: The PNG file to write.
+        title: The name of the run.
+
+    Raises:
+        ValueError: There is no row, or a row without an epoch.
+    """
+    rows = read_rows(rows) if isinstance(rows, str | os.PathLike) else list(rows)
+    if not rows or any(row.get("epoch") is None for row in rows):
+        raise ValueError("A training figure needs rows with a column 'epoch': train for an epoch first.")
+    epochs = [int(row["epoch"]) for row in rows]
+    filters = [_number(row, "filters") for row in rows]
+    has_filters = any(not math.isnan(value) for value in filters)
+    figure = _new_figure(8, 6 if has_filters else 4)
+    axes = figure.subplots(
+        2 if has_filters else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + has_filters]
+    )
+    upper, lower = axes[0, 0], axes[-1, 0]
+    for row in axes:
+        _shade_phases(row[0], rows, label=row[0] is upper)
+    for column, label, color in (("train_accuracy", "train", _TRAIN), ("test_accuracy", "test", _TEST)):
+        values = [100 * _number(row, column) for row in rows]
+        upper.plot(epochs, values, color=color, label=label, marker=".", markersize=4, linewidth=1.5)
+    upper.set_ylabel("accuracy (%)")
+    if has_filters:
+        _draw_filters(lower, epochs, filters)
+        cuts = [later for (_, before), (later, after) in pairwise(zip(epochs, filters, strict=True)) if after < before]
+        for row in axes:
+            for epoch in cuts:
+                row[0].axvline(epoch - 0.5, color=_CUT, linewidth=0.8, linestyle=":", zorder=1)
+        if cuts:
+            upper.plot([], [], color=_CUT, linewidth=0.8, linestyle=":", label="cut")
+    lower.set_xlabel("epoch (counted from 0)")
+    lower.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.set_title(title or "Training", loc="left", fontsize=11)
+    upper.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    _save(figure, path)
+
+
+def layers_figure(
+    before: Mapping[str, int], after: Mapping[str, int], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draw the filters of every layer before and after pruning as bars.
+
+    Args:
+        before: Layer name to its filters in the unpruned network, in the order of the network.
+        after: Layer name to its filters now; a layer that is missing has none left.
+        path: The PNG file to write.
+        title: The name of the run.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+    if not before:
+        raise ValueError("A figure of layers needs at least one layer.")
+    names = list(before)
+    left = [after.get(name, 0) for name in names]
+    figure = _new_figure(max(6.0, 1.5 + 0.18 * len(names)), 4.5)
+    axes = figure.subplots()
+    places = range(len(names))
+    axes.bar(places, list(before.values()), color="#d5dbe3", width=0.85, label="unpruned")
+    axes.bar(places, left, color=_TEST, width=0.85, label="left")
+    axes.set_xticks(places, names, rotation=90, fontsize=7 if len(names) > 20 else 9)
+    axes.set_xlim(-0.7, len(names) - 0.3)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("filters (number)")
+    share = sum(left) / max(sum(before.values()), 1)
+    summary = f"{sum(left):,} of {sum(before.values()):,} filters left ({share:.1%})"
+    axes.set_title(f"{title}: {summary}" if title else summary, loc="left", fontsize=11)
+    axes.legend(loc="upper left", fontsize=8)
+    _save(figure, path)
+
+
+def _draw_filters(axes: Axes, epochs: Sequence[int], filters: Sequence[float]) -> None:
+    """A step an epoch wide: the number holds from the cut at its start to its end."""
+    axes.step([epochs[0] - 0.5, *(e + 0.5 for e in epochs)], [filters[0], *filters], where="pre", color=_FILTERS)
+    axes.set_ylabel("filters left (number)")
+    axes.set_ylim(0, 1.08 * max(value for value in filters if not math.isnan(value)))
+
+
+def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]], *, label: bool) -> None:
+    """One band for every stretch of epochs of the same phase, its name on top."""
+    for phase, stretch in groupby(rows, key=lambda row: row.get("phase")):
+        if phase is None:
+            continue
+        numbers = [int(row["epoch"]) for row in stretch]
+        begin, end = min(numbers) - 0.5, max(numbers) + 0.5
+        axes.axvspan(begin, end, color=_SHADES.get(str(phase), _OTHER_SHADE), linewidth=0, zorder=0)
+        if label:
+            axes.annotate(
+                str(phase),
+                xy=((begin + end) / 2, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, -3),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=8,
+                color="#555555",
+            )
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    value = row.get(column)
+    return math.nan if value is None else float(value)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    # Not pyplot, which keeps global state and may want a screen; imported late, because counting needs none of it.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    write_bytes(path, data.getvalue())
