@@ -1,0 +1,9 @@
+"""Data modules: what is trained on, how it is split, and the one place of augmentation."""
+
+from __future__ import annotations
+
+from gflow_pl.data.cifar import CIFAR10, CIFAR100
+from gflow_pl.data.digits import Digits
+from gflow_pl.data.folder import ImageFolder
+
+__all__ = ["CIFAR10", "CIFAR100", "Digits", "ImageFolder"]
