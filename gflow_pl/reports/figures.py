@@ -57,6 +57,7 @@ def training_figure(
         values = [100 * _number(row, column) for row in rows]
         upper.plot(epochs, values, color=color, label=label, marker=".", markersize=4, linewidth=1.5)
     upper.set_ylabel("accuracy (%)")
+    upper.margins(y=0.1)  # room for the names of the phases above a curve that is near the top
     if has_filters:
         _draw_filters(lower, epochs, filters)
         cuts = [later for (_, before), (later, after) in pairwise(zip(epochs, filters, strict=True)) if after < before]
@@ -67,7 +68,7 @@ def training_figure(
             upper.plot([], [], color=_CUT, linewidth=0.8, linestyle=":", label="cut")
     lower.set_xlabel("epoch (counted from 0)")
     lower.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    lower.xaxis.get_major_locator().set_params(integer=True)
+    lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     upper.set_title(title or "Training", loc="left", fontsize=11)
     upper.legend(loc="lower right", fontsize=8, framealpha=0.9)
     _save(figure, path)
