@@ -94,7 +94,7 @@ class PruningSchedule:
         return self.rounds
 
     def fraction_of(self, k: int) -> float:
-        """Share of the filters present before round `k` that the round takes, in [0, 1); k counts from 1."""
+        """Share of the filters present before round `k` that the round takes; k counts from 1."""
         _check_round(k, self.num_rounds)
         if self.published_truncation:
             before, after = self._truncated(k - 1), self._truncated(k)

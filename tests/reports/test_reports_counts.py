@@ -73,14 +73,24 @@ def test_attention_is_counted_with_the_steps_of_its_fused_kernel():
 
 def scatter(module, args, out):
     """What a network with an expansion does behind a layer."""
+    module.devices.append(out.device.type)
     return out.new_zeros(*out.shape[:1], 9, *out.shape[2:]).index_copy_(1, module.kept, out)
+
+
+class Seen(list):
+    """A list that copies share."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 def test_hooks_that_read_index_buffers_are_counted_without_data():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(9, 2, 1))
     model[0].register_buffer("kept", torch.tensor([0, 2, 5, 8]), persistent=False)
+    model[0].devices = Seen()
     model[0].register_forward_hook(scatter)
     assert count_network(model, torch.zeros(1, 3, 2, 2)).by_layer() == {"0": 48, "1": 72}
+    assert model[0].devices == ["meta"]
 
 
 def test_the_network_and_its_input_are_left_as_they_are():
@@ -113,6 +123,19 @@ class Peeks(nn.Module):
 def test_a_network_that_looks_at_values_is_counted_with_values():
     assert count_network(Peeks(), torch.ones(1, 4)).by_layer() == {"a": 16}
     assert count_network(Peeks(), -torch.ones(1, 4)).by_layer() == {"a": 16, "b": 16}
+    assert count_network(Peeks().double(), torch.ones(1, 4)).macs == 16
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo):
+        raise AssertionError("the trainer, and all that hangs on it, was copied")
+
+
+def test_a_trainer_that_the_module_holds_is_not_copied():
+    model = nn.Linear(4, 4)
+    model._trainer = Uncopyable()
+    assert count_network(model, torch.ones(1, 4)).macs == 16
+    assert isinstance(model._trainer, Uncopyable)
 
 
 class TakesMore(nn.Module):

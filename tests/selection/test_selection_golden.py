@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gflow_pl.channels.graph import ChannelGraph
-from gflow_pl.selection import PruningSchedule, select_units
-from gflow_pl.types import ChannelGroup, Expansion, LayerUnits
+from gflow_pl.selection import PruningSchedule, cost_after, select_units
+from gflow_pl.types import ChannelGroup, Expansion, LayerUnits, Slice
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
 STEM = {"vgg": (), "resnet56": ("conv1",)}
@@ -103,6 +103,37 @@ def test_every_decision_of_one_round_is_the_published_one_to_the_last_filter(gol
         filters += len(published)
     assert (equal, missed) == (22, sum(key[0] == model for key in MISSED))
     assert filters == 22 * {"vgg": 2944, "resnet56": 2128}[model]
+
+
+def vgg_with_slices(names, sizes):
+    """All tensors of vgg13 (10 classes) by hand: 3x3 convs without bias, each with a norm behind, and one linear layer."""
+    positions = [32 * 32] * 2 + [16 * 16] * 2 + [8 * 8] * 2 + [4 * 4] * 2 + [2 * 2] * 2
+    graph = one_group_per_conv(names, sizes, np.ones(10))
+    shapes, uses, groups = {"linear.weight": (10, int(sizes[-1])), "linear.bias": (10,)}, {"linear.weight": 1}, []
+    for number, (group, size) in enumerate(zip(graph.groups, sizes, strict=True)):
+        name, inputs = group.name, 3 if number == 0 else int(sizes[number - 1])
+        consumer = "linear" if number == 9 else names[number + 1]
+        shapes[f"{name}.weight"] = (int(size), inputs, 3, 3)
+        uses[f"{name}.weight"] = positions[number]
+        norm = [f"{name}.norm.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        shapes |= {tensor: (int(size),) for tensor in norm}
+        index = group.layers[0].index
+        cut = [Slice(tensor, 0, index) for tensor in (f"{name}.weight", *norm)]
+        groups.append(group.with_parts(slices=(*cut, Slice(f"{consumer}.weight", 1, index))))
+    buffers = frozenset(tensor for tensor in shapes if "running" in tensor)
+    return ChannelGraph(groups, shapes=shapes, uses=uses, buffers=buffers)
+
+
+def test_costs_after_a_plan_are_those_of_the_published_pruned_networks(golden):
+    names, sizes = [str(name) for name in golden["vgg/layer_names"]], golden["vgg/layer_sizes"]
+    graph, compared = vgg_with_slices(names, sizes), 0
+    assert cost_after(graph)[1] == 228_267_008
+    for (measure, ratio, _), _, published in one_round_decisions(golden, "vgg"):
+        prefix = f"vgg/{measure}/{ratio}/"
+        expected = (golden[prefix + "params_total"], golden[prefix + "macs_total"])
+        assert cost_after(graph, split(published, names, sizes)) == expected
+        compared += 1
+    assert compared == 22
 
 
 def test_five_rounds_of_vgg_are_the_published_ones(golden):

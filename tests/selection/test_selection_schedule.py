@@ -82,6 +82,13 @@ def test_targets_of_all_rounds_add_up_to_the_floor_of_the_fraction(original, fra
     assert present == original - math.floor(fraction * original + 1e-9)
 
 
+def test_targets_with_the_published_truncation_end_where_the_published_rounds_end():
+    schedule, present = PruningSchedule(0.75, 25, published_truncation=True), 2128
+    for k in range(1, 26):
+        present -= schedule.target(k, 2128, present)
+    assert present == 2128 - math.floor(0.82 * 2128)
+
+
 def test_a_round_makes_up_for_what_an_earlier_one_left_over():
     schedule = PruningSchedule(0.5, 2)
     first = schedule.target(1, 100, 100)
