@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from golden_recipe import GOLDEN_NAMES, golden, load_golden_weights, x_fixed
+from golden_recipe import GOLDEN_NAMES, golden, golden_images, golden_labels, load_golden_weights, x_fixed
 from torch.utils.flop_counter import FlopCounterMode
 
 import gflow_pl.models
@@ -148,3 +148,11 @@ def test_an_unknown_network_is_answered_with_the_nearest_one():
 def test_no_classes_is_one_sentence():
     with pytest.raises(ValueError, match=r"`num_classes` must be at least 1, got 0\."):
         build("vgg13", 0)
+
+
+def test_the_golden_inputs_are_the_recorded_ones():
+    images, labels = golden_images(), golden_labels()
+    assert images.sum().item() == pytest.approx(-944.3346031759711, abs=1e-9)
+    assert x_fixed().sum().item() == pytest.approx(66.9630090405335, abs=1e-9)
+    assert labels[:80].bincount().tolist() == labels[80:].bincount().tolist() == [8] * 10
+    assert int((labels * torch.arange(160)).sum()) == 57914
