@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from gflow_pl.reports.files import write_bytes
-from gflow_pl.reports.rows import read_rows
+from gflow_pl.files import read_rows, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gflow_pl.reports.files import write_text
+from gflow_pl.files import write_text
 
 __all__ = ["NetworkReport", "comparison_table", "report_data", "table_text", "write_report"]
 

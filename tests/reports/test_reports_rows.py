@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gflow_pl.files import write_text
 from gflow_pl.reports import read_rows, write_rows
-from gflow_pl.reports.files import write_text
 
 ROWS = [
     {"epoch": 0, "phase": "warmup", "loss": 0.1 + 0.2, "accuracy": None},

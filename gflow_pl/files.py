@@ -1,4 +1,4 @@
-"""Rows in a CSV file, one an epoch."""
+"""Files that are never half written: bytes, text, and rows of a table."""
 
 from __future__ import annotations
 
@@ -6,12 +6,38 @@ import contextlib
 import csv
 import io
 import os
+import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gflow_pl.reports.files import write_text
+__all__ = ["read_rows", "write_bytes", "write_rows", "write_text"]
 
-__all__ = ["read_rows", "write_rows"]
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
+
+    The folder is made if it is missing.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, for the replacement to be one step; not by `tempfile`, whose files only their owner may read.
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Like `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
