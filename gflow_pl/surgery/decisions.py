@@ -1,0 +1,137 @@
+"""What a plan says of every position of every tensor, and how the graph's tables are numbered after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from gflow_pl.channels.graph import ChannelGraph
+from gflow_pl.types import ChannelGroup, Layer, LayerUnits, Slice
+
+__all__ = ["Decision", "decide", "renumbered"]
+
+Mask = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A plan, spelt out.
+
+    Attributes:
+        units: Group name to (units,) bool, for every group.
+        positions: (tensor, dim) to (size of that dim,) bool, where a group cuts it.
+        channels: Layer name to (filters,) bool, where a group cuts it.
+    """
+
+    units: dict[str, Mask]
+    positions: dict[tuple[str, int], Mask]
+    channels: dict[str, Mask]
+
+
+def decide(graph: ChannelGraph, plan: Mapping[str, Tensor]) -> Decision:
+    """Checks a plan against the graph and spells it out.
+
+    Raises:
+        ValueError: A group is unknown, a vector has the wrong size, or a removed group would be empty.
+    """
+    units = _checked_units(graph, plan)
+    positions: dict[tuple[str, int], Mask] = {}
+    channels: dict[str, Mask] = {}
+    for group in graph.groups:
+        gone = ~units[group.name]
+        if not gone.any():
+            continue
+        for part in group.slices:
+            key = (part.tensor, part.dim)
+            if key not in positions:
+                positions[key] = np.ones(graph.shapes[part.tensor][part.dim], dtype=bool)
+            positions[key][part.index[gone]] = False
+        for layer in group.layers:
+            if layer.layer not in channels:
+                channels[layer.layer] = np.ones(_num_channels(graph, layer), dtype=bool)
+            channels[layer.layer][layer.index[gone]] = False
+    return Decision(units, positions, channels)
+
+
+def _num_channels(graph: ChannelGraph, part: LayerUnits) -> int:
+    layer = graph.layers.get(part.layer)
+    return layer.num_filters if layer is not None else int(part.index.max(initial=-1)) + 1
+
+
+def _checked_units(graph: ChannelGraph, plan: Mapping[str, Tensor]) -> dict[str, Mask]:
+    sizes = {group.name: group.size for group in graph.groups}
+    unknown = [name for name in plan if name not in sizes]
+    if unknown:
+        raise ValueError(
+            f"The plan speaks of groups that the graph does not have: {unknown}. Known: {', '.join(sizes)}."
+        )
+    units: dict[str, Mask] = {}
+    for group in graph.groups:
+        if group.name not in plan:
+            units[group.name] = np.ones(group.size, dtype=bool)
+            continue
+        bits = np.asarray(plan[group.name])
+        if bits.dtype != bool or bits.shape != (group.size,):
+            raise ValueError(
+                f"The plan of group '{group.name}' must be {group.size} bools, one for each unit now present, "
+                f"got shape {bits.shape} of {bits.dtype}."
+            )
+        if group.size and group.kind == "remove" and not bits.any():
+            raise ValueError(
+                f"The plan leaves 0 of {group.size} units in group '{group.name}', which would cut the network in two: "
+                "keep at least one; only groups of kind 'expand' may be emptied."
+            )
+        units[group.name] = bits
+    return units
+
+
+def renumbered(
+    graph: ChannelGraph, decision: Decision
+) -> tuple[list[ChannelGroup], dict[str, tuple[int, ...]], dict[str, Layer]]:
+    """Groups, shapes and layers of the graph as they are after the cut.
+
+    Raises:
+        ValueError: A unit that stays holds a position that goes with another group: the graph contradicts itself.
+    """
+    new_place = {key: _new_places(mask) for key, mask in decision.positions.items()}
+    new_channel = {name: _new_places(mask) for name, mask in decision.channels.items()}
+    groups = []
+    for group in graph.groups:
+        keep = decision.units[group.name]
+        slices, layers = [], []
+        for part in group.slices:
+            index = _moved(part.index[keep], new_place.get((part.tensor, part.dim)), group, part.tensor)
+            slices.append(Slice(part.tensor, part.dim, index))
+        for layer in group.layers:
+            index = _moved(layer.index[keep], new_channel.get(layer.layer), group, layer.layer)
+            layers.append(LayerUnits(layer.layer, index, layer.votes))
+        kept = tuple(int(unit) for unit in np.asarray(group.kept, dtype=np.int64)[keep])
+        groups.append(group.with_parts(kept=kept, slices=tuple(slices), layers=tuple(layers)))
+    shapes = {name: list(shape) for name, shape in graph.shapes.items()}
+    for (tensor, dim), mask in decision.positions.items():
+        shapes[tensor][dim] = int(mask.sum())
+    layers_now = {
+        name: replace(layer, num_filters=int(decision.channels[name].sum())) if name in decision.channels else layer
+        for name, layer in graph.layers.items()
+    }
+    return groups, {name: tuple(shape) for name, shape in shapes.items()}, layers_now
+
+
+def _new_places(kept: Mask) -> np.ndarray:
+    """Old position to new position; -1 where it is gone."""
+    return np.where(kept, np.cumsum(kept) - 1, -1)
+
+
+def _moved(index: np.ndarray, new_places: np.ndarray | None, group: ChannelGroup, where: str) -> np.ndarray:
+    if new_places is None:
+        return index
+    moved = new_places[index]
+    if (moved < 0).any():
+        raise ValueError(
+            f"Units of group '{group.name}' that stay hold positions of '{where}' that another group takes away: "
+            "the graph contradicts itself, trace the network again."
+        )
+    return moved

@@ -1,0 +1,113 @@
+"""The state of optimizers, cut like the parameters that it belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gflow_pl.surgery.tensors import Cut, cut_tensor
+
+__all__ = ["cut_state", "drop_state"]
+
+_REFUSED = {
+    "LBFGS": "it keeps all parameters in one flat vector",
+    "ZeroRedundancyOptimizer": "its state is spread over ranks",
+}
+
+
+def cut_state(optimizers: Iterable[Optimizer], cuts: Mapping[Tensor, Sequence[Cut]]) -> list[Callable[[], None]]:
+    """Computes the state that optimizers need after a cut, and returns what puts it in place.
+
+    A state tensor of the parameter's number of dims is cut along every dim in which it has the parameter's size and
+    left alone where it has size 1 (factored second moments); numbers stay. Where an entry has another form, all state of
+    that parameter is dropped with a warning and the optimizer starts it anew.
+
+    Args:
+        optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
+        cuts: Parameter, in its old shape, to what stays of it.
+
+    Returns:
+        Calls that change the optimizers; they cannot fail.
+
+    Raises:
+        ValueError: An optimizer's state cannot be cut (LBFGS, sharded ones).
+    """
+    commits: list[Callable[[], None]] = []
+    for optimizer in map(_unwrapped, optimizers):
+        ours = [p for group in optimizer.param_groups for p in group["params"] if p in cuts]
+        if not ours:
+            continue
+        _refuse(optimizer)
+        if hasattr(optimizer, "_numel_cache"):
+            commits.append(lambda optimizer=optimizer: setattr(optimizer, "_numel_cache", None))  # type: ignore[misc]
+        for parameter in ours:
+            if parameter in optimizer.state:
+                commits.append(_cut_one(optimizer, parameter, cuts[parameter]))
+    return commits
+
+
+def _cut_one(optimizer: Optimizer, parameter: Tensor, cuts: Sequence[Cut]) -> Callable[[], None]:
+    state = optimizer.state[parameter]
+    new: dict[Any, Any] = {}
+    for key, entry in state.items():
+        value = _cut_entry(entry, parameter.shape, cuts)
+        if value is None and entry is not None:
+            kind = f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"type {type(entry).__name__}"
+            warnings.warn(
+                f"{type(optimizer).__name__} starts anew for a parameter of shape {tuple(parameter.shape)}: its state "
+                f"'{key}' has {kind}, which cannot be cut with it.",
+                stacklevel=4,
+            )
+            return lambda: optimizer.state.pop(parameter, None) and None
+        new[key] = value
+    return lambda: state.update(new)
+
+
+def _cut_entry(entry: Any, shape: torch.Size, cuts: Sequence[Cut]) -> Any:
+    """The entry after the cut; None if it cannot be cut."""
+    if not isinstance(entry, Tensor):
+        holds_tensors = isinstance(entry, (list, tuple, dict, set)) and len(entry) > 0
+        return None if holds_tensors else entry
+    if entry.ndim == 0:
+        return entry
+    if entry.ndim != len(shape) or any(entry.shape[cut.dim] not in (1, shape[cut.dim]) for cut in cuts):
+        return None
+    # Where the parameter itself has size 1 along the dim, size 1 means "that position".
+    return cut_tensor(entry, [cut for cut in cuts if entry.shape[cut.dim] == shape[cut.dim]])
+
+
+def drop_state(optimizers: Iterable[Optimizer]) -> None:
+    """Throws away what optimizers have gathered (momentum, second moments, step counts), as if they were new.
+
+    Their groups, and so learning rates and schedulers, stay as they are.
+
+    Args:
+        optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
+    """
+    for optimizer in map(_unwrapped, optimizers):
+        optimizer.state.clear()
+        if hasattr(optimizer, "_numel_cache"):
+            optimizer._numel_cache = None
+        if isinstance(optimizer, torch.optim.Adagrad):
+            # The one that makes its state when it is built and cannot step without.
+            fresh = torch.optim.Adagrad([dict(group) for group in optimizer.param_groups])
+            optimizer.state.update(fresh.state)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """Lightning hands out wrappers; the state that counts is the torch optimizer's."""
+    return optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+
+
+def _refuse(optimizer: Optimizer) -> None:
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _REFUSED and (optimizer.state or kind.__name__ != "LBFGS"):
+            raise ValueError(
+                f"The state of {type(optimizer).__name__} cannot be cut with its parameters, because "
+                f"{_REFUSED[kind.__name__]}: use another optimizer, or drop its state before the cut (drop_state)."
+            )

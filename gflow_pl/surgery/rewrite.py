@@ -1,0 +1,177 @@
+"""Obey a plan: every tensor, optimizer, copy and table gets the pruned shape, all of them or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+
+from gflow_pl.channels.graph import ChannelGraph
+from gflow_pl.surgery.attributes import conv_groups, follow_shapes, local_shapes, set_attribute
+from gflow_pl.surgery.decisions import Decision, decide, renumbered
+from gflow_pl.surgery.expansion import expansion_of, set_expansion
+from gflow_pl.surgery.optimizer_state import cut_state
+from gflow_pl.surgery.structure import structure_of
+from gflow_pl.surgery.tensors import Cut, TensorTable, cut_tensor
+from gflow_pl.types import ChannelGroup, Structure
+
+__all__ = ["rewrite"]
+
+Commit = Callable[[], Any]
+Copy = nn.Module | MutableMapping[str, Tensor]
+
+
+def rewrite(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Mapping[str, Tensor],
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    copies: Iterable[Copy] = (),
+) -> Structure:
+    """Takes the units that a plan does not keep out of a network, physically and in place.
+
+    Parameters stay the same objects, with their dtype, device, memory format, ``requires_grad`` and hooks; so optimizers,
+    schedulers and tied weights keep working. Gradients of the whole model are dropped. Everything is computed before
+    anything is assigned: after an error, model, graph, optimizers and copies are as they were. Not touched: what reads
+    shapes outside of the model (a DistributedDataParallel wrapper must be rebuilt, a compiled model is compiled anew).
+
+    Args:
+        model: The network that the graph was traced from.
+        graph: What `trace_channels` returned; it is brought up to date, so that the next plan needs no new trace.
+        plan: Group name to a bool vector over the units now present (True = keep); groups it lacks are kept whole.
+        optimizers: torch optimizers whose state goes with the parameters.
+        copies: What has the model's shape and is cut alike: other modules (an average of the weights), or dicts of
+            tensors by parameter name (initial weights).
+
+    Returns:
+        The new structure of the model.
+
+    Raises:
+        ValueError: The plan does not fit the graph or would empty a removed group, the graph does not fit the model or
+            a copy, or an optimizer's state cannot be cut.
+    """
+    # Tensors made under inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        decision = decide(graph, plan)
+        groups, shapes, layers = renumbered(graph, decision)
+        cuts = _cuts(decision)
+        networks = [model, *(copy for copy in copies if isinstance(copy, nn.Module))]
+        dicts = [copy for copy in copies if not isinstance(copy, nn.Module)]
+        commits: list[Commit] = []
+        table = TensorTable(model)
+        for network in networks:
+            own = table if network is model else TensorTable(network)
+            commits += _cut_network(network, own, graph, decision, cuts, groups, shapes)
+        for tensors in dicts:
+            commits += _cut_dict(tensors, table, cuts, graph)
+        by_parameter = {table[name].tensor: ops for name, ops in cuts.items() if table[name].is_parameter}
+        commits += cut_state(optimizers, by_parameter)
+        for commit in commits:
+            commit()
+        for network in networks:
+            network.zero_grad(set_to_none=True)
+        graph.updated(groups, shapes, layers)
+        return structure_of(model)
+
+
+def _cuts(decision: Decision) -> dict[str, list[Cut]]:
+    cuts: dict[str, list[Cut]] = {}
+    for (tensor, dim), mask in decision.positions.items():
+        if not mask.all():
+            cuts.setdefault(tensor, []).append(Cut(dim, np.flatnonzero(mask)))
+    return cuts
+
+
+def _cut_network(
+    network: nn.Module,
+    table: TensorTable,
+    graph: ChannelGraph,
+    decision: Decision,
+    cuts: Mapping[str, list[Cut]],
+    groups: list[ChannelGroup],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Commit]:
+    """Computes the cut of one network and returns what carries it out."""
+    commits: list[Commit] = []
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name, ops in cuts.items():
+        _check_fits(name, table[name].tensor if name in table else None, graph)
+        entry, value = table[name], cut_tensor(table[name].tensor, ops)
+        if not entry.persistent:
+            # No state dict will bring its values back: the structure must.
+            for module, leaf in entry.places:
+                commits.append(_remembering_put(module, leaf, value))
+        else:
+            commits.append(lambda entry=entry, value=value: entry.put(value))  # type: ignore[misc]
+    for module_name, local in local_shapes(network, table, {name: shapes[name] for name in cuts}).items():
+        module = modules[module_name]
+        values = follow_shapes(module, local)
+        kept = decision.channels.get(module_name)
+        if isinstance(module, _ConvNd) and module.groups > 1 and not module.transposed and kept is not None:
+            values["groups"] = conv_groups(module.groups, torch.from_numpy(kept))
+            values["in_channels"] = local.get("weight", (0, module.in_channels))[1] * values["groups"]
+        commits += [_setting(module, name, value, remember=False) for name, value in values.items()]
+    for module_name, patches in _patched(graph, groups).items():
+        commits += [_setting(modules[module_name], name, value, remember=True) for name, value in patches.items()]
+    commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
+    return commits
+
+
+def _check_fits(name: str, tensor: Tensor | None, graph: ChannelGraph) -> None:
+    found = None if tensor is None else tuple(tensor.shape)
+    if found != tuple(graph.shapes[name]):
+        raise ValueError(
+            f"The graph says that tensor '{name}' has shape {tuple(graph.shapes[name])}, the network has {found}: "
+            "pass the network that was traced, or a copy of it, in its present shape, or trace it again."
+        )
+
+
+def _remembering_put(module: nn.Module, leaf: str, value: Tensor) -> Commit:
+    return lambda: set_attribute(module, leaf, value, remember=True)
+
+
+def _setting(module: nn.Module, name: str, value: Any, *, remember: bool) -> Commit:
+    return lambda: set_attribute(module, name, value, remember=remember)
+
+
+def _patched(graph: ChannelGraph, groups: list[ChannelGroup]) -> Mapping[str, Mapping[str, Any]]:
+    patched = getattr(graph, "patched_attributes", None)
+    return {} if patched is None else patched(groups)
+
+
+def _expanding(modules: Mapping[str, nn.Module], group: ChannelGroup, decision: Decision) -> Commit:
+    """The new expansion of an "expand" group; its module's outputs are the filters of the group's first layer."""
+    assert group.expansion is not None
+    expansion = group.expansion
+    module = modules[expansion.module]
+    present = expansion_of(module)
+    index = np.arange(expansion.width) if present is None else np.asarray(present["index"])
+    mask = decision.channels.get(group.layers[0].layer)
+    if mask is not None:
+        if len(mask) != len(index):
+            raise ValueError(
+                f"Group '{group.name}': '{expansion.module}' puts out {len(index)} channels, its layer has {len(mask)}: "
+                "the graph does not fit the network, trace it again."
+            )
+        index = index[mask]
+    return lambda: set_expansion(module, (expansion.dim, expansion.width, index.tolist()))
+
+
+def _cut_dict(
+    tensors: MutableMapping[str, Tensor], table: TensorTable, cuts: Mapping[str, list[Cut]], graph: ChannelGraph
+) -> list[Commit]:
+    """The cut of a dict of tensors by name; names that the network does not have are left alone."""
+    commits: list[Commit] = []
+    for alias, tensor in tensors.items():
+        name = table.aliases.get(alias, alias)
+        if name in cuts:
+            _check_fits(name, tensor, graph)
+            value = cut_tensor(tensor, cuts[name])
+            commits.append(lambda alias=alias, value=value: tensors.__setitem__(alias, value))  # type: ignore[misc]
+    return commits

@@ -1,0 +1,138 @@
+"""The shape of a network as plain data: read off a network, and given to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gflow_pl.surgery.attributes import (
+    follow_shapes,
+    forget,
+    local_shapes,
+    read_attribute,
+    remembered,
+    set_attribute,
+)
+from gflow_pl.surgery.expansion import expansion_of, set_expansion
+from gflow_pl.surgery.tensors import TensorTable, empty_like_format
+from gflow_pl.types import Structure
+
+__all__ = ["apply_structure", "structure_of"]
+
+_MAX_NAMED = 5
+
+
+def structure_of(module: nn.Module) -> Structure:
+    """The present shape of any module, pruned or not, or of one that contains pruned ones.
+
+    Listed are all parameters and the buffers that a state dict has; buffers that it has not are listed, with their values, only
+    where a rewrite has cut them.
+    """
+    table = TensorTable(module)
+    shapes = {name: tuple(entry.tensor.shape) for name, entry in table.items() if entry.persistent}
+    local = local_shapes(module, table, {})
+    attributes: dict[str, dict[str, Any]] = {}
+    expansions: dict[str, dict[str, Any]] = {}
+    for name, part in module.named_modules():
+        follow = follow_shapes(part, local[name]) if name in local else {}
+        values = {key: read_attribute(part, key) for key in [*follow, *remembered(part)]}
+        if values:
+            attributes[name] = values
+        expansion = expansion_of(part)
+        if expansion is not None:
+            expansions[name] = expansion
+    return Structure(shapes=shapes, attributes=attributes, expansions=expansions)
+
+
+def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> None:
+    """Gives a network the shape that a structure describes, smaller or bigger than its present one.
+
+    Tensors stay the same objects. Those whose shape changes are filled with zeros, the others keep their values: load the
+    weights afterwards. Numbers that follow from the shapes and expansions become those of the structure, too. Doing it
+    twice changes nothing. A structure of a network that contains this one under a name (``net.conv1.weight`` for
+    ``conv1.weight``) fits as well. Nothing is changed if it does not fit.
+
+    Args:
+        model: A network of the same architecture, of any width.
+        structure: What `rewrite` or `structure_of` returned, or its ``as_dict()``.
+
+    Raises:
+        ValueError: The structure names tensors or modules that the network does not have, or of another number of dims.
+    """
+    wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
+    table = TensorTable(model)
+    wanted = _part_that_fits(table, wanted)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check(table, modules, wanted)
+    shapes = {table.aliases[name]: tuple(shape) for name, shape in wanted.shapes.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        local = local_shapes(model, table, shapes)
+        for name, module in modules.items():
+            listed = wanted.attributes.get(name, {})
+            for attribute in [a for a in remembered(module) if a not in listed]:
+                forget(module, attribute)
+            follow = follow_shapes(module, local[name]) if name in local else {}
+            for attribute, value in {**follow, **listed}.items():
+                set_attribute(module, attribute, value, remember=attribute not in follow)
+        changed = _resize(table, shapes)
+        for name, module in modules.items():
+            entry = wanted.expansions.get(name)
+            set_expansion(module, None if entry is None else (entry["dim"], entry["width"], entry["index"]))
+    if changed:
+        model.zero_grad(set_to_none=True)
+
+
+def _resize(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Fills those tensors with zeros whose shape is another; whether there were any."""
+    others = {name: shape for name, shape in shapes.items() if tuple(table[name].tensor.shape) != shape}
+    for name, shape in others.items():
+        table[name].put(empty_like_format(table[name].tensor, shape).zero_())
+    return bool(others)
+
+
+def _part_that_fits(table: TensorTable, structure: Structure) -> Structure:
+    """The structure itself, or the part of it that speaks of this network under a prefix."""
+    if not table or all(name in table.aliases for name in structure.shapes):
+        return structure
+    names = [name for name, entry in table.items() if entry.persistent]
+    prefixes = [full[: -len(names[0])] for full in structure.shapes if full.endswith("." + names[0])] if names else []
+    fitting = [prefix for prefix in prefixes if all(prefix + name in structure.shapes for name in names)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"Structure: it holds {len(fitting)} networks with these tensors ({', '.join(p[:-1] for p in fitting)}); "
+            "apply it to the whole module that it was made of."
+        )
+    return _below(structure, fitting[0]) if fitting else structure
+
+
+def _below(structure: Structure, prefix: str) -> Structure:
+    def cut(entries: Mapping[str, Any]) -> dict[str, Any]:
+        # The part itself is a module too, and its name there is empty here.
+        return {f"{name}."[len(prefix) : -1]: value for name, value in entries.items() if f"{name}.".startswith(prefix)}
+
+    return Structure(cut(structure.shapes), cut(structure.attributes), cut(structure.expansions))
+
+
+def _check(table: TensorTable, modules: Mapping[str, nn.Module], structure: Structure) -> None:
+    problems = []
+    for name, shape in structure.shapes.items():
+        if name not in table.aliases:
+            problems.append(f"no tensor '{name}'")
+        elif table[table.aliases[name]].tensor.ndim != len(shape):
+            found = tuple(table[table.aliases[name]].tensor.shape)
+            problems.append(f"'{name}' has shape {found}, the structure says {tuple(shape)}")
+    for name, values in structure.attributes.items():
+        if name not in modules:
+            problems.append(f"no module '{name}'")
+        else:
+            problems += [f"module '{name}' has no '{key}'" for key in values if not hasattr(modules[name], key)]
+    problems += [f"no module '{name}' to expand" for name in structure.expansions if name not in modules]
+    if problems:
+        more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ValueError(
+            f"Structure does not fit {type(next(iter(modules.values()))).__name__}: "
+            f"{'; '.join(problems[:_MAX_NAMED])}{more}. Build the network with the settings that it was made with."
+        )
