@@ -24,7 +24,11 @@ def scatter_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     dim, width = module._gflow_dim, module._gflow_width
     shape = list(output.shape)
     shape[dim] = width  # type: ignore[call-overload]
-    return output.new_zeros(shape).index_copy(dim, module._gflow_index, output)  # type: ignore[arg-type]
+    zeros = output.new_zeros(shape)
+    channels_last = torch.channels_last
+    if output.ndim == 4 and output.is_contiguous(memory_format=channels_last) and not output.is_contiguous():
+        zeros = zeros.to(memory_format=channels_last)
+    return zeros.index_copy(dim, module._gflow_index, output)  # type: ignore[arg-type]
 
 
 def expansion_of(module: nn.Module) -> dict[str, Any] | None:
