@@ -1,0 +1,314 @@
+"""Training after a rewrite against a freshly built small network whose optimizer state is sliced by hand, bit for bit."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hand_graphs import Plain, build, column, example, group, make_graph, random_plan
+from torch import nn
+
+from gflow_pl.surgery import drop_state, rewrite
+from gflow_pl.types import LayerUnits, Slice
+
+
+class Convs(nn.Module):
+    """Conv, norm, linear; the linear reads four columns of each channel."""
+
+    def __init__(self, width=8, hidden=6):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.mid = nn.Linear(4 * width, hidden)
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.head(torch.relu(self.mid(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))))
+
+    def graph(self):
+        eight, six = column(range(8)), column(range(6))
+        slices = [Slice(f"conv.{leaf}", 0, eight) for leaf in ("weight", "bias")]
+        slices += [Slice(f"norm.{leaf}", 0, eight) for leaf in ("weight", "bias", "running_mean", "running_var")]
+        slices += [Slice("mid.weight", 1, np.arange(32).reshape(8, 4))]
+        middle = [Slice("mid.weight", 0, six), Slice("mid.bias", 0, six), Slice("head.weight", 1, six)]
+        groups = [
+            group("conv", 8, slices, layers=[LayerUnits("conv", eight)]),
+            group("mid", 6, middle, layers=[LayerUnits("mid", six)]),
+        ]
+        return make_graph(self, groups)
+
+
+class Matrices(nn.Module):
+    """2-d weights only, as Muon wants them."""
+
+    def __init__(self, width=8, hidden=6):
+        super().__init__()
+        self.conv = nn.Linear(12, width, bias=False)
+        self.mid = nn.Linear(width, hidden, bias=False)
+        self.head = nn.Linear(hidden, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.mid(torch.relu(self.conv(x.flatten(1)[:, :12])))))
+
+    def graph(self):
+        eight, six = column(range(8)), column(range(6))
+        groups = [
+            group("conv", 8, [Slice("conv.weight", 0, eight), Slice("mid.weight", 1, eight)]),
+            group("mid", 6, [Slice("mid.weight", 0, six), Slice("head.weight", 1, six)]),
+        ]
+        return make_graph(self, groups)
+
+
+OUT, MIDDLE = [0, 2, 3, 7], [1, 2, 4, 5]
+COLUMNS = [4 * unit + k for unit in OUT for k in range(4)]
+ALL = slice(None)
+KEPT = {
+    "convs": {
+        "conv.weight": {0: OUT},
+        "conv.bias": {0: OUT},
+        "norm.weight": {0: OUT},
+        "norm.bias": {0: OUT},
+        "norm.running_mean": {0: OUT},
+        "norm.running_var": {0: OUT},
+        "mid.weight": {0: MIDDLE, 1: COLUMNS},
+        "mid.bias": {0: MIDDLE},
+        "head.weight": {1: MIDDLE},
+    },
+    "matrices": {"conv.weight": {0: OUT}, "mid.weight": {0: MIDDLE, 1: OUT}, "head.weight": {1: MIDDLE}},
+}
+
+
+def by_hand(value, kept, old_shape):
+    """numpy's fancy indexing, one dim after the other; a dim of size 1 that the parameter lacks is left alone."""
+    array = value.numpy()
+    for dim, positions in kept.items():
+        if array.shape[dim] == old_shape[dim]:
+            array = np.take(array, positions, axis=dim)
+    return torch.from_numpy(array.copy())
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "sgd_nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "sgd_foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, foreach=True),
+    "sgd_fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
+}
+CASES = [("convs", name) for name in OPTIMIZERS] + [("matrices", "muon"), ("matrices", "adamw")]
+MAKERS = {**OPTIMIZERS, "muon": lambda p: torch.optim.Muon(p, lr=0.02)}
+NETS = {"convs": Convs, "matrices": Matrices}
+
+
+def train(model, optimizer, steps, start, clip):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(8, 3, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+
+def plan():
+    keep = {"conv": torch.zeros(8, dtype=torch.bool), "mid": torch.zeros(6, dtype=torch.bool)}
+    keep["conv"][OUT] = True
+    keep["mid"][MIDDLE] = True
+    return keep
+
+
+def from_scratch(net, make, model, optimizer):
+    """A new small network and a new optimizer that load hand-sliced state dicts."""
+    kept, shapes = KEPT[net], {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    small = NETS[net](len(OUT), len(MIDDLE))
+    small.load_state_dict({n: by_hand(t, kept.get(n, {}), shapes[n]) for n, t in model.state_dict().items()})
+    fresh, saved = make(small.parameters()), copy.deepcopy(optimizer.state_dict())
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        for key, value in saved["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                saved["state"][number][key] = by_hand(value, kept.get(name, {}), tuple(parameter.shape))
+    fresh.load_state_dict(saved)
+    return small, fresh
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("net", "name"), CASES)
+def test_training_equals_that_of_a_network_built_small_bit_for_bit(net, name, clip):
+    torch.manual_seed(0)
+    model, make = NETS[net](), MAKERS[name]
+    optimizer = make(model.parameters())
+    train(model, optimizer, 3, 0, clip)
+    small, fresh = from_scratch(net, make, model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    train(model, optimizer, 3, 3, clip)
+    before = [p.clone() for p in small.parameters()]
+    train(small, fresh, 3, 3, clip)
+    assert any(not torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
+    for (key, ours), theirs in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+    ours, theirs = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    compared = 0
+    for number, state in ours.items():
+        assert state.keys() == theirs[number].keys()
+        for key, value in state.items():
+            other = theirs[number][key]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, key
+            compared += 1
+    assert compared or name == "sgd"
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "lbfgs"])
+def test_dropped_state_is_that_of_a_new_optimizer(name):
+    torch.manual_seed(0)
+    make = {**MAKERS, "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2)}[name]
+    model = Convs()
+    optimizer = make(model.parameters())
+
+    def steps(model, optimizer, start):
+        if name != "lbfgs":
+            train(model, optimizer, 2, start, clip=False)
+            return
+        x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(start))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    steps(model, optimizer, 0)
+    drop_state([optimizer])
+    rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    other = Convs(len(OUT), len(MIDDLE))
+    other.load_state_dict(model.state_dict())
+    fresh = make(other.parameters())
+    steps(model, optimizer, 5)
+    steps(other, fresh, 5)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_dropping_keeps_groups_and_schedules():
+    model = Convs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
+    train(model, optimizer, 1, 0, clip=False)
+    scheduler.step()
+    group = optimizer.param_groups[0]
+    drop_state([optimizer])
+    assert optimizer.param_groups[0] is group
+    assert group["lr"] == 0.05
+    assert not optimizer.state
+
+
+def test_lbfgs_with_state_is_refused_with_a_reason_and_nothing_changes():
+    model = build("plain", dtype=torch.float32)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(example(model)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match=r"LBFGS.*one flat vector"):
+        rewrite(model, graph := model.graph(), random_plan(graph, 0), optimizers=[optimizer])
+    assert model.conv1.weight.shape[0] == 8
+
+
+class Odd(torch.optim.SGD):
+    """Keeps, beside a buffer of the parameter's shape, something that no rule knows."""
+
+    def step(self, closure=None):
+        for g in self.param_groups:
+            for p in g["params"]:
+                self.state[p].setdefault("same", torch.randn_like(p))
+                if p.ndim == 4:
+                    self.state[p]["flat"] = p.detach().reshape(-1)
+        return super().step(closure)
+
+
+def test_unknown_state_of_the_same_shape_is_cut_and_other_state_dropped_with_a_warning():
+    torch.manual_seed(0)
+    model = Convs()
+    optimizer = Odd(model.parameters(), lr=0.1)
+    train(model, optimizer, 1, 0, clip=False)
+    same = optimizer.state[model.mid.weight]["same"].clone()
+    with pytest.warns(UserWarning, match=r"Odd starts anew for a parameter of shape \(8, 3, 3, 3\).*'flat'"):
+        rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    assert model.conv.weight not in optimizer.state
+    assert torch.equal(optimizer.state[model.mid.weight]["same"], by_hand(same, KEPT["convs"]["mid.weight"], (6, 32)))
+    train(model, optimizer, 1, 1, clip=False)
+
+
+def test_state_stays_channels_last():
+    model = Plain().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(example(model)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.conv1.weight]["momentum_buffer"].is_contiguous(memory_format=torch.channels_last)
+    rewrite(model, graph := model.graph(), random_plan(graph, 0), optimizers=[optimizer])
+    assert optimizer.state[model.conv1.weight]["momentum_buffer"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_optimizers_of_other_parameters_are_left_alone():
+    model, other = Convs(), nn.Linear(2, 2)
+    optimizer = torch.optim.LBFGS(other.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = other(torch.ones(1, 2)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    optimizer.step(closure)
+
+
+def test_a_wrapped_optimizer_is_cut_through_its_wrapper():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = Convs()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 1, 0, clip=False)
+    rewrite(model, model.graph(), plan(), optimizers=[Wrapper(optimizer)])
+    train(model, optimizer, 1, 1, clip=False)
+
+
+def test_a_compiled_optimizer_step_goes_on_after_a_rewrite():
+    torch.manual_seed(0)
+    model, reference = Convs(), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 1, 0, clip=False)
+    reference, fresh = from_scratch("convs", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), model, optimizer)
+    step = torch.compile(optimizer.step, backend="eager")
+    rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    model(torch.ones(2, 3, 4, 4)).square().mean().backward()
+    step()
+    reference(torch.ones(2, 3, 4, 4)).square().mean().backward()
+    fresh.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
