@@ -1,0 +1,263 @@
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hand_graphs import Plain, Residual, example, random_plan, randomise
+
+from gflow_pl.surgery import (
+    StructureMixin,
+    add_structure,
+    apply_from_checkpoint,
+    atomic_save,
+    load_from_checkpoint,
+    load_pruned,
+    rewrite,
+    save_pruned,
+    structure_of,
+)
+
+
+class Foreign(pl.LightningModule):
+    """Knows nothing of pruning, and has a hook of its own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = Plain(width) if width == 8 else Residual()
+        self.seen = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.seen.append(tuple(self.net.conv1.weight.shape))
+
+
+class Plainest(pl.LightningModule):
+    """Has not even a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Own(StructureMixin, Plainest):
+    pass
+
+
+class OwnWithHooks(Own):
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint):
+        super().on_load_checkpoint(checkpoint)
+        assert checkpoint["mine"] == 1
+
+
+def pruned(cls):
+    module = cls()
+    randomise(module).eval()
+    rewrite(module.net, graph := module.net.graph(), random_plan(graph, 0))
+    return module
+
+
+def write(module, path, *, carries=True):
+    """A file as Lightning writes it."""
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    if carries and not isinstance(module, StructureMixin):
+        module.on_save_checkpoint = lambda checkpoint: add_structure(module, checkpoint)
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("cls", [Foreign, Plainest, Own, OwnWithHooks])
+def test_a_pruned_file_loads_into_a_class_and_leaves_the_class_as_it_was(cls, tmp_path):
+    module = pruned(cls)
+    path = write(module, tmp_path / "x.ckpt")
+    hooks = inspect.getattr_static(cls, "on_load_checkpoint"), "on_load_checkpoint" in vars(cls)
+    loaded = load_from_checkpoint(cls, path, map_location="cpu").eval()
+    x = example(module.net)
+    assert torch.equal(loaded(x), module(x))
+    assert structure_of(loaded) == structure_of(module)
+    assert (inspect.getattr_static(cls, "on_load_checkpoint"), "on_load_checkpoint" in vars(cls)) == hooks
+    if cls is Foreign:
+        # The class's own hook ran, after the shape was there.
+        assert loaded.seen == [tuple(module.net.conv1.weight.shape)]
+
+
+@pytest.mark.parametrize("cls", [Own, OwnWithHooks])
+def test_the_mixin_makes_lightnings_own_loading_do(cls, tmp_path):
+    module = pruned(cls)
+    path = write(module, tmp_path / "x.ckpt")
+    loaded = cls.load_from_checkpoint(path, weights_only=True).eval()
+    assert torch.equal(loaded(example(module.net)), module(example(module.net)))
+
+
+def test_the_class_is_restored_after_a_failure(tmp_path):
+    write(pruned(Foreign), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"Structure does not fit Foreign: no tensor 'net\.conv1\.bias"):
+        load_from_checkpoint(Foreign, tmp_path / "x.ckpt", width=3)
+    assert Foreign.on_load_checkpoint.__qualname__ == "Foreign.on_load_checkpoint"
+    with pytest.raises(FileNotFoundError):
+        load_from_checkpoint(Plainest, tmp_path / "none.ckpt")
+    assert "on_load_checkpoint" not in vars(Plainest)
+
+
+def test_unpruned_files_without_a_structure_load_as_ever(tmp_path):
+    module = randomise(Plainest()).eval()
+    path = write(module, tmp_path / "x.ckpt", carries=False)
+    assert "gflow_pl" not in torch.load(path, weights_only=True)
+    loaded = load_from_checkpoint(Plainest, path).eval()
+    assert torch.equal(loaded(example(module.net)), module(example(module.net)))
+
+
+def test_a_pruned_file_without_a_structure_is_refused_in_one_sentence(tmp_path):
+    path = write(pruned(Plainest), tmp_path / "x.ckpt", carries=False)
+    with pytest.raises(
+        ValueError, match=r"'net.stem.weight' with shape \(\d, 3, 3, 3\), the network has \(6, 3, 3, 3\)"
+    ) as e:
+        load_from_checkpoint(Plainest, path)
+    assert "PruningCallback" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_bigger_file_grows_a_pruned_module():
+    module, full = pruned(Plainest), randomise(Plainest(), seed=5).eval()
+    checkpoint = {"state_dict": full.state_dict()}
+    add_structure(full, checkpoint)
+    apply_from_checkpoint(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(module(example(module.net)), full(example(full.net)))
+
+
+def test_what_a_checkpoint_carries_is_plain_data():
+    checkpoint = {}
+    add_structure(pruned(Plainest), checkpoint)
+
+    def kinds(value):
+        yield type(value)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from kinds(item)
+
+    assert set(kinds(checkpoint)) <= {dict, list, str, int, float}
+    assert checkpoint["gflow_pl"]["version"] == 1
+
+
+@pytest.mark.parametrize("cls", [Plain, Residual])
+def test_plain_networks_are_saved_with_their_structure_beside(cls, tmp_path):
+    model = randomise(cls()).eval()
+    rewrite(model, graph := model.graph(), random_plan(graph, 0))
+    save_pruned(model, tmp_path / "deep" / "x.pt")
+    fresh = cls().eval()
+    load_pruned(fresh, tmp_path / "deep" / "x.pt")
+    assert torch.equal(fresh(example(model)), model(example(model)))
+    assert structure_of(fresh) == structure_of(model)
+    assert os.listdir(tmp_path / "deep") == ["x.pt"]
+
+
+def test_other_files_are_no_files_of_save_pruned(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no file of save_pruned"):
+        load_pruned(Plain(), tmp_path / "x.pt")
+
+
+def test_a_fresh_process_rebuilds_the_network(tmp_path):
+    module = pruned(Plainest)
+    path = write(module, tmp_path / "x.ckpt")
+    torch.save((example(module.net), module(example(module.net)).detach()), tmp_path / "pair.pt")
+    code = f"""
+    import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
+    import torch; torch.set_num_threads(1)
+    from test_surgery_checkpoint import Plainest
+    from gflow_pl.surgery import load_from_checkpoint
+    x, y = torch.load({str(tmp_path / "pair.pt")!r})
+    assert torch.equal(load_from_checkpoint(Plainest, {str(path)!r}).eval()(x), y)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+class Killer:
+    """Ends its process by SIGKILL when it is pickled."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from gflow_pl.surgery import atomic_save
+folder, target = sys.argv[1], sys.argv[1] + "/x.ckpt"
+random.seed(0)
+inside = files = 0
+for kill in range(12):
+    child = os.fork()
+    if child == 0:
+        for step in range(10**6):
+            atomic_save({"step": step, "a": torch.full((2**19,), float(step))}, target)
+    while not os.path.exists(target):
+        time.sleep(0.001)
+    time.sleep(random.uniform(0.01, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    contents = torch.load(target, weights_only=True)
+    assert torch.equal(contents["a"], torch.full((2**19,), float(contents["step"])))
+    inside += os.path.exists(folder + "/.x.ckpt.part")
+    files += 1
+atomic_save({"step": -1}, target)
+assert os.listdir(folder) == ["x.ckpt"], os.listdir(folder)
+print(files, inside)
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
+    folder, temporary = tmp_path / "run", tmp_path / "tmp"
+    folder.mkdir()
+    temporary.mkdir()
+    # Another file system where there is one, else another folder.
+    environment = {**os.environ, "TMPDIR": "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(temporary)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_RANDOM, str(folder)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    files, inside = map(int, done.stdout.split())
+    assert files == 12
+    assert inside >= 3
+
+
+def test_a_process_killed_in_the_middle_of_the_pickle_leaves_the_old_file(tmp_path):
+    target = tmp_path / "x.ckpt"
+    atomic_save({"old": torch.ones(3)}, target)
+    child = os.fork()
+    if child == 0:
+        atomic_save({"new": torch.zeros(3), "then": Killer()}, target)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert (tmp_path / ".x.ckpt.part").exists()
+    assert torch.load(target, weights_only=True)["old"].sum() == 3
+    atomic_save({"new": torch.zeros(3)}, target)
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path):
+    target = tmp_path / "x.ckpt"
+    atomic_save({"old": 1}, target)
+    with pytest.raises((AttributeError, TypeError)):
+        atomic_save({"new": lambda: 0, "open": open(os.devnull)}, target)  # noqa: SIM115
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+    assert torch.load(target, weights_only=True) == {"old": 1}
