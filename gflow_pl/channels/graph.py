@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,9 @@ class ChannelGraph:
         shapes: Every parameter and buffer by name, with its present shape.
         uses: Weight name to the multiply-accumulates of one example per element of that weight; times the
             number of elements in `shapes` this gives the cost of the layer before and after any plan.
-        patches: Module name to the integer attributes (num_heads, ...) that follow a group, each as
-            ``{attribute: (group name, divisor)}``: the attribute is the group's size times or over a fixed number.
+        patches: Module name to the whole numbers (num_heads, split sizes, ...) that follow the groups, each as
+            ``{attribute: {"base": int, "per_unit": {group name: int}}}``: what stays, and what every unit present adds.
+            "splits[1]" is element 1 of the list `splits`.
         buffers: The names in `shapes` that are buffers, which no count of parameters includes.
     """
 
@@ -48,6 +49,30 @@ class ChannelGraph:
             if group.name == name:
                 return group
         raise KeyError(f"No group '{name}'. Known: {', '.join(g.name for g in self.groups)}.")
+
+    def patched_attributes(self, groups: Iterable[ChannelGroup]) -> dict[str, dict[str, Any]]:
+        """The numbers that modules keep beside their tensors, once the groups are these.
+
+        Args:
+            groups: The groups after a plan (those of `self.groups` for the numbers as they are).
+
+        Returns:
+            Module name to attribute to its new value: an int, or a list of ints.
+        """
+        sizes = {group.name: group.size for group in groups}
+        patched: dict[str, dict[str, Any]] = {}
+        for module, attributes in self.patches.items():
+            values = patched.setdefault(module, {})
+            for attribute, rule in attributes.items():
+                value = rule["base"] + sum(count * sizes[name] for name, count in rule["per_unit"].items())
+                name, _, place = attribute.partition("[")
+                if place:
+                    parts = values.setdefault(name, [])
+                    parts += [None] * (int(place[:-1]) + 1 - len(parts))
+                    parts[int(place[:-1])] = value
+                else:
+                    values[attribute] = value
+        return patched
 
     @property
     def num_filters(self) -> int:
@@ -92,4 +117,6 @@ class ChannelGraph:
                 what = f"{what}; " * bool(what) + f"frozen: {self.frozen[layer.name]}"
             rows.append((layer.name, str(layer.num_filters), names, what))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows)
+        return "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows
+        )

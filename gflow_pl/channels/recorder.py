@@ -1,0 +1,314 @@
+"""Rides along with a forward: every tensor carries, per dim, the nodes of its positions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gflow_pl.channels.book import Book, Nodes
+
+__all__ = ["Call", "Labels", "Op", "Recorder", "Tag", "Watch", "location", "numbers_of"]
+
+Labels = list[Nodes | None]
+Rule = Callable[["Recorder", "Op"], None]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH_NN = os.path.join(_TORCH, "nn", "modules") + os.sep
+_CALL = os.path.join(_TORCH_NN, "module.py")
+_HERE = os.path.dirname(__file__) + os.sep
+_REMEMBERED = 64  # a tensor made from Python numbers is compared by value up to this size
+
+
+@dataclass(eq=False)
+class Tag:
+    """What the trace knows of one tensor.
+
+    Attributes:
+        labels: Per dim, the nodes of its positions, or None where they cannot change.
+        zero: Dims along which a removed unit leaves nothing but zeros.
+        active: Whether it depends on the network's input.
+        uniform: Whether one number fills it, so that its size follows whatever it meets.
+    """
+
+    labels: Labels
+    zero: frozenset[int] = frozenset()
+    active: bool = False
+    uniform: bool = False
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation: what was called with what, and what came out."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    out: Any
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, given by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+@dataclass(eq=False)
+class Call:
+    """What is remembered of one operation, to be compared with the probe.
+
+    Attributes:
+        name: Name of the op.
+        numbers: Every plain number handed to it.
+        shapes: Shapes of the outputs.
+        labels: Labels of the outputs; None where the size follows whatever it meets.
+        nodes: Nodes of inputs and outputs.
+        site: The place in the code, where a choice was made or one may have to be made.
+        choices: Choices that the rule had at this site, 0 if there was nothing to choose.
+        expected: (argument position, nodes): the number there is how many of these nodes are left.
+    """
+
+    name: str
+    numbers: tuple[Any, ...]
+    shapes: list[torch.Size]
+    labels: list[Labels | None]
+    nodes: list[Nodes]
+    module: str
+    site: tuple[Any, ...] | None = None
+    choices: int = 0
+    expected: list[tuple[int, Nodes]] = field(default_factory=list)
+
+
+def location() -> tuple[Any, ...]:
+    """Where the user's code is: file and line of every frame outside torch and this room, and of torch's modules.
+
+    Blocks of one class share their places, so that what is learnt of one holds for all.
+    """
+    frame = sys._getframe(1)
+    chain = []
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_HERE) and (
+            not file.startswith(_TORCH) or (file.startswith(_TORCH_NN) and file != _CALL)
+        ):
+            chain.append((file, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(chain)
+
+
+def numbers_of(flat: Iterable[Any]) -> tuple[Any, ...]:
+    """The plain numbers among flattened arguments."""
+    return tuple(item for item in flat if isinstance(item, (int, float, complex)) and not isinstance(item, bool))
+
+
+class Watch(TorchDispatchMode):
+    """What recorder and probe share: stand-ins for tensors, the stack of modules, one line for every op.
+
+    Args:
+        stand_ins: id of a real parameter or buffer to the tensor that plays its part.
+        meta: Whether the forward runs on meta tensors.
+    """
+
+    def __init__(self, stand_ins: dict[int, Tensor], meta: bool) -> None:
+        super().__init__()
+        self.stand_ins = stand_ins
+        self.meta = meta
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.alive: list[Any] = []  # ids stay unique only while the tensors live
+        self.constants: dict[int, Tensor] = {}
+
+    def standing_in(self, value: Any) -> Any:
+        """The tensor that plays the part of `value` here."""
+        if not isinstance(value, Tensor) or not self.meta or value.is_meta:
+            return value
+        known = self.stand_ins.get(id(value))
+        if known is None:
+            known = self.constants.get(id(value))
+        if known is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                known = torch.empty_like(value, device="meta")
+            self.alive.append(value)
+            self.constants[id(value)] = known
+        return known
+
+    def remembered(self, flat: list[Any]) -> tuple[Any, ...]:
+        """Numbers among the arguments, and the contents of small tensors that hold real numbers."""
+        numbers = numbers_of(flat)
+        for value in flat:
+            if not self.meta or not isinstance(value, Tensor) or value.is_meta or id(value) in self.stand_ins:
+                continue
+            if value.numel() <= _REMEMBERED and value.device.type == "cpu":
+                with torch.utils._python_dispatch._disable_current_modes():
+                    numbers += tuple(value.reshape(-1).tolist())
+        return numbers
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module whose forward is running."""
+        return self.stack[-1][0] if self.stack else ""
+
+
+class Recorder(Watch):
+    """Applies the rule of every op to the labels of its tensors.
+
+    Args:
+        book: Where the rules write.
+        rules: Op name to its rule.
+        fallback: The rule of ops that compute position by position, and that of unknown ops.
+        names: id of a stand-in to the name of its parameter or buffer.
+        stand_ins: See `Watch`.
+        meta: See `Watch`.
+        choices: Place in the code to the number of the choice to make there.
+        frozen_sites: Places in the code where everything that moves is to be frozen, with the reason.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        rules: dict[str, Rule],
+        fallback: tuple[Rule, Rule],
+        names: dict[int, str],
+        stand_ins: dict[int, Tensor],
+        meta: bool,
+        choices: dict[tuple[Any, ...], int],
+        frozen_sites: dict[tuple[Any, ...], str],
+    ) -> None:
+        super().__init__(stand_ins, meta)
+        self.book, self.rules, self.names = book, rules, names
+        self.pointwise, self.unknown = fallback
+        self.choices, self.frozen_sites = choices, frozen_sites
+        self.tags: dict[int, Tag] = {}
+        self.calls: list[Call] = []
+        self.readers: dict[int, list[str]] = {}
+        self.site: tuple[Any, ...] | None = None
+        self.num_choices = 0
+        self.expected: list[tuple[int, Nodes]] = []
+
+    # -- tags ---------------------------------------------------------------------------------------------------
+
+    def tag(self, tensor: Tensor) -> Tag:
+        """What is known of that tensor; a parameter or buffer gets its nodes on first sight."""
+        found = self.tags.get(id(tensor))
+        if found is None:
+            name = self.names.get(id(tensor))
+            if name is None:
+                found = Tag([None] * tensor.ndim)
+            else:
+                labels: Labels = [self.book.nodes(name, dim, size) for dim, size in enumerate(tensor.shape)]
+                found = Tag(labels, zero=frozenset(range(tensor.ndim)))
+            self.tags[id(tensor)] = found
+            self.alive.append(tensor)
+        return found
+
+    def labels(self, tensor: Tensor) -> Labels:
+        """Per dim, the nodes of the positions."""
+        return self.tag(tensor).labels
+
+    def put(self, tensor: Tensor, labels: Labels, zero: Iterable[int] = (), uniform: bool = False) -> None:
+        """Gives an output its labels."""
+        self.tags[id(tensor)] = Tag(list(labels), frozenset(zero), self._active, uniform)
+        self.alive.append(tensor)
+
+    # -- what rules ask and say -----------------------------------------------------------------------------------
+
+    def meet(self, a: Nodes | None, b: Nodes | None, why: str) -> None:
+        """These two are position by position the same; where one side cannot change, neither can the other."""
+        if a is not None and b is not None:
+            self.book.join(a, b)
+        else:
+            self.book.freeze(a, why)
+            self.book.freeze(b, why)
+
+    def choose(self, num: int) -> int:
+        """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails."""
+        self.site = location()
+        self.num_choices = num
+        return min(self.choices.get(self.site, 0), num - 1)
+
+    def expect(self, position: int, nodes: Nodes) -> None:
+        """The number at that position among the arguments is how many of these nodes are left."""
+        self.expected.append((position, nodes))
+
+    def attributes_like(self, size: int) -> list[tuple[str, str]]:
+        """(module, attribute) of the whole numbers of that size that the running module keeps, likeliest first."""
+        if not self.stack:
+            return []
+        name, module = self.stack[-1]
+        found = [key for key, value in vars(module).items() if type(value) is int and value == size and size > 1]
+        likely = ("head", "width", "dim", "chan", "split", "group", "feat", "size", "plane")
+        found.sort(key=lambda key: next((i for i, word in enumerate(likely) if word in key), len(likely)))
+        return [(name, key) for key in found]
+
+    def follows(self, module: str, attribute: str, nodes: Nodes) -> None:
+        """That attribute of that module is the number of these nodes that are left."""
+        own = self.book.nodes(f"@attribute:{module}:{attribute}", 0, len(nodes))
+        if len(own) == len(nodes):
+            self.book.join(own, nodes)
+        else:
+            self.book.freeze(nodes, f"attribute '{attribute}' of '{module}' counts two different things")
+
+    # -- the mode ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flat, spec = tree_flatten((args, kwargs or {}))
+        numbers = self.remembered(flat)
+        flat = [self.standing_in(value) for value in flat]
+        args, kwargs = tree_unflatten(flat, spec)
+        name = func._schema.name.removeprefix("aten::")
+        rule = self.rules.get(name) or self.rules.get(name.removesuffix("_"))
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.pointwise
+        if rule is None and func._can_decompose():
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        op = Op(name, args, kwargs, [value for value in flat if isinstance(value, Tensor)], out)
+        self._record(op, rule or self.unknown, numbers)
+        return out
+
+    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
+        tags = [self.tag(tensor) for tensor in op.tensors]
+        for tensor in op.tensors:
+            if id(tensor) in self.readers:
+                self.readers[id(tensor)].append(self.module_name)
+        self._active = any(tag.active for tag in tags)
+        self.site, self.num_choices, self.expected = None, 0, []
+        nodes = [label for tag in tags for label in tag.labels if label is not None]
+        rule(self, op)
+        outs = [tensor for tensor in tree_flatten(op.out)[0] if isinstance(tensor, Tensor)]
+        out_tags = [self.tag(tensor) for tensor in outs]
+        nodes += [label for tag in out_tags for label in tag.labels if label is not None]
+        if self.frozen_sites and nodes and (why := self.frozen_sites.get(location())):
+            for vector in nodes:
+                self.book.freeze(vector, why)
+        labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
+        shapes = [tensor.shape for tensor in outs]
+        self.calls.append(
+            Call(
+                op.name,
+                numbers,
+                shapes,
+                list(labels),
+                nodes,
+                self.module_name,
+                self.site,
+                self.num_choices,
+                self.expected,
+            )
+        )
+
+    _active = False
+
+
+def repeated(vector: Nodes | None, positions: np.ndarray) -> Nodes | None:
+    """The labels at these positions, None for none."""
+    return None if vector is None else vector[positions]

@@ -1,0 +1,126 @@
+"""Runs a model's forward on stand-ins of its tensors, at their own or at smaller shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gflow_pl.channels.protection import untouched
+
+__all__ = ["Stage", "tensor_names"]
+
+Enter = Callable[[str, nn.Module, tuple[Any, ...]], None]
+Leave = Callable[[str, nn.Module, Any], Any]
+
+
+def tensor_names(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@dataclass(eq=False)
+class Stage:
+    """A model and its inputs, ready to be run without a trace.
+
+    Attributes:
+        model: The network.
+        args: Positional arguments of the forward.
+        meta: Whether stand-ins and inputs live on the meta device, so that nothing is computed.
+        doubled: Whether inputs that hold one example are doubled (train-mode batch norm refuses one value a channel).
+        num_examples: Examples in the inputs as they are run.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    meta: bool
+    doubled: bool
+
+    def __post_init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.args = tree_map(self._prepared, self.args)
+        self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
+
+    def _prepared(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        if self.doubled and value.ndim and value.shape[0] == 1:
+            value = torch.cat([value, value])
+        value = torch.empty_like(value, device="meta") if self.meta else value.clone()
+        self.inputs.append(value)
+        return value
+
+    def stand_in(self, tensor: Tensor, keep: Mapping[int, Tensor] | None = None) -> Tensor:
+        """A tensor to run with in place of a parameter or buffer; `keep` names the positions left, by dim."""
+        with torch.no_grad():
+            if self.meta:
+                shape = [len(keep[d]) if keep and d in keep else size for d, size in enumerate(tensor.shape)]
+                own = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            else:
+                own = tensor.detach().clone()
+                for dim, index in (keep or {}).items():
+                    own = own.index_select(dim, index.to(own.device))
+        return nn.Parameter(own, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+
+    @contextmanager
+    def set(self, stand_ins: Mapping[int, Tensor], training: bool) -> Iterator[None]:
+        """Inside the block the model holds the stand-ins and runs in the given mode; afterwards all is as before.
+
+        Args:
+            stand_ins: id of the real tensor to what stands in for it.
+            training: Whether every module is in training mode.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self.model, tensors=not self.meta))
+            stack.enter_context(_quiet())
+            for module in self.model.modules():
+                for own in (module._parameters, module._buffers):
+                    for name, tensor in own.items():
+                        if tensor is not None and id(tensor) in stand_ins:
+                            own[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
+                if not isinstance(module, torch.jit.ScriptModule):
+                    # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
+                    module.training = training and not isinstance(module, nn.SyncBatchNorm)
+            yield
+
+    def run(self, mode: Any, enter: Enter, leave: Leave) -> Any:
+        """One forward under `mode`, with a call back before and after every module."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if id(module) in names:
+                enter(names[id(module)], module, args)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return leave(names[id(module)], module, output) if id(module) in names else None
+
+        first = nn.modules.module.register_module_forward_pre_hook(before)
+        last = nn.modules.module.register_module_forward_hook(after)
+        try:
+            device = torch.device("meta") if self.meta else None
+            with torch.no_grad(), ExitStack() as stack:
+                if device is not None:
+                    stack.enter_context(device)
+                stack.enter_context(mode)
+                return self.model(*self.args)
+        finally:
+            first.remove()
+            last.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Compiled submodules run as written, and attention takes the path that is made of plain ops."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
