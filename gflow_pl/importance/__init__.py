@@ -1,0 +1,28 @@
+"""Importance of filters: the measures, their gradients and Hessian-gradient products, and tracking over training."""
+
+from gflow_pl.importance.base import Importance
+from gflow_pl.importance.fisher import Fisher, NvidiaTaylor
+from gflow_pl.importance.gradient_flow import GradientPreservation, Grasp
+from gflow_pl.importance.loss import BiasedLoss, LossPreservation, TaylorFirstOrder, TrackedBiasedLoss
+from gflow_pl.importance.magnitude import BatchNormScale, L1Norm, Magnitude, Random
+from gflow_pl.importance.registry import measure_names, resolve_measure
+from gflow_pl.importance.score import score_filters
+
+__all__ = [
+    "BatchNormScale",
+    "BiasedLoss",
+    "Fisher",
+    "GradientPreservation",
+    "Grasp",
+    "Importance",
+    "L1Norm",
+    "LossPreservation",
+    "Magnitude",
+    "NvidiaTaylor",
+    "Random",
+    "TaylorFirstOrder",
+    "TrackedBiasedLoss",
+    "measure_names",
+    "resolve_measure",
+    "score_filters",
+]

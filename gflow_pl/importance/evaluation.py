@@ -1,0 +1,58 @@
+"""Scoring leaves no trace: evaluation mode, gradients on, autocast off, and everything restored behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["scoring_mode"]
+
+
+@contextmanager
+def scoring_mode(
+    model: nn.Module, wanted: Iterable[Tensor], *, autocast_dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """Within: evaluation mode, the `wanted` parameters require gradients, autocast off unless a dtype is named.
+
+    Behind it the training flag of every module, ``requires_grad`` of every parameter and the state of the random
+    generators are what they were. ``.grad`` is not touched by any pass.
+    """
+    # The flags are set one by one: a module's own `train()` may refuse, and restoring through it would overwrite others.
+    modules = [(module, module.training) for module in model.modules()]
+    wanted = list(wanted)
+    frozen = [tensor for tensor in wanted if tensor.is_leaf and not tensor.requires_grad]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
+    try:
+        with ExitStack() as stack:
+            for kind in {device.type for device in devices if device.type != "meta"}:
+                numbers = [device.index for device in devices if device.type == kind]
+                stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
+                stack.enter_context(
+                    torch.autocast(kind, enabled=autocast_dtype is not None, dtype=autocast_dtype or torch.bfloat16)
+                )
+            on_cpu = autocast_dtype is not None and not devices
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.autocast("cpu", enabled=on_cpu, dtype=autocast_dtype or torch.bfloat16))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for module, _ in modules:
+                module.training = False
+            for tensor in frozen:
+                tensor.requires_grad_(True)
+            yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+@contextmanager
+def one_weight_a_pass() -> Iterator[None]:
+    """A parametrized weight is computed once, so that the tensor that is asked for is the one in the graph."""
+    with parametrize.cached():
+        yield

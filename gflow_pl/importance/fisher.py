@@ -1,0 +1,37 @@
+"""Measures from the squared gradients of batches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gflow_pl.importance.base import Importance
+
+__all__ = ["Fisher", "NvidiaTaylor"]
+
+
+class Fisher(Importance):
+    """Diagonal Fisher information: ``sum theta^2 q``, q the mean over batches of the squared gradient of a batch.
+
+    As published, the mean gradient of a whole batch is squared, not that of each example: scores depend on the batch
+    size. Across ranks a batch is the global one.
+
+    References: Theis et al. 2018; published code of Lubana and Dick 2021 (whose tracked variant forgets the square).
+    """
+
+    name = "fisher"
+    statistic = "squared_gradient"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return theta.square() * flow
+
+
+class NvidiaTaylor(Fisher):
+    """The same on the norm behind a filter: ``gamma^2 q_gamma + beta^2 q_beta``.
+
+    A layer without norm is seen as if one of weight 1 and bias 0 followed: ``(sum w g + b g_b)^2``, averaged.
+
+    References: Molchanov et al. 2019, Importance estimation for neural network pruning (gates behind the norm).
+    """
+
+    name = "nvidia"
+    reads = "norm"

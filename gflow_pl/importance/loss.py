@@ -1,0 +1,81 @@
+"""Measures of loss preservation: how much the loss would change, to first order, without a filter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from gflow_pl.importance.base import Importance
+
+__all__ = ["BiasedLoss", "LossPreservation", "TaylorFirstOrder", "TrackedBiasedLoss"]
+
+
+class LossPreservation(Importance):
+    """Loss preservation: ``sum |theta g|``, g the mean gradient.
+
+    References: Lubana and Dick 2021, equation 3 (a sum of absolute values; the absolute value of the sum is `tfo`).
+    """
+
+    name = "loss"
+    aliases: ClassVar[tuple[str, ...]] = ("loss_based",)
+    statistic = "gradient"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return (theta * flow).abs()
+
+
+class BiasedLoss(LossPreservation):
+    """Loss preservation biased towards large weights: ``sum |theta| |theta g|``.
+
+    With initial weights the bias is the distance from them: ``sum |theta - theta_0| |theta g|``.
+
+    References: Lubana and Dick 2021, the proposed extension.
+    """
+
+    name = "biased_loss"
+    aliases = ()
+    default_bias = "magnitude"
+
+
+class TrackedBiasedLoss(LossPreservation):
+    """Biased loss preservation, averaged exponentially over batches: ``sum |theta| |theta g_batch|``.
+
+    ``running = alpha * new + (1 - alpha) * running``, zero at first. Without tracking each batch that is scored is one
+    step of the average.
+
+    Args:
+        alpha: Share of the newest batch, in (0, 1].
+
+    Raises:
+        ValueError: `alpha` is out of range.
+
+    References: published code of Lubana and Dick 2021 (`biased_loss_tracked`).
+    """
+
+    name = "biased_loss_tracked"
+    aliases = ()
+    default_bias = "magnitude"
+    is_tracked = True
+
+    def __init__(self, alpha: float = 0.8) -> None:
+        if not 0 < alpha <= 1:
+            raise ValueError(f"biased_loss_tracked: `alpha` must be in (0, 1], got {alpha}.")
+        self.alpha = alpha
+
+
+class TaylorFirstOrder(Importance):
+    """First-order Taylor term of a whole filter: ``|sum theta g|``.
+
+    References: Molchanov et al. 2017. Behind a conv that a norm in training mode follows the sum is near zero by scale
+    invariance; scores are taken in evaluation mode, where it is not.
+    """
+
+    name = "tfo"
+    statistic = "gradient"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return theta * flow
+
+    def finish(self, total: Tensor) -> Tensor:  # noqa: D102
+        return total.abs()

@@ -1,0 +1,63 @@
+"""Measures that look at the weights alone, and chance, the floor that every comparison needs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gflow_pl.importance.base import Importance
+
+__all__ = ["BatchNormScale", "L1Norm", "Magnitude", "Random"]
+
+
+class Magnitude(Importance):
+    """L2 norm of a filter: ``sqrt(sum theta^2)``; small filters go first.
+
+    References: Li et al. 2017 (norms of filters); Lubana and Dick 2021, where it is the "zeroth order" measure.
+    """
+
+    name = "magnitude"
+    aliases = ("mag_based",)
+    statistic = "weights"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return theta.square()
+
+    def finish(self, total: Tensor) -> Tensor:  # noqa: D102
+        return total.sqrt()
+
+
+class L1Norm(Importance):
+    """L1 norm of a filter: ``sum |theta|``.
+
+    References: Li et al. 2017, Pruning filters for efficient ConvNets.
+    """
+
+    name = "l1"
+    statistic = "weights"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return theta.abs()
+
+
+class BatchNormScale(Importance):
+    """Absolute scale of the norm behind a filter: ``|gamma|``; 1 for a layer without norm.
+
+    References: Liu et al. 2017, Network slimming. There a penalty on gamma goes with it; here none does.
+    """
+
+    name = "bn"
+    statistic = "weights"
+    reads = "norm"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return theta[:, :1].abs()
+
+
+class Random(Importance):
+    """Uniform numbers in [0, 1) from a private generator: the same on every rank, and no global state is touched."""
+
+    name = "random"
+    statistic = "noise"
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+        return flow
