@@ -9,6 +9,7 @@ from gflow_pl.surgery.checkpoint import (
     load_pruned,
     save_pruned,
 )
+from gflow_pl.surgery.emptied import drop_empty_parameters
 from gflow_pl.surgery.expansion import scatter_output
 from gflow_pl.surgery.optimizer_state import drop_state
 from gflow_pl.surgery.rewrite import rewrite
@@ -20,6 +21,7 @@ __all__ = [
     "apply_from_checkpoint",
     "apply_structure",
     "atomic_save",
+    "drop_empty_parameters",
     "drop_state",
     "load_from_checkpoint",
     "load_pruned",

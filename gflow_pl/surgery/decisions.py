@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,13 +31,19 @@ class Decision:
     channels: dict[str, Mask]
 
 
-def decide(graph: ChannelGraph, plan: Mapping[str, Tensor]) -> Decision:
+def decide(graph: ChannelGraph, plan: Mapping[str, Tensor], *, dead: Collection[str] = ()) -> Decision:
     """Checks a plan against the graph and spells it out.
+
+    Args:
+        graph: The traced network.
+        plan: Group name to a bool vector over its units; groups it lacks are kept whole.
+        dead: Groups of which nothing stays, whatever the plan says, because nobody reads them any more.
 
     Raises:
         ValueError: A group is unknown, a vector has the wrong size, or a removed group would be empty.
     """
     units = _checked_units(graph, plan)
+    units.update({name: np.zeros_like(units[name]) for name in dead})
     positions: dict[tuple[str, int], Mask] = {}
     channels: dict[str, Mask] = {}
     for group in graph.groups:

@@ -28,6 +28,8 @@ def scatter_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     channels_last = torch.channels_last
     if output.ndim == 4 and output.is_contiguous(memory_format=channels_last) and not output.is_contiguous():
         zeros = zeros.to(memory_format=channels_last)
+    if module._gflow_index.numel() == 0:  # type: ignore[operator]
+        return zeros
     return zeros.index_copy_(dim, module._gflow_index, output)  # type: ignore[arg-type]
 
 

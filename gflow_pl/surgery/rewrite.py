@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.surgery.attributes import conv_groups, follow_shapes, local_shapes, set_attribute
 from gflow_pl.surgery.decisions import Decision, decide, renumbered
+from gflow_pl.surgery.emptied import dead_groups, drop_empty_parameters, follow_emptiness
 from gflow_pl.surgery.expansion import expansion_of, set_expansion
 from gflow_pl.surgery.optimizer_state import cut_state
 from gflow_pl.surgery.structure import structure_of
@@ -58,7 +59,8 @@ def rewrite(
     """
     # Tensors made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        decision = decide(graph, plan)
+        optimizers = list(optimizers)
+        decision = _decide_with_dead(model, graph, plan)
         groups, shapes, layers = renumbered(graph, decision)
         cuts = _cuts(decision)
         networks = [model, *(copy for copy in copies if isinstance(copy, nn.Module))]
@@ -74,10 +76,20 @@ def rewrite(
         commits += cut_state(optimizers, by_parameter)
         for commit in commits:
             commit()
+        drop_empty_parameters(optimizers)
         for network in networks:
             network.zero_grad(set_to_none=True)
         graph.updated(groups, shapes, layers)
         return structure_of(model)
+
+
+def _decide_with_dead(model: nn.Module, graph: ChannelGraph, plan: Mapping[str, Tensor]) -> Decision:
+    """The decision, with all that only emptied layers read emptied too, and so on upstream."""
+    decision, dead = decide(graph, plan), set[str]()
+    while more := dead_groups(model, graph, decision) - dead:
+        dead |= more
+        decision = decide(graph, plan, dead=dead)
+    return decision
 
 
 def _cuts(decision: Decision) -> dict[str, list[Cut]]:
@@ -120,6 +132,7 @@ def _cut_network(
     for module_name, patches in _patched(graph, groups).items():
         commits += [_setting(modules[module_name], name, value, remember=True) for name, value in patches.items()]
     commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
+    commits += [lambda module=module: follow_emptiness(module) for module in network.modules()]  # type: ignore[misc]
     return commits
 
 

@@ -16,6 +16,7 @@ from gflow_pl.surgery.attributes import (
     remembered,
     set_attribute,
 )
+from gflow_pl.surgery.emptied import follow_emptiness
 from gflow_pl.surgery.expansion import expansion_of, set_expansion
 from gflow_pl.surgery.tensors import TensorTable, empty_like_format
 from gflow_pl.types import Structure
@@ -81,6 +82,7 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
         for name, module in modules.items():
             entry = wanted.expansions.get(name)
             set_expansion(module, None if entry is None else (entry["dim"], entry["width"], entry["index"]))
+            follow_emptiness(module)
     if changed:
         model.zero_grad(set_to_none=True)
 

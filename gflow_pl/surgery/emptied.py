@@ -1,0 +1,171 @@
+"""Layers that lost all of their filters: they run no more, and a zeros tensor takes the place of what they computed.
+
+No operator accepts a convolution without filters, so the module gets another ``forward``: a function of plain numbers,
+as an attribute of the instance, which is copied, pickled and exported with it. It returns zeros with one channel, as
+pooling and resizing refuse none; the expansion behind the last module of the branch makes them as wide as the stream.
+What only such layers read is emptied with them, where the graph leaves no doubt that nobody else reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import Optimizer
+
+from gflow_pl.channels.graph import ChannelGraph
+from gflow_pl.surgery.decisions import Decision
+from gflow_pl.types import ChannelGroup
+
+__all__ = ["dead_groups", "drop_empty_parameters", "follow_emptiness"]
+
+_FROZEN = "_gflow_was_trained"
+_WIDTHS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    (_ConvNd, "out_channels"),
+    (nn.Linear, "out_features"),
+    (_NormBase, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+    ((nn.LayerNorm, nn.RMSNorm), "normalized_shape"),
+    (nn.PReLU, "num_parameters"),
+)
+
+
+def follow_emptiness(module: nn.Module) -> None:
+    """Makes a module that has no output channels run no more and train no more, and one that has them run again."""
+    if _width(module) == 0:
+        module.__dict__["forward"] = _stand_in(module)
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        if trained:
+            module.__dict__[_FROZEN] = trained
+        for name in trained:
+            module.get_parameter(name).requires_grad_(False)
+    elif runs_no_more(module):
+        del module.__dict__["forward"]
+        for name in module.__dict__.pop(_FROZEN, []):
+            module.get_parameter(name).requires_grad_(True)
+
+
+def runs_no_more(module: nn.Module) -> bool:
+    """Whether a stand-in takes the place of the module's own ``forward``."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func in _STAND_INS
+
+
+def _width(module: nn.Module) -> int | None:
+    """Output channels of a layer or norm, by its own numbers; None for any other module."""
+    for kinds, name in _WIDTHS:
+        if isinstance(module, kinds):
+            width = getattr(module, name)
+            return width[-1] if isinstance(width, tuple) else width
+    return None
+
+
+def _stand_in(module: nn.Module) -> Any:
+    if isinstance(module, nn.Linear):
+        return partial(_no_rows)
+    if not isinstance(module, _ConvNd):
+        return partial(_pass_on)
+    transposed = isinstance(module, _ConvTransposeNd)
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    pads = [2 * pad for pad in module.padding if not isinstance(pad, str)]
+    if isinstance(module.padding, str):
+        pads = spans if module.padding == "same" else [0] * len(spans)
+    gains = tuple(pad - span for pad, span in zip(pads, spans, strict=True))
+    if transposed:
+        gains = tuple(extra - gain for extra, gain in zip(module.output_padding, gains, strict=True))
+    ones = (1,) * len(gains)
+    up, down = (tuple(module.stride), ones) if transposed else (ones, tuple(module.stride))
+    return partial(_no_maps, up=up, gain=gains, down=down)
+
+
+def _no_maps(x: Tensor, *, up: tuple[int, ...], gain: tuple[int, ...], down: tuple[int, ...]) -> Tensor:
+    """What a convolution without filters puts out, one channel of zeros for none."""
+    first = x.ndim - len(gain)
+    lengths = x.shape[first:]
+    sizes = [((n - 1) * u + g) // d + 1 for n, u, g, d in zip(lengths, up, gain, down, strict=True)]
+    return _zeros(x, [*x.shape[: first - 1], 1, *sizes])
+
+
+def _no_rows(x: Tensor) -> Tensor:
+    """What a linear layer without rows puts out, one column of zeros for none."""
+    return _zeros(x, [*x.shape[:-1], 1])
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x
+
+
+_STAND_INS = (_no_maps, _no_rows, _pass_on)
+
+
+def _zeros(x: Tensor, shape: list[int]) -> Tensor:
+    """One zero, seen as a tensor of that shape, in the dtype that the layer would have given."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
+
+
+def dead_groups(model: nn.Module, graph: ChannelGraph, decision: Decision) -> set[str]:
+    """Removed groups whose units nobody reads any more, because every layer that reads them loses all of its filters.
+
+    Left alone, which costs time but no exactness, is a group where a stand-in of one channel might not do (a unit is more
+    than one channel of its layer; an attribute counts the units), or where a tensor of an unknown module goes along.
+    """
+    patched = {group for values in graph.patches.values() for group in _named_in(values)}
+    modules = dict(model.named_modules())
+    emptied = {name for name, layer in graph.layers.items() if layer.num_filters == 0}
+    emptied |= {name for name, kept in decision.channels.items() if not kept.any()}
+    return {
+        group.name
+        for group in graph.groups
+        if group.kind == "remove" and decision.units[group.name].any() and group.name not in patched
+        if all(layer.index.shape[1] == 1 for layer in group.layers if layer.votes)
+        if _only_read_by(emptied, group, modules)
+    }
+
+
+def _named_in(value: Any) -> set[str]:
+    """Every string in nested plain data."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return set().union(*(_named_in(item) for item in value))
+    return {value} if isinstance(value, str) else set()
+
+
+def _only_read_by(emptied: set[str], group: ChannelGroup, modules: Mapping[str, nn.Module]) -> bool:
+    makers, readers = {layer.layer for layer in group.layers}, set()
+    for part in group.slices:
+        name, _, leaf = part.tensor.rpartition(".")
+        module = modules.get(name)
+        if module is None or _width(module) is None:
+            return False
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        if leaf == "weight" and part.dim != int(isinstance(module, _ConvTransposeNd)):
+            readers.add(name)
+        elif name not in makers:
+            return False
+    return bool(readers) and readers <= emptied
+
+
+def drop_empty_parameters(optimizers: Iterable[Any]) -> None:
+    """Takes parameters that have no elements left out of optimizers; their groups stay.
+
+    `rewrite` does it to the optimizers that it is given. An optimizer that is built for a network which was emptied before
+    needs it ahead of loading a saved state, whose parameters are counted without the empty ones.
+
+    Args:
+        optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
+    """
+    for wrapper in optimizers:
+        optimizer = wrapper if isinstance(wrapper, Optimizer) else wrapper.optimizer
+        for group in optimizer.param_groups:
+            for parameter in [p for p in group["params"] if p.numel() == 0]:
+                optimizer.state.pop(parameter, None)
+            group["params"] = [p for p in group["params"] if p.numel() > 0]
