@@ -7,6 +7,7 @@ from gflow_pl.importance.loss import BiasedLoss, LossPreservation, TaylorFirstOr
 from gflow_pl.importance.magnitude import BatchNormScale, L1Norm, Magnitude, Random
 from gflow_pl.importance.registry import measure_names, resolve_measure
 from gflow_pl.importance.score import score_filters
+from gflow_pl.importance.tracking import Tracker
 
 __all__ = [
     "BatchNormScale",
@@ -22,6 +23,7 @@ __all__ = [
     "Random",
     "TaylorFirstOrder",
     "TrackedBiasedLoss",
+    "Tracker",
     "measure_names",
     "resolve_measure",
     "score_filters",

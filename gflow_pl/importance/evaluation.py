@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 __all__ = ["scoring_mode"]
 
 
 @contextmanager
-def scoring_mode(
-    model: nn.Module, wanted: Iterable[Tensor], *, autocast_dtype: torch.dtype | None = None
-) -> Iterator[None]:
-    """Within: evaluation mode, the `wanted` parameters require gradients, autocast off unless a dtype is named.
+def scoring_mode(model: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within: evaluation mode, all floating parameters require gradients, autocast off unless a dtype is named.
 
     Behind it the training flag of every module, ``requires_grad`` of every parameter and the state of the random
     generators are what they were. ``.grad`` is not touched by any pass.
     """
     # The flags are set one by one: a module's own `train()` may refuse, and restoring through it would overwrite others.
     modules = [(module, module.training) for module in model.modules()]
-    wanted = list(wanted)
-    frozen = [tensor for tensor in wanted if tensor.is_leaf and not tensor.requires_grad]
+    frozen = [p for p in model.parameters() if p.is_floating_point() and p.is_leaf and not p.requires_grad]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
     try:
         with ExitStack() as stack:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gflow_pl.importance.base import Bias, Importance
 from gflow_pl.importance.gradients import accumulator_dtype
-from gflow_pl.importance.layers import ScoredLayer, all_refs, gradient_rows, weight_rows
+from gflow_pl.importance.layers import ScoredLayer, gradient_rows, unique_refs, weight_rows
 from gflow_pl.types import Scores
 
 __all__ = ["FilterFormula", "rows_of", "step_average", "values_of"]
@@ -23,7 +23,8 @@ _BIASES = ("none", "magnitude", "distance_from_init")
 def values_of(layers: list[ScoredLayer], measure: Importance) -> dict[str, Tensor]:
     """The tensors that the measure looks at, as they are now, in the dtype of sums; no copy where that is theirs."""
     return {
-        ref.name: (value := ref.value.detach()).to(accumulator_dtype(value)) for ref in all_refs(layers, measure.reads)
+        ref.name: (value := ref.value.detach()).to(accumulator_dtype(value))
+        for ref in unique_refs(layers, measure.reads)
     }
 
 
@@ -67,9 +68,9 @@ class FilterFormula:
         generator: torch.Generator | None = None,
     ) -> Scores:
         """The scores of all layers, checked to be finite."""
-        with torch.no_grad():
-            return Scores(self.vectors(layers, values, flows, generator), measure=self.measure.name)
+        return Scores(self.vectors(layers, values, flows, generator), measure=self.measure.name)
 
+    @torch.no_grad()
     def vectors(
         self,
         layers: list[ScoredLayer],
@@ -115,7 +116,6 @@ class FilterFormula:
         initial = {}
         for ref in layer.tensors(self.measure.reads):
             now = values[ref.name]
-            # A tied tensor may be listed under its first name only; it is the same tensor then.
             start = self.initial_state.get(ref.name)
             if start is None or start.shape != now.shape:
                 got = "none" if start is None else tuple(start.shape)
@@ -135,8 +135,11 @@ def _noise(theta: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def step_average(running: Mapping[str, Tensor], new: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """``alpha * new + (1 - alpha) * running`` by name; a name that is not there yet counts as zero, as published."""
-    return {
-        name: alpha * vector + (1 - alpha) * running[name] if name in running else alpha * vector
-        for name, vector in new.items()
-    }
+    """``alpha * new + (1 - alpha) * running`` by name.
+
+    A name that is not there yet counts as zero, as published; one that is not new stays as it is.
+    """
+    stepped = dict(running)
+    for name, vector in new.items():
+        stepped[name] = alpha * vector + (1 - alpha) * running[name].to(vector) if name in running else alpha * vector
+    return stepped

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Reads", "ScoredLayer", "TensorRef", "all_refs", "find_layers", "gradient_rows", "weight_rows"]
+__all__ = ["Reads", "ScoredLayer", "TensorRef", "find_layers", "gradient_rows", "unique_refs", "weight_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,16 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class ScoredLayer:
-    """A conv, transposed conv or linear layer, and the norm behind it."""
+    """A conv, transposed conv or linear layer, and the norm behind it.
+
+    A tied tensor goes by its first owner's name, as in ``named_parameters()``: `first_names` knows it.
+    """
 
     name: str
     module: nn.Module
     norm: nn.Module | None
     norm_name: str | None
+    first_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_filters(self) -> int:
@@ -56,10 +60,14 @@ class ScoredLayer:
         follow from the layer's own weight and bias, which are returned then.
         """
         if reads == "weight":
-            return [TensorRef(self.module, "weight", f"{self.name}.weight".lstrip("."))]
+            return [self._ref(self.module, self.name, "weight")]
         owner, name = (self.module, self.name) if self.norm is None else (self.norm, self.norm_name)
         attributes = [attribute for attribute in ("weight", "bias") if getattr(owner, attribute, None) is not None]
-        return [TensorRef(owner, attribute, f"{name}.{attribute}".lstrip(".")) for attribute in attributes]
+        return [self._ref(owner, name, attribute) for attribute in attributes]
+
+    def _ref(self, owner: nn.Module, owner_name: str | None, attribute: str) -> TensorRef:
+        name = f"{owner_name}.{attribute}" if owner_name else attribute
+        return TensorRef(owner, attribute, self.first_names.get(name, name))
 
 
 def find_layers(model: nn.Module, graph: Any = None) -> list[ScoredLayer]:
@@ -75,13 +83,16 @@ def find_layers(model: nn.Module, graph: Any = None) -> list[ScoredLayer]:
     """
     layers = []
     modules = dict(model.named_modules())
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    first_names = {name: by_id[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     for name, module in modules.items():
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
         if isinstance(module.weight, UninitializedParameter):
             raise ValueError(f"Layer '{name}' is lazy and has no weight yet: run one batch through the model first.")
         norm_name = _norm_behind(modules, ScoredLayer(name, module, None, None), graph)
-        layers.append(ScoredLayer(name, module, modules[norm_name] if norm_name is not None else None, norm_name))
+        norm = modules[norm_name] if norm_name is not None else None
+        layers.append(ScoredLayer(name, module, norm, norm_name, first_names))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no conv, transposed conv or linear layer: nothing to score.")
     return layers
@@ -171,7 +182,6 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def all_refs(layers: list[ScoredLayer], reads: Reads) -> Iterator[TensorRef]:
-    """The tensors of all layers."""
-    for layer in layers:
-        yield from layer.tensors(reads)
+def unique_refs(layers: list[ScoredLayer], reads: Reads) -> list[TensorRef]:
+    """The tensors of all layers, each once."""
+    return list({ref.name: ref for layer in layers for ref in layer.tensors(reads)}.values())

@@ -25,15 +25,15 @@ from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
 from gflow_pl.importance.layers import (
     ScoredLayer,
     TensorRef,
-    all_refs,
     find_layers,
     say_what_stands_in,
+    unique_refs,
 )
 from gflow_pl.importance.ranks import Ranks, Reduce
 from gflow_pl.importance.registry import resolve_measure
 from gflow_pl.types import Scores
 
-__all__ = ["score_filters"]
+__all__ = ["checked_temperature", "private_generator", "score_filters"]
 
 log = logging.getLogger(__name__)
 
@@ -97,37 +97,34 @@ def score_filters(
     [('0', (2,)), ('2', (4,))]
     """
     measure = resolve_measure(measure)
-    layers = find_layers(model, graph)
-    temperature = _checked_temperature(measure, temperature)
+    temperature = checked_temperature(measure, temperature)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"score_filters: `num_samples` is a number of images, at least 1, got {num_samples}.")
-    if measure.needs_gradients and batches is None:
-        raise ValueError(f"score_filters: measure '{measure.name}' needs `batches`, got None.")
     formula = FilterFormula(measure, bias, initial_state)
-    say_what_stands_in(layers, measure.reads, measure.name)
-
-    if not measure.needs_gradients:
-        return formula.scores(layers, values_of(layers, measure), None, private_generator(layers, seed))
-
-    assert batches is not None
-    ranks = Ranks(reduce)
     loss = loss_function(loss_fn, logits_fn, temperature)
-    refs = list({ref.name: ref for ref in all_refs(layers, measure.reads)}.values())
-    leaves = [*(ref.value for ref in refs), *(p for p in model.parameters() if p.is_floating_point())]
-    device = leaves[0].device
-    if measure.needs_hessian:
-        with scoring_mode(model, leaves), second_order_kernels():
-            first, batches = peek(batches)
-            classes = _num_classes(model, first, logits_fn, loss_fn, device) if balanced else None
-            products = HessianProducts(model, layers, refs, loss, to_device(first, device))
-            if classes is None:
-                sample = [to_device(batch, device) for batch in take_whole(batches, num_samples)]
-            else:
-                sample = balanced_sample(batches, num_samples, classes, ranks, device)
-            flows = rows_of(layers, measure, products.of(sample, ranks))
+    # Only what reads a weight in evaluation mode leaves a spectral norm as it is: the mode is set before anything else.
+    with scoring_mode(model, autocast_dtype=None if measure.needs_hessian else autocast_dtype):
+        layers = find_layers(model, graph)
+        say_what_stands_in(layers, measure.reads, measure.name)
+        if not measure.needs_gradients:
+            return formula.scores(layers, values_of(layers, measure), None, private_generator(layers, seed))
+        if batches is None:
+            raise ValueError(f"score_filters: measure '{measure.name}' needs `batches`, got None.")
+        refs = unique_refs(layers, measure.reads)
+        ranks = Ranks(reduce)
+        if measure.needs_hessian:
+            with second_order_kernels():
+                first, batches = peek(batches)
+                device = refs[0].value.device
+                classes = _num_classes(model, first, logits_fn, loss_fn, device) if balanced else None
+                products = HessianProducts(model, layers, refs, loss, to_device(first, device))
+                if classes is None:
+                    sample = [to_device(batch, device) for batch in take_whole(batches, num_samples)]
+                else:
+                    sample = balanced_sample(batches, num_samples, classes, ranks, device)
+                flows = rows_of(layers, measure, products.of(sample, ranks))
             return formula.scores(layers, values_of(layers, measure), flows)
-    with scoring_mode(model, leaves, autocast_dtype=autocast_dtype):
-        stream = batch_gradients(model, refs, take_whole(batches, num_samples), loss, device)
+        stream = batch_gradients(model, refs, take_whole(batches, num_samples), loss, refs[0].value.device)
         if measure.is_tracked:
             return _averaged(stream, formula, layers, refs, ranks)
         if measure.statistic == "squared_gradient":
@@ -142,7 +139,12 @@ def private_generator(layers: list[ScoredLayer], seed: int) -> torch.Generator:
     return torch.Generator(layers[0].tensors("weight")[0].value.device).manual_seed(seed)
 
 
-def _checked_temperature(measure: Importance, temperature: float | None) -> float:
+def checked_temperature(measure: Importance, temperature: float | None) -> float:
+    """The temperature asked for, else the measure's own, else 1.
+
+    Raises:
+        ValueError: It is not above zero.
+    """
     if temperature is None:
         return 1.0 if measure.temperature is None else measure.temperature
     if not temperature > 0:
@@ -205,10 +207,9 @@ def _averaged(
     measure = formula.measure
     values = values_of(layers, measure)
     running: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for size, gradients in stream:
-            flows = rows_of(layers, measure, _global_batch(gradients, size, refs, ranks))
-            running = step_average(running, formula.vectors(layers, values, flows), measure.alpha)
+    for size, gradients in stream:
+        flows = rows_of(layers, measure, _global_batch(gradients, size, refs, ranks))
+        running = step_average(running, formula.vectors(layers, values, flows), measure.alpha)
     return Scores(running, measure=measure.name)
 
 
