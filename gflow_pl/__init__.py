@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gflow_pl import data, importance, models
-    from gflow_pl.callbacks import PruningCallback
+    from gflow_pl.callbacks import GradientFlowMonitor, PruningCallback
     from gflow_pl.channels import ChannelGraph, trace_channels
     from gflow_pl.importance import Importance, score_filters
     from gflow_pl.selection import select_units
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ChannelGraph": "channels",
     "ChannelGroup": "types",
+    "GradientFlowMonitor": "callbacks",
     "ImageClassifier": "tasks",
     "Importance": "importance",
     "KeepPlan": "types",
@@ -43,6 +44,7 @@ _ROOMS = ("data", "importance", "models")
 __all__ = [
     "ChannelGraph",
     "ChannelGroup",
+    "GradientFlowMonitor",
     "ImageClassifier",
     "Importance",
     "KeepPlan",

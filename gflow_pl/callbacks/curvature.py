@@ -1,0 +1,56 @@
+"""theta . H g: how gradient flow changes the gradient along the parameters, on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from gflow_pl.callbacks.loss import quiet
+from gflow_pl.importance.batches import batch_size
+from gflow_pl.importance.evaluation import one_weight_a_pass, scoring_mode
+from gflow_pl.importance.hessian import second_order_kernels
+from gflow_pl.importance.ranks import Ranks
+
+__all__ = ["curvature_along_gradient"]
+
+
+def curvature_along_gradient(
+    module: pl.LightningModule,
+    batch: Any,
+    loss_fn: Callable[[Any, Any], Tensor],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Gives theta . H g of every parameter that is trained, by name; scalars on the device, none is read on the host.
+
+    g is the gradient and H the Hessian of the mean loss with respect to these parameters, in evaluation mode; frozen
+    parameters, which gradient flow does not move, are constants. The module is afterwards as it was.
+
+    Args:
+        module: The module.
+        batch: A batch on the module's device.
+        loss_fn: ``loss_fn(module, batch)`` gives the scalar mean loss.
+        reduce: Averages a tensor over the ranks; g and H are then of the batches of all ranks.
+    """
+    moved = {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+    names, parameters = list(moved), list(moved.values())
+    ranks, count = Ranks(reduce), batch_size(batch)
+    with quiet(module), scoring_mode(module), second_order_kernels(), one_weight_a_pass():
+        loss = loss_fn(module, batch)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        direction = ranks.weighted_mean([g.detach() * count for g in gradients], count)
+        # A gradient without a graph of its own does not depend on the parameters: it adds nothing.
+        curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+        if not curved:
+            return {name: p.new_zeros(()) for name, p in moved.items()}
+        products = torch.autograd.grad(
+            [gradients[i] for i in curved],
+            parameters,
+            grad_outputs=[direction[i].to(gradients[i].dtype) for i in curved],
+            materialize_grads=True,
+        )
+    sums = [(p.detach() * product).sum() * count for p, product in zip(parameters, products, strict=True)]
+    return dict(zip(names, ranks.weighted_mean(sums, count), strict=True))
