@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +70,8 @@ class Call:
         labels: Labels of the outputs; None where the size follows whatever it meets.
         nodes: Nodes of inputs and outputs.
         site: The place in the code, where a choice was made or one may have to be made.
-        choices: Choices that the rule had at this site, 0 if there was nothing to choose.
+        choices: Choices that are left at this site.
+        place: The place in the code, where places were asked for.
         expected: (argument position, nodes): the number there is how many of these nodes are left.
     """
 
@@ -84,6 +84,7 @@ class Call:
     site: tuple[Any, ...] | None = None
     choices: int = 0
     expected: list[tuple[int, Nodes]] = field(default_factory=list)
+    place: tuple[Any, ...] | None = None
 
 
 def location() -> tuple[Any, ...]:
@@ -166,7 +167,7 @@ class Recorder(Watch):
         stand_ins: See `Watch`.
         meta: See `Watch`.
         choices: Place in the code to the number of the choice to make there.
-        frozen_sites: Places in the code where everything that moves is to be frozen, with the reason.
+        places: Whether to note where in the code every op is.
     """
 
     def __init__(
@@ -178,17 +179,17 @@ class Recorder(Watch):
         stand_ins: dict[int, Tensor],
         meta: bool,
         choices: dict[tuple[Any, ...], int],
-        frozen_sites: dict[tuple[Any, ...], str],
+        places: bool,
     ) -> None:
         super().__init__(stand_ins, meta)
         self.book, self.rules, self.names = book, rules, names
         self.pointwise, self.unknown = fallback
-        self.choices, self.frozen_sites = choices, frozen_sites
+        self.choices, self.places = choices, places
         self.tags: dict[int, Tag] = {}
         self.calls: list[Call] = []
         self.readers: dict[int, list[str]] = {}
         self.site: tuple[Any, ...] | None = None
-        self.num_choices = 0
+        self.choices_left = 0
         self.expected: list[tuple[int, Nodes]] = []
 
     # -- tags ---------------------------------------------------------------------------------------------------
@@ -229,8 +230,9 @@ class Recorder(Watch):
     def choose(self, num: int) -> int:
         """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails."""
         self.site = location()
-        self.num_choices = num
-        return min(self.choices.get(self.site, 0), num - 1)
+        choice = min(self.choices.get(self.site, 0), num - 1)
+        self.choices_left = num - 1 - choice
+        return choice
 
     def expect(self, position: int, nodes: Nodes) -> None:
         """The number at that position among the arguments is how many of these nodes are left."""
@@ -281,15 +283,12 @@ class Recorder(Watch):
             if id(tensor) in self.readers:
                 self.readers[id(tensor)].append(self.module_name)
         self._active = any(tag.active for tag in tags)
-        self.site, self.num_choices, self.expected = None, 0, []
+        self.site, self.choices_left, self.expected = None, 0, []
         nodes = [label for tag in tags for label in tag.labels if label is not None]
         rule(self, op)
         outs = [tensor for tensor in tree_flatten(op.out)[0] if isinstance(tensor, Tensor)]
         out_tags = [self.tag(tensor) for tensor in outs]
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
-        if self.frozen_sites and nodes and (why := self.frozen_sites.get(location())):
-            for vector in nodes:
-                self.book.freeze(vector, why)
         labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
         shapes = [tensor.shape for tensor in outs]
         self.calls.append(
@@ -301,14 +300,10 @@ class Recorder(Watch):
                 nodes,
                 self.module_name,
                 self.site,
-                self.num_choices,
+                self.choices_left,
                 self.expected,
+                location() if self.places else None,
             )
         )
 
     _active = False
-
-
-def repeated(vector: Nodes | None, positions: np.ndarray) -> Nodes | None:
-    """The labels at these positions, None for none."""
-    return None if vector is None else vector[positions]

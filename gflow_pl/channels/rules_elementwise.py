@@ -132,6 +132,16 @@ def _same(t: Recorder, op: Op) -> None:
     t.put(op.out, tag.labels, tag.zero, tag.uniform)
 
 
+def _restrided(t: Recorder, op: Op) -> None:
+    """The same positions in another memory layout; anything else that strides can do is not followed."""
+    x = op.tensors[0]
+    tag = t.tag(x)
+    if tuple(op.args[1]) == tuple(x.shape) and op.name == "as_strided_":
+        t.put(op.out, tag.labels, tag.zero, tag.uniform)
+    else:
+        unknown(t, op)
+
+
 def _in_place_fill(t: Recorder, op: Op) -> None:
     """The positions stay, the values are new."""
     target = op.tensors[0]
@@ -159,6 +169,7 @@ _NAMES: dict[Rule, str] = {
     _filled: "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor",
     _new: "arange rand randn randint randperm linspace eye tril_indices empty_strided new_empty_strided",
     _same: "detach alias clone contiguous _to_copy to lift_fresh lift resolve_conj resolve_neg",
+    _restrided: "as_strided as_strided_",
     _in_place_fill: "zero_ fill_ bernoulli_ uniform_ normal_ random_ exponential_",
 }
 ELEMENTWISE: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

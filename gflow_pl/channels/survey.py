@@ -197,14 +197,15 @@ class _Surveyor:
 def survey(
     stage: Stage,
     choices: dict[tuple[Any, ...], int],
-    frozen_sites: dict[tuple[Any, ...], str],
+    frozen_calls: dict[tuple[bool, int], str],
 ) -> Survey:
     """Runs the forward in both modes under the recorder.
 
     Args:
         stage: The model and its inputs.
         choices: Place in the code to the choice to make there.
-        frozen_sites: Places in the code where everything is to be frozen, with the reason.
+        frozen_calls: (training, number of the op), with the reason: everything that these ops and others at their places
+            in the code see is frozen.
     """
     tensors = tensor_names(stage.model)
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -218,7 +219,7 @@ def survey(
     }
     for training in (True, False):
         recorder = Recorder(
-            found.book, RULES, (pointwise, unknown), names, stand_ins, stage.meta, choices, frozen_sites
+            found.book, RULES, (pointwise, unknown), names, stand_ins, stage.meta, choices, bool(frozen_calls)
         )
         for tensor in stage.inputs:
             recorder.put(tensor, [None] * tensor.ndim)
@@ -236,7 +237,16 @@ def survey(
         if training in found.torn:
             _freeze_torn(found, recorder)
     _one_layer_a_norm(found)
+    _freeze_places(found, frozen_calls)
     return found
+
+
+def _freeze_places(found: Survey, frozen_calls: dict[tuple[bool, int], str]) -> None:
+    """Repeated blocks share their places in the code, and what is hard-coded in one is so in all."""
+    places = {found.calls[training][number].place: why for (training, number), why in frozen_calls.items()}
+    for call in (call for calls in found.calls.values() for call in calls if places and call.place in places):
+        for vector in call.nodes:
+            found.book.freeze(vector, places[call.place])
 
 
 def _freeze_torn(found: Survey, recorder: Recorder) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gflow_pl.channels.book import Nodes
 from gflow_pl.channels.cuts import Cuts, present_cuts, residual_cuts
 from gflow_pl.channels.graph import ChannelGraph
+from gflow_pl.channels.probe import Probe
 from gflow_pl.channels.stage import Stage, tensor_names
 from gflow_pl.channels.survey import INDEX, Survey, survey
 from gflow_pl.channels.units import Partition, partition
@@ -16,6 +17,7 @@ from gflow_pl.types import Layer
 
 __all__ = ["trace_channels"]
 
+_ROUNDS = 24
 _WIDTH = "what reads an expanded layer keeps its width"
 
 
@@ -60,8 +62,28 @@ def trace_channels(
         if value not in valid:
             raise ValueError(f"trace_channels: `{name}` must be one of {', '.join(map(repr, valid))}, got {value!r}.")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _, found = _first_survey(model, args)
-    _, parts = _partition(found, residual, frozen, exact_only, [])
+    choices: dict[tuple[Any, ...], int] = {}
+    frozen_calls: dict[tuple[bool, int], str] = {}
+    stage, found = _first_survey(model, args)
+    for _ in range(_ROUNDS):
+        cuts, parts = _partition(found, residual, frozen, exact_only, [])
+        probe = Probe(stage, found, cuts, parts)
+        blame = probe.shapes()
+        if blame is None:
+            break
+        if blame.site is not None:
+            choices[blame.site] = choices.get(blame.site, 0) + 1
+        elif blame.call is not None:
+            frozen_calls[blame.call] = blame.reason
+        found = survey(stage, choices, frozen_calls)
+    else:
+        for call in (call for calls in found.calls.values() for call in calls):
+            found.book.frozen += [(label, "the probe did not settle") for label in call.nodes]
+        cuts, parts = _partition(found, residual, frozen, exact_only, [])
+        return _graph(model, found, parts)
+    numbers = probe.numbers()
+    if numbers:
+        _, parts = _partition(found, residual, frozen, exact_only, numbers)
     return _graph(model, found, parts)
 
 

@@ -1,0 +1,261 @@
+"""Runs the network at smaller shapes and compares every op with what the survey predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gflow_pl.channels.attributes import shape_attributes
+from gflow_pl.channels.book import Nodes
+from gflow_pl.channels.cuts import Cuts
+from gflow_pl.channels.recorder import Call, Watch
+from gflow_pl.channels.stage import Stage, tensor_names
+from gflow_pl.channels.survey import Survey
+from gflow_pl.channels.units import Partition
+
+__all__ = ["Blame", "Probe"]
+
+_SHARE = 0.37  # of a group's units that the probe removes: sizes that no hard-coded number meets by chance
+# copies that come and go with the memory layout
+_SILENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "as_strided_"])
+# whole numbers among their arguments are sizes, which the shapes of the outputs show
+_SIZED = frozenset(
+    """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
+    new_zeros new_ones new_full new_empty zeros ones full empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
+    native_group_norm convolution _convolution slice as_strided arange channel_shuffle native_channel_shuffle""".split()  # noqa: SIM905
+)
+
+
+@dataclass(eq=False)
+class Blame:
+    """What the survey has to do otherwise next time.
+
+    Attributes:
+        site: Place in the code whose next choice is to be taken, or None.
+        call: (training, number of the op) whose labels are to be frozen, or None.
+        reason: Why they are frozen.
+    """
+
+    site: tuple[Any, ...] | None
+    call: tuple[bool, int] | None
+    reason: str
+
+
+class _Mismatch(Exception):
+    """An op did not come out as predicted."""
+
+
+class _Watcher(Watch):
+    """Counts along with the recorded ops, and stops where something differs."""
+
+    def __init__(self, stand_ins: dict[int, Tensor], meta: bool, calls: Sequence[Call], gone: Nodes) -> None:
+        super().__init__(stand_ins, meta)
+        self.calls, self.gone = calls, gone
+        self.at = -1
+        self.differing: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flat, spec = tree_flatten((args, kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        call = None if name in _SILENT else self._next(name)
+        numbers = self.remembered(flat) if call is not None else ()
+        args, kwargs = tree_unflatten([self.standing_in(value) for value in flat], spec)
+        out = func(*args, **kwargs)
+        self.alive.append(out)
+        if call is not None:
+            self._compare(call, [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)], numbers, args)
+        return out
+
+    def _next(self, name: str) -> Call:
+        self.at += 1
+        while self.at < len(self.calls) and self.calls[self.at].name in _SILENT:
+            self.at += 1
+        if self.at >= len(self.calls) or self.calls[self.at].name != name:
+            raise _Mismatch("the forward takes another path at smaller shapes")
+        return self.calls[self.at]
+
+    def _compare(self, call: Call, outs: list[Tensor], numbers: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+        for out, shape, labels in zip(outs, call.shapes, call.labels, strict=True):
+            if labels is None:
+                continue
+            for dim, (size, label) in enumerate(zip(shape, labels, strict=True)):
+                left = size if label is None else size - int(self.gone[label].sum())
+                if out.shape[dim] != left:
+                    raise _Mismatch(f"a size that does not follow the channels ('{call.name}')")
+        for position, nodes in call.expected:
+            if args[position] != len(nodes) - int(self.gone[nodes].sum()):
+                raise _Mismatch(f"a position that does not follow the channels ('{call.name}')")
+        if _comparable(call.name, call.numbers) != _comparable(call.name, numbers):
+            self.differing.append(self.at)
+
+
+def _comparable(name: str, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x for x in numbers if isinstance(x, float)) if name in _SIZED else numbers
+
+
+class Probe:
+    """A trial removal of some units of every group.
+
+    Args:
+        stage: The model and its inputs.
+        found: The survey.
+        cuts: The layers that are expanded.
+        parts: The units and groups to try.
+    """
+
+    def __init__(self, stage: Stage, found: Survey, cuts: Cuts, parts: Partition) -> None:
+        self.stage, self.found, self.cuts, self.parts = stage, found, cuts, parts
+        self.live = np.zeros(found.book.num_nodes, dtype=bool)
+        for roots in parts.unit_roots:
+            if len(roots) > 1:
+                self.live[roots] = True
+        self.live = self.live[parts.root]
+        self.differing: list[tuple[bool, int]] = []
+
+    def shapes(self) -> Blame | None:
+        """Removes units of all groups; None if every op came out as predicted."""
+        return self._try(exact=False)
+
+    def numbers(self) -> list[tuple[Nodes, str]]:
+        """Nodes whose removal changes a plain number that some op is given, beyond those known to be soft."""
+        soft: list[tuple[Nodes, str]] = []
+        looked_at = self.differing
+        for _ in range(8):
+            for training, number in looked_at:
+                soft += self._soften(training, number)
+            if not looked_at or self._try(exact=True, soft=soft) is not None:
+                break
+            looked_at = self.differing
+        return soft
+
+    def _soften(self, training: bool, number: int) -> list[tuple[Nodes, str]]:
+        """The units that the op sees, or those that the nearest op before it sees."""
+        calls = self.found.calls[training]
+        name = calls[number].name
+        for call in reversed(calls[: number + 1]):
+            seen = [nodes for nodes in call.nodes if self.live[nodes].any()]
+            if seen and not all(self.still[nodes].all() for nodes in seen):
+                return [(nodes, f"a number that follows the width ('{name}')") for nodes in seen]
+        return []
+
+    # -- one trial ---------------------------------------------------------------------------------------------------
+
+    def _removed(self, exact: bool, soft: Sequence[tuple[Nodes, str]]) -> Nodes:
+        """Which nodes go in this trial; `self.still` are those that do not go for being soft."""
+        root = self.parts.root
+        skip = np.zeros(self.found.book.num_nodes, dtype=bool)
+        for nodes, _ in soft:
+            skip[root[nodes]] = True
+        gone = np.zeros(self.found.book.num_nodes, dtype=bool)
+        rng = np.random.default_rng(0)
+        for group, roots in zip(self.parts.groups, self.parts.unit_roots, strict=True):
+            num = min(max(1, round(len(roots) * _SHARE)), len(roots) - 1)
+            rows = roots[rng.permutation(len(roots))[:num]]
+            if exact and (group.inexact is not None):
+                skip[roots] = True
+            gone[rows[~skip[rows]]] = True
+        self.still = skip[root]
+        return gone[root]
+
+    def _try(self, exact: bool, soft: Sequence[tuple[Nodes, str]] = ()) -> Blame | None:
+        self.gone = self._removed(exact, soft)
+        self.differing = []
+        stand_ins = self._stand_ins()
+        for training, calls in self.found.calls.items():
+            if training in self.found.torn:
+                continue
+            watcher = _Watcher(stand_ins, self.stage.meta, calls, self.gone)
+            with self.stage.set(stand_ins, training):
+                self._set_attributes()
+                try:
+                    self.stage.run(watcher, lambda name, module, args: None, self._leave)
+                except Exception as error:
+                    return self._blame(training, watcher.at, error)
+            self.differing += [(training, number) for number in watcher.differing]
+        return None
+
+    def _stand_ins(self) -> dict[int, Tensor]:
+        book = self.found.book
+        keep: dict[str, dict[int, Tensor]] = {}
+        for (name, dim), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
+            if not name.startswith("@") and self.gone[start:stop].any():
+                left = np.flatnonzero(~self.gone[start:stop])
+                keep.setdefault(name, {})[dim] = torch.from_numpy(left)
+        tensors = tensor_names(self.stage.model)
+        return {id(tensor): self.stage.stand_in(tensor, keep.get(name)) for name, tensor in tensors.items()}
+
+    def _set_attributes(self) -> None:
+        for module in self.stage.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            own = {**module._parameters, **module._buffers}
+            if "parametrizations" in module._modules:
+                own.update(module._modules["parametrizations"].named_parameters(prefix="parametrizations"))  # type: ignore[union-attr]
+            shapes = {name: tuple(x.shape) for name, x in own.items() if x is not None}
+            for attribute, value in shape_attributes(module, shapes).items():
+                if attribute in vars(module):
+                    module.__dict__[attribute] = value
+        book = self.found.book
+        modules = dict(self.stage.model.named_modules())
+        for (table, _), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
+            if table.startswith("@attribute"):
+                _, module_name, attribute = table.split(":")
+                _set(modules[module_name].__dict__, attribute, stop - start - int(self.gone[start:stop].sum()))
+
+    def _leave(self, name: str, module: nn.Module, output: Any) -> Any:
+        """Behind a cut everything sees the old width; an expansion that is there already does so by itself."""
+        if name not in self.cuts.modules or name in self.found.expanded or not isinstance(output, Tensor):
+            return None
+        boundary = next((b for b in self.found.book.boundaries if b.module == name), None)
+        if boundary is None:
+            return None
+        shape = list(output.shape)
+        shape[boundary.dim] = len(boundary.inner)
+        with _disable_current_modes():
+            full = torch.zeros(shape, dtype=output.dtype, device=output.device)
+            if not self.stage.meta:
+                left = torch.from_numpy(np.flatnonzero(~self.gone[boundary.inner])).to(output.device)
+                full.index_copy_(boundary.dim, left, output)
+        return full
+
+    # -- blame ---------------------------------------------------------------------------------------------------------
+
+    def _blame(self, training: bool, number: int, error: Exception) -> Blame:
+        """The nearest choice before the op that has an alternative, else the nearest op with units that move."""
+        calls = self.found.calls[training]
+        number = min(max(number, 0), len(calls) - 1)
+        reason = str(error) if isinstance(error, _Mismatch) else "a size that does not follow the channels"
+        moving = [nodes[self.live[nodes]] for nodes in calls[number].nodes]
+        targets = np.unique(self.parts.root[np.concatenate([np.zeros(0, np.int64), *moving])])
+        for i in range(number, -1, -1):
+            call = calls[i]
+            if call.site is None or call.choices <= 0:
+                continue
+            mine = [self.parts.root[nodes[self.live[nodes]]] for nodes in call.nodes]
+            mine = [roots for roots in mine if len(roots)]
+            if mine and (not len(targets) or np.isin(np.concatenate(mine), targets).any()):
+                return Blame(call.site, None, reason)
+        for i in range(number, -1, -1):
+            if any(self.live[nodes].any() for nodes in calls[i].nodes):
+                return Blame(None, (training, i), reason)
+        for i in range(number, len(calls)):
+            if any(self.live[nodes].any() for nodes in calls[i].nodes):
+                return Blame(None, (training, i), reason)
+        return Blame(None, (training, number), reason)
+
+
+def _set(attributes: dict[str, Any], attribute: str, value: int) -> None:
+    name, _, place = attribute.partition("[")
+    if not place:
+        attributes[name] = value
+        return
+    parts = list(attributes[name])
+    parts[int(place[:-1])] = value
+    attributes[name] = parts
