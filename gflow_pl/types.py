@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -136,7 +137,7 @@ class ChannelGroup:
         if (self.kind == "expand") != (self.expansion is not None):
             raise ValueError(f"{where}: an 'expand' group, and no other, names its expansion.")
         kept = self.kept
-        if any(a >= b for a, b in zip(kept, kept[1:], strict=False)) or (
+        if any(a >= b for a, b in pairwise(kept)) or (
             kept and not 0 <= kept[0] <= kept[-1] < self.original_size
         ):
             raise ValueError(f"{where}: `kept` must ascend within 0..{self.original_size - 1}.")
@@ -170,7 +171,9 @@ class Scores(Mapping[str, Tensor]):
         for name, vector in scores.items():
             if not isinstance(vector, Tensor) or vector.ndim != 1:
                 shape = tuple(getattr(vector, "shape", ()))
-                raise ValueError(f"Scores of layer '{name}' must be a vector over its output channels, got shape {shape}.")
+                raise ValueError(
+                    f"Scores of layer '{name}' must be a vector over its output channels, got shape {shape}."
+                )
         bad = self._first_not_finite(scores)
         if bad is not None:
             by = f" by measure '{measure}'" if measure else ""
@@ -215,9 +218,7 @@ class KeepPlan(Mapping[str, Tensor]):
         ValueError: An entry is not a bool vector.
     """
 
-    def __init__(
-        self, keep: Mapping[str, Tensor], *, asked: float | None = None, reached: float | None = None
-    ) -> None:
+    def __init__(self, keep: Mapping[str, Tensor], *, asked: float | None = None, reached: float | None = None) -> None:
         for name, vector in keep.items():
             if not isinstance(vector, Tensor) or vector.dtype != torch.bool or vector.ndim != 1:
                 raise ValueError(f"Plan of group '{name}' must be a bool vector over its units, got {vector!r:.80}.")
@@ -279,7 +280,9 @@ class Structure:
         for name, entry in self.expansions.items():
             index, width = entry.get("index"), entry.get("width")
             if not isinstance(width, int) or not isinstance(entry.get("dim"), int) or not isinstance(index, list):
-                raise ValueError(f"Structure: the expansion of '{name}' needs 'dim', 'width' and 'index', got {entry!r:.120}.")
+                raise ValueError(
+                    f"Structure: the expansion of '{name}' needs 'dim', 'width' and 'index', got {entry!r:.120}."
+                )
             if any(not isinstance(i, int) or not 0 <= i < width for i in index) or len(set(index)) != len(index):
                 raise ValueError(f"Structure: the expansion of '{name}' scatters outside 0..{width - 1} or twice.")
 
@@ -301,7 +304,9 @@ class Structure:
         """
         if not isinstance(data, Mapping) or data.get("version") != 1:
             found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"Structure: expected plain data of version 1, got {found!r}; this file needs another gflow_pl.")
+            raise ValueError(
+                f"Structure: expected plain data of version 1, got {found!r}; this file needs another gflow_pl."
+            )
         missing = _STRUCTURE_KEYS - set(data)
         if missing:
             raise ValueError(f"Structure: the keys {sorted(missing)} are missing.")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from gflow_pl.data.augment import ToInputs
 from gflow_pl.data.images import ImageSet
+from gflow_pl.data.sharing import EachOnce, even_batch_size
 
 __all__ = ["ImageDataModule"]
 
@@ -138,11 +139,15 @@ class ImageDataModule(pl.LightningDataModule):
         return self._parts[part]
 
     def _loader(self, part: Part, *, training: bool = False) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        rank = self.trainer.global_rank if self.trainer is not None else 0
+        rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        images, batch_size, sampler = self._part(part), self.batch_size, None
+        if num_ranks > 1 and not training and even_batch_size(batch_size, len(images), num_ranks):
+            batch_size, sampler = even_batch_size(batch_size, len(images), num_ranks), EachOnce(images, num_ranks, rank)
         return DataLoader(
-            self._part(part),
-            batch_size=self.batch_size,
+            images,
+            batch_size=batch_size,
             shuffle=training,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=ToInputs(augment=training and self.augments, rank=rank),
             pin_memory=torch.cuda.is_available(),

@@ -1,0 +1,35 @@
+# Each command does all its own set-up: it makes .venv once, then again only when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint test-slow clean
+
+demo: $(STAMP)
+	$(BIN)/gflow prune --config configs/demo.yaml --name $(RUN)
+	$(BIN)/gflow test --ckpt_path checkpoints/$(RUN)/best.ckpt --base checkpoints/$(RUN)/unpruned.ckpt --name $(RUN)-test
+	@echo "Accuracy and filters left over the epochs: checkpoints/$(RUN)/training.png"
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gflow_pl needs Python >= 3.11: make PYTHON=python3.11 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,98 @@
+"""The loss that scores are taken from: the module's own training step, run without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+__all__ = ["classifies", "default_logits", "first_input", "quiet", "training_loss"]
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
+    """The scalar loss that the module's `training_step` returns for a batch.
+
+    Raises:
+        ValueError: The step returns no loss.
+    """
+    output = module.training_step(batch, 0)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"`training_step` of {type(module).__name__} returned {type(output).__name__}, expected a loss: "
+            "give the PruningCallback a `loss_fn(module, batch)` that returns the scalar loss."
+        )
+    return loss
+
+
+def default_logits(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits and labels of an (inputs, targets) batch, from the module's `forward`."""
+    return module(batch[0]), batch[1]
+
+
+def first_input(batch: Any) -> Any:
+    """What a module's `forward` is called with, for a batch of (inputs, targets) or of inputs alone."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
+
+
+def classifies(module: pl.LightningModule, batch: Any) -> bool:
+    """Whether `forward` of a batch's inputs gives logits (examples, classes), and the batch has a label for each."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        return False
+    labels = batch[1]
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        return False
+    flags = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad(), quiet(module):
+            logits = module(batch[0])
+    except Exception:  # whatever a foreign forward raises on these inputs: then it gives no logits
+        return False
+    finally:
+        for m, training in flags.items():
+            m.training = training
+    return isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands in for `log` and `log_dict`."""
+
+
+@contextmanager
+def quiet(module: pl.LightningModule) -> Iterator[None]:
+    """Within, the module logs nothing, and its metrics are afterwards what they were."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    saved = [(m, _metric_state(m)) for m in metrics]
+    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        module.__dict__[name] = _nothing
+    try:
+        yield
+    finally:
+        for name, before in silenced.items():
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+        for metric, state in saved:
+            metric.__dict__.update(state)
+
+
+def _metric_state(metric: nn.Module) -> dict[str, Any]:
+    """A metric's states and counters; lists are copied, tensors cloned, since updates may work in place."""
+    state = {}
+    for name in (*metric._defaults, "_update_count", "_computed", "_update_called"):  # type: ignore[arg-type,misc]
+        if name in metric.__dict__:
+            value = metric.__dict__[name]
+            state[name] = (
+                value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+            )
+    return state

@@ -1,0 +1,184 @@
+"""One round on one network: score, decide, rewrite, and tell what it did."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from gflow_pl.callbacks.loss import first_input, training_loss
+from gflow_pl.callbacks.ranks import rebuild_wrapper
+from gflow_pl.callbacks.twins import is_a
+from gflow_pl.channels import ChannelGraph, trace_channels
+from gflow_pl.surgery import drop_state, rewrite
+from gflow_pl.types import ChannelGroup, KeepPlan
+
+__all__ = [
+    "Stopwatch",
+    "apply_plan",
+    "count_accuracy",
+    "loss_and_gradient_norm",
+    "reset_best",
+    "stem_groups",
+    "trace_module",
+    "units_gone",
+]
+
+log = logging.getLogger(__name__)
+
+
+class _Step(nn.Module):
+    """Runs a module's training step as its forward, for a module whose `forward` cannot be called on a batch."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        self.__dict__["module"] = module
+
+    def forward(self, batch: Any) -> Tensor:
+        return training_loss(self.__dict__["module"], batch)
+
+
+def trace_module(module: pl.LightningModule, batch: Any, **options: Any) -> ChannelGraph:
+    """Trace a LightningModule on a batch as it stands in training.
+
+    `forward` is tried on the module's `example_input_array`, on the batch's first part, and on the whole batch.
+
+    Raises:
+        ValueError: `forward` runs on none of them.
+    """
+    example = module.example_input_array
+    candidates = [] if example is None else [example]
+    candidates += [(first_input(batch),), (batch,)]
+    reasons = []
+    for candidate in candidates:
+        try:
+            return trace_channels(module, candidate, **options)
+        except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
+            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+    raise ValueError(
+        f"`forward` of {type(module).__name__} runs neither on the first part of a training batch nor on the whole batch "
+        f"({reasons[-2]}); set the module's `example_input_array` to inputs that it takes."
+    )
+
+
+def stem_groups(graph: ChannelGraph) -> list[str]:
+    """Expanded groups whose layer reads the network's input: where a residual stream begins (the paper protects it)."""
+    return [
+        group.name
+        for group in graph.groups
+        if group.kind == "expand" and any(graph.layers[part.layer].reads_input for part in group.layers)
+    ]
+
+
+def apply_plan(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    graph: ChannelGraph,
+    plan: KeepPlan,
+    *,
+    keep_momentum: bool,
+    copies: Iterable[dict[str, Tensor]] = (),
+) -> None:
+    """Rewrite the module and everything of the Trainer that has its shape."""
+    optimizers = list(trainer.strategy.optimizers)
+    averages = [c._average_model.module for c in trainer.callbacks if is_a(c, "WeightAveraging") and c._average_model]
+    if not keep_momentum:
+        drop_state(optimizers)
+    # Other callbacks may hold tensors of the parameters' shapes, and say so by this method.
+    held = [c.tensors_by_name() for c in trainer.callbacks if hasattr(c, "tensors_by_name")]
+    rewrite(module, graph, plan, optimizers=optimizers, copies=[*averages, *copies, *held])
+    if _is_compiled(module):
+        # One recompilation a round would soon reach dynamo's limit, after which it silently stops compiling.
+        torch._dynamo.reset()
+    rebuild_wrapper(trainer, module)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_compiler_ctx")
+        for m in module.modules()
+    )
+
+
+def reset_best(trainer: pl.Trainer) -> list[str]:
+    """Make monitored ModelCheckpoints start anew: what was best before the cut is another network."""
+    forgotten = []
+    for checkpoint in trainer.callbacks:
+        if is_a(checkpoint, "ModelCheckpoint") and getattr(checkpoint, "monitor", None) is not None:
+            if checkpoint.best_model_path:
+                forgotten.append(checkpoint.best_model_path)
+            _forget(checkpoint)
+    return forgotten
+
+
+def _forget(checkpoint: ModelCheckpoint) -> None:
+    checkpoint.best_k_models = {}
+    checkpoint.kth_best_model_path = ""
+    checkpoint.best_model_score = None
+    checkpoint.best_model_path = ""
+    checkpoint.kth_value = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+
+
+def loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
+    """(2,) loss and L2 norm of its gradient on one batch, in evaluation mode; `.grad` is not touched."""
+    flags = {m: m.training for m in module.modules()}
+    parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
+    try:
+        module.eval()
+        with torch.enable_grad():
+            loss = loss_fn(module, batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for m, training in flags.items():
+            m.training = training
+    squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
+    norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
+    return torch.stack([loss.detach().float(), norm.float()])
+
+
+def count_accuracy(
+    module: pl.LightningModule, batches: Iterable[Any], logits_fn: Callable[[Any, Any], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """(2,) number of right answers and of examples, in evaluation mode; float64."""
+    flags = {m: m.training for m in module.modules()}
+    device = next(module.parameters()).device
+    right, total = torch.zeros((), device=device, dtype=torch.float64), 0
+    try:
+        module.eval()
+        with torch.no_grad():
+            for batch in batches:
+                logits, labels = logits_fn(module, batch)
+                right += (logits.argmax(dim=1) == labels).sum()
+                total += len(labels)
+    finally:
+        for m, training in flags.items():
+            m.training = training
+    return torch.stack([right, torch.full_like(right, total)])
+
+
+def units_gone(before: Iterable[ChannelGroup], after: Iterable[ChannelGroup]) -> str:
+    """JSON: layer name to the filters that a round took from it."""
+    left: dict[str, int] = {}
+    for groups, sign in ((before, 1), (after, -1)):
+        for group in groups:
+            for part in group.layers:
+                left[part.layer] = left.get(part.layer, 0) + sign * part.index.size
+    return json.dumps({layer: count for layer, count in left.items() if count})
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds, to the millisecond."""
+        return round(time.perf_counter() - self._start, 3)

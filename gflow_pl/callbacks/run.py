@@ -1,0 +1,136 @@
+"""A run's folder: one row an epoch in metrics.csv, the best and the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from typing_extensions import override
+
+from gflow_pl.callbacks.pruning import PruningCallback
+from gflow_pl.files import write_rows
+
+__all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
+
+METRIC_COLUMNS = (
+    "epoch",
+    "phase",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "lr",
+    "filters",
+)
+
+
+def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
+    """The Trainer's PruningCallback, if it has one."""
+    return next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)
+
+
+class RunRecorder(Callback):
+    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each.
+
+    The rows are in its state, so a resumed run carries on with those of its parent. Test columns hold the metrics of the
+    validation loader, which is the test set unless the data module keeps a share of the training set for it.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.rows: list[dict[str, Any]] = []
+        self._lr: float | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the rows are written."""
+        return self.folder / "metrics.csv"
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the learning rate that the epoch is trained with."""
+        groups = [group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups]
+        self._lr = float(groups[0]["lr"]) if groups else None
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds the epoch's row."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        pruning = pruning_callback(trainer)
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "phase": pruning.phase(trainer.current_epoch) if pruning else "final",
+            "lr": pruning.held_lr if pruning and pruning.held_lr else self._lr,
+            "filters": pruning.num_filters if pruning else None,
+        }
+        for name, value in metrics.items():
+            row[name.replace("val_", "test_", 1) if name.startswith("val_") else name] = value
+        self.rows = [old for old in self.rows if old["epoch"] != row["epoch"]] + [row]
+        if trainer.is_global_zero:
+            write_rows(self.path, self.rows, METRIC_COLUMNS)
+            if pruning is not None:
+                write_rows(self.folder / "pruning.csv", pruning.rows)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": [dict(row) for row in self.rows]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the rows of the run that is resumed."""
+        self.rows = [dict(row) for row in state_dict["rows"]]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the epoch with the best validation accuracy, among those after the last pruning round, as ``best.ckpt``.
+
+    Args:
+        folder: The run's folder.
+        monitor: The metric, higher is better.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], monitor: str = "val_accuracy") -> None:
+        super().__init__(dirpath=folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves after validation, once the network has its final shape."""
+        if _has_final_shape(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves at the end of an epoch, once the network has its final shape."""
+        if _has_final_shape(trainer) and self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the last finished epoch as ``last.ckpt``, whatever its metrics: the file that a run is resumed from.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__(
+            dirpath=folder, filename="last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Its own, beside that of a monitored ModelCheckpoint."""
+        return "LastCheckpoint"
+
+
+def _has_final_shape(trainer: pl.Trainer) -> bool:
+    pruning = pruning_callback(trainer)
+    return pruning is None or pruning.finished

@@ -1,0 +1,53 @@
+"""Every checkpoint carries the shape of its network, and is loaded into that shape.
+
+Lightning loads a model before it calls a callback's load hook, so the module itself must do it: the instance's two
+checkpoint hooks are wrapped. A module that is a `StructureMixin` does it by itself.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from typing_extensions import override
+
+from gflow_pl.callbacks.checkpoint_io import use_atomic_files
+from gflow_pl.surgery import StructureMixin, add_structure, apply_from_checkpoint
+
+__all__ = ["CarriesStructure"]
+
+
+# Named like the hooks they stand for: a bound method is pickled by its name.
+
+
+def on_save_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Adds the structure, then does what the class does."""
+    add_structure(module, checkpoint)
+    type(module).on_save_checkpoint(module, checkpoint)
+
+
+def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Takes the file's shape, then does what the class does."""
+    apply_from_checkpoint(module, checkpoint)
+    type(module).on_load_checkpoint(module, checkpoint)
+
+
+class CarriesStructure(Callback):
+    """Makes every checkpoint of a module carry its network's shape, and load into it, bigger or smaller.
+
+    For networks that were pruned before and are trained, tested or used without a `PruningCallback`, which does the
+    same. It needs nothing of the module. The two wrapped hooks stay on the instance: a pruned network that is saved when
+    training is over needs its shape in the file as well.
+    """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wraps the module's checkpoint hooks, and has files written whole or not at all."""
+        use_atomic_files(trainer)
+        if isinstance(pl_module, StructureMixin):
+            return
+        for hook in (on_save_checkpoint, on_load_checkpoint):
+            # Bound: WeightAveraging deep-copies the module, and a copy must speak of itself.
+            pl_module.__dict__[hook.__name__] = MethodType(hook, pl_module)

@@ -1,0 +1,61 @@
+"""Run a command; what is the user's mistake ends in one sentence."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from gflow_pl.cli.app import GflowCLI
+from gflow_pl.cli.configs import with_config_paths
+from gflow_pl.cli.folder import release_if_empty
+
+__all__ = ["run"]
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    _quieten()
+    GflowCLI.folder = None
+    try:
+        GflowCLI(with_config_paths(arguments))
+    except (ValueError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
+        if _is_ours(error):
+            print(f"gflow {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        raise
+    except KeyboardInterrupt:
+        print(f"gflow {arguments[0]}: stopped.", file=sys.stderr)
+        return 130
+    finally:
+        release_if_empty(GflowCLI.folder)
+    return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the sentence was written for the user: raised by us, or by Lightning's own checks."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return module.startswith("gflow_pl")
+
+
+def _quieten() -> None:
+    """Keep advertisements and known harmless warnings off the screen."""
+    dull = ("litlogger", "litmodels", "Trainer already configured with model summary", "was configured so")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: not any(word in record.getMessage() for word in dull)
+    )
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*callbacks used to create the checkpoint.*",
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,42 @@
+"""Evaluation images shared among ranks, each image exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import Dataset, DistributedSampler
+
+__all__ = ["EachOnce", "even_batch_size"]
+
+
+class EachOnce(DistributedSampler[Any]):
+    """Every rank's share of the images in order; none is repeated to make the shares equal.
+
+    Lightning's own sampler repeats images, which then count twice in an accuracy.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_ranks: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=False)
+        self._length = len(dataset)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._length, self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self._length, self.num_replicas))
+
+
+def even_batch_size(batch_size: int, num_images: int, num_ranks: int) -> int:
+    """The largest batch size up to `batch_size` with which all ranks have equally many batches; 0 if there is none.
+
+    DistributedDataParallel shares buffers at every forward, so a rank with one batch more would wait for ever.
+
+    Example:
+        >>> even_batch_size(8, 33, 2)  # 17 and 16 images: with 8 a batch, three batches and two
+        7
+    """
+    smallest, surplus = divmod(num_images, num_ranks)
+    if surplus == 0:
+        return batch_size
+    return next((size for size in range(batch_size, 0, -1) if smallest % size != 0), 0)

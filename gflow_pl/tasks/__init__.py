@@ -1,0 +1,6 @@
+"""LightningModules that wrap a network for training."""
+
+from gflow_pl.tasks.classification import ImageClassifier
+from gflow_pl.tasks.pretrained import load_pretrained
+
+__all__ = ["ImageClassifier", "load_pretrained"]

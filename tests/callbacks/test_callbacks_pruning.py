@@ -1,0 +1,470 @@
+"""PruningCallback on a user's module, with real Trainers."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch._dynamo.testing import CompileCounter
+from torch.utils.data import DataLoader, IterableDataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_nets import SmallModule, images, loader, trainer
+
+import gflow_pl
+from gflow_pl import PruningCallback
+from gflow_pl.callbacks.refusals import refuse_what_cannot_work
+
+
+def shuffled(number: int = 64) -> DataLoader:
+    return DataLoader(images(number), batch_size=16, shuffle=True)
+
+
+def callback(**options) -> PruningCallback:
+    return PruningCallback(**{"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32, **options})
+
+
+def state_of(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def fit(folder, module=None, pruning=None, *, seed: int = 0, ckpt_path=None, data=None, val=None, **options):
+    """Train a small module; the module, its callback and the Trainer."""
+    pl.seed_everything(seed)
+    module = module or SmallModule(dropout=0.2)
+    pruning = pruning or callback()
+    callbacks = [pruning, *options.pop("callbacks", [])]
+    run = trainer(folder, callbacks=callbacks, **options)
+    run.fit(module, shuffled() if data is None else data, val, ckpt_path=ckpt_path, weights_only=True)
+    return module, pruning, run
+
+
+# What it does
+
+
+def test_rounds_are_cut_on_time_and_reach_the_fraction_exactly(tmp_path) -> None:
+    module, pruning, run = fit(tmp_path, pruning=callback(rounds=3, warmup_epochs=1, keep_momentum=True), max_epochs=6)
+    assert [row["epoch"] for row in pruning.rows] == [2, 3, 4]
+    total = 8 + 8 + 8 + 12
+    assert pruning.rows[-1]["filters_left"] == total - total // 2
+    assert pruning.rows[-1]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert module.net[4].weight.shape[0] == module.net[4].out_channels == module.net[9].in_features
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
+            for parameter in group["params"]:
+                assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
+
+
+def test_the_stem_of_a_residual_stream_stays_whole_unless_asked(tmp_path) -> None:
+    module, _, _ = fit(tmp_path)
+    assert module.net[0].out_channels == 8
+    module, _, _ = fit(tmp_path, pruning=callback(protect_stem=False, measure="random", fraction=0.8))
+    assert module.net[0].out_channels < 8
+
+
+def test_a_cut_that_takes_nothing_disturbs_nothing(tmp_path) -> None:
+    """Scoring, tracing and measuring leave weights, statistics and random numbers as they were."""
+    one, pruning, _ = fit(tmp_path, pruning=callback(fraction=0.001, rounds=2, keep_momentum=True), val=shuffled(32))
+    assert [row["filters_removed"] for row in pruning.rows] == [0, 0]
+    pl.seed_everything(0)
+    two = SmallModule(dropout=0.2)
+    trainer(tmp_path).fit(two, shuffled(), shuffled(32))
+    assert_equal(state_of(one), state_of(two))
+
+
+def test_momentum_is_dropped_unless_it_is_kept(tmp_path) -> None:
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen[trainer.current_epoch] = len(trainer.optimizers[0].state)
+
+    fit(tmp_path, pruning=callback(keep_momentum=False), callbacks=[Look()])
+    assert seen[1] == seen[2] == 0
+    assert seen[3] > 0
+    fit(tmp_path, pruning=callback(keep_momentum=True), callbacks=[Look()])
+    assert seen[1] > 0
+    assert seen[2] > 0
+
+
+def test_a_subclass_decides_when_and_who(tmp_path) -> None:
+    class Mine(PruningCallback):
+        def should_prune(self, epoch):
+            return epoch == 2 and self.rounds_done == 0
+
+        def select(self, graph, scores):
+            keep = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
+            keep["net.4"][:3] = False
+            return gflow_pl.KeepPlan(keep)
+
+    with pytest.warns(UserWarning, match="1 of 2 rounds"):
+        module, pruning, _ = fit(tmp_path, pruning=Mine("magnitude", fraction=0.5, rounds=2))
+    assert module.net[4].out_channels == 9
+    assert [row["epoch"] for row in pruning.rows] == [2]
+
+
+@pytest.mark.parametrize("target", ["parameters", "macs"])
+def test_a_target_in_parameters_or_multiply_accumulates_is_reached(target, tmp_path) -> None:
+    _, pruning, _ = fit(tmp_path, pruning=callback(target=target, fraction=0.5, rounds=2))
+    reached = pruning.rows[-1]["fraction_reached"]
+    assert 0.4 < reached <= 0.5 + 1e-9
+
+
+def test_cuts_at_given_epochs_may_begin_before_the_first_step(tmp_path) -> None:
+    _, pruning, _ = fit(tmp_path, pruning=callback(epochs=[0, 2]))
+    assert [row["epoch"] for row in pruning.rows] == [0, 2]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"measure": "magnitude", "keep_momentum": True, "prune_lr": 0.01},
+        {"measure": "random"},
+        {"measure": "loss", "bias": "distance_from_init", "keep_momentum": True},
+        {"measure": "grasp"},
+        {"measure": "biased_loss_tracked"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "loss",
+)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(options, optimizer, tmp_path) -> None:
+    def settings(**more):
+        return {"pruning": callback(**options), "module": SmallModule(optimizer, dropout=0.2), "max_epochs": 5, **more}
+
+    pl.seed_everything(0)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, first, run = fit(tmp_path, callbacks=[keep], **settings())
+    compared = 0
+    for epoch in (0, 1, 2):
+        file = tmp_path / f"epoch={epoch}.ckpt"
+        pl.seed_everything(99)
+        again, second, resumed = fit(tmp_path, seed=123, ckpt_path=file, **settings())
+        assert_equal(state_of(whole), state_of(again))
+        drop = {"seconds"}
+        assert [{k: v for k, v in row.items() if k not in drop} for row in first.rows] == [
+            {k: v for k, v in row.items() if k not in drop} for row in second.rows
+        ]
+        for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+            for key, value in run.optimizers[0].state[a].items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(value, resumed.optimizers[0].state[b][key])
+                    compared += 1
+    assert compared > 0
+
+
+def test_a_schedule_that_contradicts_the_rounds_done_is_refused_and_a_changed_one_reported(tmp_path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, callbacks=[keep])
+    file = tmp_path / "epoch=1.ckpt"
+    with pytest.raises(ValueError, match="has done 1 rounds"):
+        fit(tmp_path, pruning=callback(fraction=0.7), ckpt_path=file)
+    with pytest.warns(UserWarning, match="the schedule has changed"):
+        _, pruning, _ = fit(tmp_path, pruning=callback(measure="magnitude"), ckpt_path=file)
+    assert [row["measure"] for row in pruning.rows] == ["loss", "magnitude"]
+
+
+# Checkpoints
+
+RELOAD = """
+import sys, torch
+sys.path.insert(0, sys.argv[4])
+from small_nets import SmallModule
+import gflow_pl
+module = gflow_pl.load_from_checkpoint(SmallModule, sys.argv[1]).eval()
+torch.save(module(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_every_file_loads_in_a_fresh_process(weights_only, tmp_path) -> None:
+    module, _, run = fit(tmp_path)
+    file, inputs, outputs = tmp_path / "file.ckpt", tmp_path / "in.pt", tmp_path / "out.pt"
+    run.save_checkpoint(file, weights_only=weights_only)
+    x = torch.randn(5, 3, 8, 8)
+    torch.save(x, inputs)
+    subprocess.run([sys.executable, "-c", RELOAD, file, inputs, outputs, str(Path(__file__).parent)], check=True)
+    with torch.no_grad():
+        assert torch.equal(module.eval()(x), torch.load(outputs, weights_only=True))
+
+
+def test_best_is_never_the_unpruned_network(tmp_path) -> None:
+    class Worse(SmallModule):
+        """Its validation metric says that the first epoch was the best."""
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.current_epoch))
+
+    best = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="val_loss")
+    module, pruning, run = fit(tmp_path, Worse(), callbacks=[best], val=shuffled(16))
+    assert Path(best.best_model_path).name == "epoch=2.ckpt"
+    assert pruning.rows[-1]["epoch"] == 2
+    run.test(module, shuffled(16), ckpt_path="best", verbose=False, weights_only=True)
+    assert sum(p.numel() for p in module.parameters()) == pruning.rows[-1]["parameters"]
+
+
+def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    module, _, _ = fit(tmp_path, callbacks=[keep])
+    small = sum(p.numel() for p in module.parameters())
+    run = trainer(tmp_path, callbacks=[callback()])
+    run.test(module, shuffled(16), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
+    big = sum(p.numel() for p in module.parameters())
+    assert big > small
+    run.validate(module, shuffled(16), ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False, weights_only=True)
+    assert sum(p.numel() for p in module.parameters()) == small
+
+
+def test_nothing_but_the_checkpoint_hooks_is_left_on_the_module(tmp_path) -> None:
+    before = set(vars(SmallModule()))
+    module, _, run = fit(tmp_path, pruning=callback(prune_lr=0.01))
+    left = {name for name in set(vars(module)) - before if not name.startswith("_")}
+    assert left == {"on_save_checkpoint", "on_load_checkpoint"}
+    assert not run.optimizers[0]._optimizer_step_pre_hooks
+    again = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert_equal(state_of(module), state_of(again))
+
+
+def test_the_unpruned_network_is_kept_as_it_was_before_the_first_cut(tmp_path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, pruning=callback(unpruned_path=str(tmp_path / "unpruned.ckpt")), callbacks=[keep])
+    unpruned = torch.load(tmp_path / "unpruned.ckpt", weights_only=True)["state_dict"]
+    assert_equal(unpruned, torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
+
+
+# Together with the rest of Lightning
+
+
+@pytest.mark.parametrize("first", ["pruning", "average"])
+def test_an_averaged_model_is_pruned_alike(first, tmp_path) -> None:
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    pl.seed_everything(0)
+    module, pruning, average = SmallModule(), callback(), EMAWeightAveraging(decay=0.9, update_every_n_steps=1)
+    both = [pruning, average] if first == "pruning" else [average, pruning]
+    run = trainer(tmp_path, callbacks=both)
+    run.fit(module, shuffled())
+    assert sum(p.numel() for p in module.parameters()) == pruning.rows[-1]["parameters"]
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    again = gflow_pl.load_from_checkpoint(SmallModule, tmp_path / "file.ckpt")
+    assert again.net[4].weight.shape == module.net[4].weight.shape
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"gradient_clip_val": 0.5}]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_precision_clipping_and_accumulation(options, accumulate, tmp_path) -> None:
+    pruning = callback(keep_momentum=True)
+    _, pruning, _ = fit(tmp_path, SmallModule("AdamW"), pruning, accumulate_grad_batches=accumulate, **options)
+    assert pruning.finished
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_train_batches": 1},
+        {"limit_train_batches": 0.5, "limit_val_batches": 1},
+        {"check_val_every_n_epoch": 2},
+        {"limit_val_batches": 0},
+        {"max_time": "00:01:00:00"},
+    ],
+    ids=str,
+)
+def test_limits_of_the_trainer(options, tmp_path) -> None:
+    _, pruning, _ = fit(tmp_path, val=shuffled(16), **options)
+    assert pruning.finished
+
+
+def test_fast_dev_run(tmp_path) -> None:
+    fit(tmp_path, fast_dev_run=True)
+    _, pruning, _ = fit(tmp_path, pruning=callback(epochs=[0, 1]), fast_dev_run=True)
+    assert pruning.rounds_done == 1
+
+
+def test_a_repeated_fit_on_one_trainer_carries_on(tmp_path) -> None:
+    module, pruning, run = fit(tmp_path, pruning=callback(rounds=2, epochs=[1, 3]), max_epochs=4)
+    run.fit_loop.max_epochs = 6
+    run.fit(module, shuffled())
+    assert [row["epoch"] for row in pruning.rows] == [1, 3]
+    assert run.current_epoch == 6
+
+
+def test_rounds_that_early_stopping_left_undone_are_a_warning(tmp_path) -> None:
+    class Flat(SmallModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 1.0)
+
+    stop = EarlyStopping("val_loss", patience=1)
+    with pytest.warns(UserWarning, match=r"after 1 of 3 rounds; the others were due at epochs \[5, 6\]"):
+        fit(tmp_path, Flat(), callback(rounds=3, epochs=[1, 5, 6]), callbacks=[stop], val=shuffled(16), max_epochs=8)
+
+
+@pytest.mark.parametrize("collection", ["dict", "list"])
+def test_collections_of_loaders(collection, tmp_path) -> None:
+    class Two(SmallModule):
+        def training_step(self, batch, batch_idx):
+            parts = batch.values() if isinstance(batch, dict) else batch
+            return sum(super(Two, self).training_step(part, batch_idx) for part in parts)
+
+        @property
+        def example_input_array(self):
+            return torch.zeros(2, 3, 8, 8)
+
+        @example_input_array.setter
+        def example_input_array(self, value):
+            pass
+
+    loaders = {"a": shuffled(), "b": shuffled(32)} if collection == "dict" else [shuffled(), shuffled(32)]
+    _, pruning, _ = fit(tmp_path, Two(), data=loaders)
+    assert pruning.finished
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(x, y) for x, y in images(48)])
+
+
+def test_data_without_a_length_needs_batches(tmp_path) -> None:
+    data = DataLoader(Stream(), batch_size=16)
+    with pytest.raises(ValueError, match="say how many `batches`"):
+        fit(tmp_path, data=data)
+    _, pruning, _ = fit(tmp_path, pruning=callback(batches=2), data=data)
+    assert pruning.finished
+
+
+def test_a_learning_rate_finder_tries_without_rounds(tmp_path) -> None:
+    finder = LearningRateFinder(num_training_steps=5)
+    module = SmallModule()
+    _, pruning, _ = fit(tmp_path, module, callback(epochs=[0, 2]), callbacks=[finder])
+    assert [row["epoch"] for row in pruning.rows] == [0, 2]
+
+
+def test_a_batch_size_finder_tries_without_rounds(tmp_path) -> None:
+    class Data(pl.LightningDataModule):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return DataLoader(images(64), batch_size=self.batch_size, shuffle=True)
+
+        def val_dataloader(self):
+            return DataLoader(images(16), batch_size=self.batch_size)
+
+    pruning = callback(epochs=[0, 2])
+    run = trainer(tmp_path, callbacks=[pruning, BatchSizeFinder(max_trials=2, steps_per_trial=1)])
+    run.fit(SmallModule(), datamodule=Data())
+    assert [row["epoch"] for row in pruning.rows] == [0, 2]
+
+
+def test_nine_rounds_of_a_compiled_network(tmp_path) -> None:
+    compiled = CompileCounter()
+
+    class Compiled(SmallModule):
+        def __init__(self):
+            super().__init__()
+            self.net.compile(backend=compiled)
+
+    _, pruning, _ = fit(tmp_path, Compiled(), callback(rounds=9, fraction=0.6, evaluate_cuts=False), max_epochs=11)
+    assert pruning.rounds_done == 9
+    assert compiled.frame_count >= 10, "dynamo must not have given up compiling"
+
+
+# What is refused
+
+
+def refused(tmp_path, *, module=None, **options) -> str:
+    with pytest.raises((MisconfigurationException, ValueError)) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, module, **options)
+    return str(error.value)
+
+
+def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path) -> None:
+    assert "WeightAveraging" in refused(tmp_path, callbacks=[StochasticWeightAveraging(0.1)])
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruningCallback`"):
+        fit(tmp_path, callbacks=[callback()])
+    with pytest.raises(MisconfigurationException, match="use strategy='ddp'"):
+        refuse_what_cannot_work(trainer(tmp_path, strategy="ddp_spawn", devices=2), SmallModule(), callback())
+    assert "set max_epochs to at least 6" in refused(tmp_path, pruning=callback(rounds=5))
+
+    class Manual(SmallModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    assert "loss_fn(module, batch)" in refused(tmp_path, module=Manual())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"fraction": 75}, "for 75 % write 0.75"),
+        ({"fraction": 0.0}, "(0, 1)"),
+        ({"rounds": 0}, "`rounds`"),
+        ({"rounds": None, "fraction": None, "thresholds": [0.5, 0.1]}, "must ascend"),
+        ({"thresholds": [0.5]}, "either"),
+        ({"measure": "los"}, "Did you mean 'loss'?"),
+        ({"target": "flops"}, "filters, parameters, macs"),
+        ({"residual": "keep"}, "expand, remove"),
+        ({"bias": "big"}, "distance_from_init"),
+        ({"num_samples": 0}, "`num_samples`"),
+        ({"batches": 0}, "`batches`"),
+        ({"min_kept": 2.0}, "`min_kept`"),
+        ({"temperature": 0.0}, "`temperature`"),
+        ({"prune_lr": -0.1}, "`prune_lr`"),
+        ({"warmup_epochs": -1}, "`warmup_epochs`"),
+        ({"seed": -1}, "`seed`"),
+    ],
+)
+def test_every_argument_is_checked_at_construction(options, told) -> None:
+    with pytest.raises(ValueError) as error:
+        callback(**options)
+    assert told in str(error.value)
+
+
+def test_a_module_without_logits_is_scored_by_its_own_loss_and_that_is_said_once(tmp_path, caplog) -> None:
+    class Autoencoder(SmallModule):
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]).sum(1) - batch[0].mean(dim=(1, 2, 3))).square().mean()
+
+    class Data(torch.utils.data.TensorDataset):
+        def __getitem__(self, index):
+            return (self.tensors[0][index],)
+
+    data = DataLoader(Data(images(32).tensors[0]), batch_size=16, shuffle=True)
+    with caplog.at_level("INFO"):
+        _, pruning, _ = fit(tmp_path, Autoencoder(), callback(measure="grasp"), data=data)
+    assert pruning.finished
+    assert len([r for r in caplog.records if "its loss is taken as it is" in r.getMessage()]) == 1
+
+
+def test_the_data_order_of_small_nets_is_shared() -> None:
+    """The helper that the two-process tests stand on: two ranks' batches are the one process's."""
+    whole = list(loader(images(32), 16))
+    halves = [list(loader(images(32), 8, rank=rank, world_size=2)) for rank in (0, 1)]
+    for k, (x, _) in enumerate(whole):
+        both = torch.cat([halves[0][k][0], halves[1][k][0]])
+        assert sorted(map(float, both.sum((1, 2, 3)))) == pytest.approx(sorted(map(float, x.sum((1, 2, 3)))))

@@ -1,0 +1,77 @@
+"""Two gloo processes on loopback: the ranks agree to the bit, and with one process on the same global batches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(folder: Path, devices: int, **options) -> list[dict]:
+    """Train with that many processes; fails if any of them does. The state of every rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), str(devices), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted(folder.glob(f"rank*_of_{devices}.pt"))
+    assert len(files) == devices, "a rank left no state"
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def assert_same(one: dict, two: dict, parts: tuple[str, ...]) -> None:
+    assert one["plans"] == two["plans"]
+    assert one["kept"] == two["kept"]
+    for part in parts:
+        assert one[part].keys() == two[part].keys()
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][name]), (part, name)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_two_ranks_equal_one_process_on_the_same_global_batches(optimizer, tmp_path) -> None:
+    callback = {"measure": "loss", "fraction": 0.5, "rounds": 3, "num_samples": 32, "keep_momentum": True}
+    options = {"optimizer": optimizer, "double": True, "callback": callback, "trainer": {"max_epochs": 5}}
+    (single,) = run(tmp_path / "one", 1, **options)
+    first, second = run(tmp_path / "two", 2, **options)
+    assert_same(first, second, ("parameters", "buffers", "momenta"))
+    assert first["kept"] == single["kept"]
+    assert sum(row["filters_removed"] for row in single["plans"]) > 10
+    compared = 0
+    for part in ("parameters", "momenta"):
+        for name, tensor in single[part].items():
+            if tensor.numel() and tensor.ndim:
+                error = (tensor - first[part][name]).abs().max()
+                assert error <= 1e-6 * tensor.abs().max() + 1e-12, (part, name, error)
+                compared += 1
+    assert compared >= 20
+
+
+@pytest.mark.parametrize(("network", "measure"), [("resnet56", "loss"), ("mobilenet_v1", "grasp")])
+def test_ranks_agree_to_the_bit_with_batch_norm_and_momentum(network, measure, tmp_path) -> None:
+    callback = {"measure": measure, "fraction": 0.4, "rounds": 2, "num_samples": 16, "keep_momentum": True}
+    trainer = {"max_epochs": 3, "limit_train_batches": 1, "limit_val_batches": 0}
+    first, second = run(tmp_path, 2, network=network, callback=callback, trainer=trainer)
+    assert_same(first, second, ("parameters", "momenta"))
+    assert len(first["plans"]) == 2
+
+
+def test_ranks_with_other_data_and_seeds_still_agree_on_every_plan(tmp_path) -> None:
+    callback = {"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32}
+    options = {"norm": True, "data_differs": True, "seed_differs": True, "callback": callback}
+    first, second = run(tmp_path, 2, **options)
+    assert_same(first, second, ("parameters",))
+
+
+@pytest.mark.parametrize(
+    "ddp",
+    [{"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],
+    ids=lambda d: next(iter(d)),
+)
+def test_every_kind_of_wrapper_is_rebuilt(ddp, tmp_path) -> None:
+    callback = {"measure": "magnitude", "fraction": 0.5, "rounds": 2, "keep_momentum": True}
+    first, second = run(tmp_path, 2, callback=callback, ddp=ddp, norm=True)
+    assert_same(first, second, ("parameters", "momenta"))

@@ -1,0 +1,102 @@
+"""Bad input: one sentence, a non-zero exit, nothing started, nothing overwritten."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from real_images import write_image_folder
+
+from gflow_pl.__main__ import main
+from gflow_pl.tasks import ImageClassifier
+
+SMALL = ["--model.network", "vgg13", "--trainer.max_epochs", "4", "--trainer.accelerator", "cpu"]
+
+
+class Code:
+    """A pickle of it would run a command."""
+
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which a command is refused."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status not in (0, None)
+    assert "Traceback" not in captured.err
+    assert "this must never be printed" not in captured.out
+    lines = [line for line in captured.err.splitlines() if line.startswith("gflow")]
+    assert len(lines) == 1, captured.err
+    assert not Path("checkpoints").exists(), "nothing may be started"
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.network", "resnet57"], ["Unknown network 'resnet57'", "Did you mean 'resnet56'?"]),
+        ([*SMALL, "--pruning.measure", "magnitud"], ["Unknown measure 'magnitud'", "Did you mean 'magnitude'?"]),
+        ([*SMALL, "--pruning.fraction", "75"], ["`fraction` must be in (0, 1)", "for 75 % write 0.75"]),
+        ([*SMALL, "--pruning.rounds", "0"], ["`rounds`", "at least 1"]),
+        ([*SMALL, "--pruning.rounds", "9"], ["set max_epochs to at least 10"]),
+        ([*SMALL, "--pruning.num_samples", "0"], ["`num_samples`"]),
+        ([*SMALL, "--pruning.fractoin", "0.5"], ["fractoin"]),
+        ([*SMALL, "--data", "ImageFolder", "--data.root", "nowhere"], ["there is no folder 'nowhere'"]),
+        ([*SMALL, "--data", "CIFAR10", "--data.root", "nowhere"], ["download"]),
+        ([*SMALL, "--config", "dmeo"], ["Did you mean 'demo'?"]),
+        ([*SMALL, "--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        ([*SMALL, "--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        ([*SMALL, "--out", "/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(options, told, folder, capsys) -> None:
+    sentence = refused(["prune", *options], capsys)
+    for part in told:
+        assert part in sentence
+
+
+def test_an_image_folder_without_test_is_refused(folder, capsys) -> None:
+    write_image_folder(folder / "images")
+    (folder / "images" / "test").rename(folder / "images" / "elsewhere")
+    sentence = refused(["prune", *SMALL, "--data", "ImageFolder", "--data.root", "images"], capsys)
+    assert "has no test/" in sentence
+
+
+def test_an_unknown_key_in_a_settings_file_is_refused(folder, capsys) -> None:
+    (folder / "mine.yaml").write_text("pruning: {fractoin: 0.5}\n")
+    assert "fractoin" in refused(["prune", *SMALL, "--config", "mine.yaml"], capsys)
+
+
+@pytest.mark.parametrize("option", ["--model.pretrained", "--ckpt_path"])
+def test_files_that_are_no_checkpoints_are_refused(option, folder, capsys) -> None:
+    whole = folder / "whole.ckpt"
+    torch.save({"state_dict": ImageClassifier("vgg13").state_dict()}, whole)
+    (folder / "short.ckpt").write_bytes(whole.read_bytes()[:5000])
+    (folder / "garbage.ckpt").write_bytes(b"not a checkpoint at all")
+    (folder / "code.ckpt").write_bytes(pickle.dumps({"state_dict": Code()}))
+    torch.save({"state_dict": Code()}, folder / "code_zip.ckpt")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
+    for name in ("short", "garbage", "code", "code_zip"):
+        assert f"{name}.ckpt" in refused(["prune", *SMALL, option, f"{name}.ckpt"], capsys)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.ckpt")} == before
+
+
+def test_a_checkpoint_of_another_network_is_refused(folder, capsys) -> None:
+    torch.save({"state_dict": ImageClassifier("mobilenet_v1").state_dict()}, folder / "other.ckpt")
+    sentence = refused(["prune", *SMALL, "--model.pretrained", "other.ckpt"], capsys)
+    assert "holds another network" in sentence
+
+
+def test_finetune_without_a_file_is_refused(folder, capsys) -> None:
+    assert "give --model.pretrained FILE" in refused(["finetune", *SMALL], capsys)

@@ -1,0 +1,60 @@
+"""The package as a whole: lazy names, a version from one source, quick answers."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gflow_pl
+from gflow_pl.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_promised_name_is_there() -> None:
+    for name in gflow_pl.__all__:
+        assert getattr(gflow_pl, name) is not None
+    assert set(gflow_pl.__all__) <= set(dir(gflow_pl))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = gflow_pl.no_such_name
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["prunee"]])
+def test_top_level_answers_come_without_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from gflow_pl.__main__ import main; status = main({arguments!r}); "
+        "assert 'torch' not in sys.modules and 'pytorch_lightning' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if arguments == ["prunee"] else 0), done.stderr
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, gflow_pl; assert not {'torch', 'numpy', 'pytorch_lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command, what in COMMANDS.items():
+        assert command in text
+        assert what in text
+
+
+def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prun", "--config", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "gflow: unknown command 'prun'. Known: fit, prune, finetune, validate, test, predict. Did you mean 'prune'?\n"
+    )
+
+
+def test_the_version_has_one_source() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"]
+    assert "version" not in project

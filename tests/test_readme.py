@@ -1,0 +1,72 @@
+"""What the README shows works as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def shown(name: str) -> str:
+    """The block of code after ``<!-- test: name -->``."""
+    found = re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README shows no block '{name}'"
+    return found.group(1)
+
+
+def run_as_shown(block: str, folder: Path, extra: dict[str, list[str]]) -> None:
+    """Run every command of a block; `extra` adds what keeps a test short and changes nothing else."""
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("gflow ")]
+    assert commands
+    for _, command, *options in commands:
+        line = [sys.executable, "-m", "gflow_pl", command, *options, *extra.get(command, [])]
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+SHORT = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+
+
+def test_the_commands(tmp_path) -> None:
+    extra = {"fit": SHORT, "prune": [*SHORT, "--pruning.num_samples", "128"], "finetune": SHORT}
+    extra["test"] = ["--trainer.limit_test_batches", "1"]
+    run_as_shown(shown("commands"), tmp_path, extra)
+    assert (tmp_path / "checkpoints" / "tuned" / "best.ckpt").is_file()
+    assert list(tmp_path.glob("checkpoints/*/predictions.csv"))
+
+
+def test_the_ddp_command(tmp_path) -> None:
+    run_as_shown(shown("ddp"), tmp_path, {"prune": [*SHORT, "--pruning.num_samples", "128"]})
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == ["ddp"], "one run folder for all ranks"
+    rows = (tmp_path / "checkpoints/ddp/pruning.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2
+
+
+def test_the_callback_on_a_module_of_ones_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sys.path.insert(0, str(Path(__file__).parent / "callbacks"))
+    import pytorch_lightning as pl
+    from small_nets import SmallModule, images
+    from torch.utils.data import DataLoader
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(images(32), batch_size=16, shuffle=True)
+
+    names: dict = {}
+    exec(shown("callback"), names)
+    module = SmallModule()
+    before = sum(p.numel() for p in module.parameters())
+    names["train_and_prune"](module, Data())
+    assert sum(p.numel() for p in module.parameters()) < before
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_two_commands_are_in_the_makefile(target) -> None:
+    assert f"make {target}" in README
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
