@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -22,7 +23,7 @@ from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.surgery.decisions import Decision
 from gflow_pl.types import ChannelGroup
 
-__all__ = ["dead_groups", "drop_empty_parameters", "follow_emptiness"]
+__all__ = ["dead_groups", "drop_empty_parameters", "follow_emptiness", "output_width"]
 
 _FROZEN = "_gflow_was_trained"
 _WIDTHS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
@@ -37,7 +38,7 @@ _WIDTHS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] =
 
 def follow_emptiness(module: nn.Module) -> None:
     """Makes a module that has no output channels run no more and train no more, and one that has them run again."""
-    if _width(module) == 0:
+    if output_width(module) == 0:
         module.__dict__["forward"] = _stand_in(module)
         trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trained:
@@ -56,7 +57,7 @@ def runs_no_more(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func in _STAND_INS
 
 
-def _width(module: nn.Module) -> int | None:
+def output_width(module: nn.Module) -> int | None:
     """Output channels of a layer or norm, by its own numbers; None for any other module."""
     for kinds, name in _WIDTHS:
         if isinstance(module, kinds):
@@ -104,54 +105,78 @@ _STAND_INS = (_no_maps, _no_rows, _pass_on)
 
 
 def _zeros(x: Tensor, shape: list[int]) -> Tensor:
-    """One zero, seen as a tensor of that shape, in the dtype that the layer would have given."""
+    """Zeros in the dtype that the layer would have given."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return x.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
+    # Not one zero expanded: an in-place activation may follow.
+    return x.new_zeros(shape, dtype=dtype)
 
 
 def dead_groups(model: nn.Module, graph: ChannelGraph, decision: Decision) -> set[str]:
-    """Removed groups whose units nobody reads any more, because every layer that reads them loses all of its filters.
+    """Removed groups whose units nobody reads any more, because all that reads them is emptied or dead itself.
 
     Left alone, which costs time but no exactness, is a group where a stand-in of one channel might not do (a unit is more
-    than one channel of its layer; an attribute counts the units), or where a tensor of an unknown module goes along.
+    than one channel of its layer; an attribute of another module counts the units), or where a tensor of an unknown
+    module goes along.
     """
-    patched = {group for values in graph.patches.values() for group in _named_in(values)}
-    modules = dict(model.named_modules())
     emptied = {name for name, layer in graph.layers.items() if layer.num_filters == 0}
     emptied |= {name for name, kept in decision.channels.items() if not kept.any()}
-    return {
-        group.name
-        for group in graph.groups
-        if group.kind == "remove" and decision.units[group.name].any() and group.name not in patched
-        if all(layer.index.shape[1] == 1 for layer in group.layers if layer.votes)
-        if _only_read_by(emptied, group, modules)
+    if not emptied:
+        return set()
+    modules = dict(model.named_modules())
+    counted = {
+        group
+        for name, attributes in graph.patches.items()
+        if output_width(modules[name]) is None
+        for rule in attributes.values()
+        for group in rule["per_unit"]
     }
+    candidates = {
+        group.name: readers
+        for group in graph.groups
+        if group.kind == "remove" and decision.units[group.name].any() and group.name not in counted
+        if all(layer.index.shape[1] == 1 for layer in group.layers if layer.votes)
+        if (readers := _readers(group, modules))
+    }
+    # Optimists first: groups may read each other (a squeeze and its gate), so all are dead until one proves alive.
+    while True:
+        without = emptied | _layers_without(set(candidates), graph, decision)
+        reached = emptied | set[str]()
+        still: dict[str, set[str]] = {}
+        while more := {n: r for n, r in candidates.items() if n not in still and r <= without and r & reached}:
+            still |= more
+            reached |= {layer.layer for group in graph.groups if group.name in more for layer in group.layers}
+        if still.keys() == candidates.keys():
+            return set(still)
+        candidates = still
 
 
-def _named_in(value: Any) -> set[str]:
-    """Every string in nested plain data."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return set().union(*(_named_in(item) for item in value))
-    return {value} if isinstance(value, str) else set()
+def _layers_without(dead: set[str], graph: ChannelGraph, decision: Decision) -> set[str]:
+    """Layers that have no filter left if these groups are dead."""
+    left: dict[str, np.ndarray] = {}
+    for group in graph.groups:
+        for part in group.layers if group.name in dead else ():
+            if part.layer in graph.layers:
+                whole = decision.channels.get(part.layer, np.ones(graph.layers[part.layer].num_filters, dtype=bool))
+                left.setdefault(part.layer, whole.copy())[part.index] = False
+    return {name for name, mask in left.items() if not mask.any()}
 
 
-def _only_read_by(emptied: set[str], group: ChannelGroup, modules: Mapping[str, nn.Module]) -> bool:
+def _readers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Layers that read the group's units; none if anything is there that is not surely understood."""
     makers, readers = {layer.layer for layer in group.layers}, set()
     for part in group.slices:
         name, _, leaf = part.tensor.rpartition(".")
         module = modules.get(name)
-        if module is None or _width(module) is None:
-            return False
+        if module is None or output_width(module) is None:
+            return set()
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
         if leaf == "weight" and part.dim != int(isinstance(module, _ConvTransposeNd)):
             readers.add(name)
         elif name not in makers:
-            return False
-    return bool(readers) and readers <= emptied
+            return set()
+    return readers
 
 
 def drop_empty_parameters(optimizers: Iterable[Any]) -> None:

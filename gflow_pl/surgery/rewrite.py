@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,11 @@ def rewrite(
     # Tensors made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         optimizers = list(optimizers)
-        decision = _decide_with_dead(model, graph, plan)
-        groups, shapes, layers = renumbered(graph, decision)
+        decision = decide(graph, plan)
+        dead = dead_groups(model, graph, decision)
+        if dead:
+            decision = decide(graph, plan, dead=dead)
+        after = graph.copy().updated(*renumbered(graph, decision))
         cuts = _cuts(decision)
         networks = [model, *(copy for copy in copies if isinstance(copy, nn.Module))]
         dicts = [copy for copy in copies if not isinstance(copy, nn.Module)]
@@ -69,7 +73,7 @@ def rewrite(
         table = TensorTable(model)
         for network in networks:
             own = table if network is model else TensorTable(network)
-            commits += _cut_network(network, own, graph, decision, cuts, groups, shapes)
+            commits += _cut_network(network, own, graph, decision, cuts, after)
         for tensors in dicts:
             commits += _cut_dict(tensors, table, cuts, graph)
         by_parameter = {table[name].tensor: ops for name, ops in cuts.items() if table[name].is_parameter}
@@ -79,17 +83,8 @@ def rewrite(
         drop_empty_parameters(optimizers)
         for network in networks:
             network.zero_grad(set_to_none=True)
-        graph.updated(groups, shapes, layers)
+        graph.updated(after.groups, after.shapes, after.layers)
         return structure_of(model)
-
-
-def _decide_with_dead(model: nn.Module, graph: ChannelGraph, plan: Mapping[str, Tensor]) -> Decision:
-    """The decision, with all that only emptied layers read emptied too, and so on upstream."""
-    decision, dead = decide(graph, plan), set[str]()
-    while more := dead_groups(model, graph, decision) - dead:
-        dead |= more
-        decision = decide(graph, plan, dead=dead)
-    return decision
 
 
 def _cuts(decision: Decision) -> dict[str, list[Cut]]:
@@ -106,8 +101,7 @@ def _cut_network(
     graph: ChannelGraph,
     decision: Decision,
     cuts: Mapping[str, list[Cut]],
-    groups: list[ChannelGroup],
-    shapes: Mapping[str, tuple[int, ...]],
+    after: ChannelGraph,
 ) -> list[Commit]:
     """Computes the cut of one network and returns what carries it out."""
     commits: list[Commit] = []
@@ -121,7 +115,8 @@ def _cut_network(
                 commits.append(_remembering_put(module, leaf, value))
         else:
             commits.append(lambda entry=entry, value=value: entry.put(value))  # type: ignore[misc]
-    for module_name, local in local_shapes(network, table, {name: shapes[name] for name in cuts}).items():
+    all_local = local_shapes(network, table, {name: after.shapes[name] for name in cuts})
+    for module_name, local in all_local.items():
         module = modules[module_name]
         values = follow_shapes(module, local)
         kept = decision.channels.get(module_name)
@@ -129,8 +124,13 @@ def _cut_network(
             values["groups"] = conv_groups(module.groups, torch.from_numpy(kept))
             values["in_channels"] = local.get("weight", (0, module.in_channels))[1] * values["groups"]
         commits += [_setting(module, name, value, remember=False) for name, value in values.items()]
-    for module_name, patches in _patched(graph, groups).items():
-        commits += [_setting(modules[module_name], name, value, remember=True) for name, value in patches.items()]
+    for module_name, patches in after.patched_attributes(after.groups).items():
+        module = modules[module_name]
+        if module_name in after.layers and after.layers[module_name].num_filters == 0:
+            continue  # An emptied layer: no number is left to count, and 0 groups would be refused.
+        known = follow_shapes(module, all_local.get(module_name, {}))
+        for name, value in patches.items():
+            commits.append(_setting(module, name, _filled(module, name, value), remember=name not in known))
     commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
     commits += [lambda module=module: follow_emptiness(module) for module in network.modules()]  # type: ignore[misc]
     return commits
@@ -153,9 +153,12 @@ def _setting(module: nn.Module, name: str, value: Any, *, remember: bool) -> Com
     return lambda: set_attribute(module, name, value, remember=remember)
 
 
-def _patched(graph: ChannelGraph, groups: list[ChannelGroup]) -> Mapping[str, Mapping[str, Any]]:
-    patched = getattr(graph, "patched_attributes", None)
-    return {} if patched is None else patched(groups)
+def _filled(module: nn.Module, name: str, value: Any) -> Any:
+    """A list of which only some places are patched, with the others as they are."""
+    if not isinstance(value, list):
+        return value
+    present = list(getattr(module, name))
+    return [old if new is None else new for old, new in zip_longest(present, value)]
 
 
 def _expanding(modules: Mapping[str, nn.Module], group: ChannelGroup, decision: Decision) -> Commit:

@@ -216,7 +216,8 @@ def random_plan(graph, seed=0, share=0.5):
     keep = {}
     for g in graph.groups:
         bits = rng.random(g.size) >= share
-        bits[rng.integers(g.size)] = True
+        if g.size:
+            bits[rng.integers(g.size)] = True
         keep[g.name] = torch.from_numpy(bits)
     return KeepPlan(keep)
 

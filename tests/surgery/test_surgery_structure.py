@@ -146,6 +146,7 @@ class Headed(nn.Module):
         super().__init__()
         self.first = nn.Linear(3, 6)
         self.heads = 3
+        self.sizes = (4, 7)
         self.register_buffer("scale", torch.tensor([0.1, 1.7, -2.3, 0.3, 5.1, 9.9]), persistent=False)
         self.head = nn.Linear(2, 2)
 
@@ -156,7 +157,12 @@ class Headed(nn.Module):
         pairs = torch.arange(6).reshape(3, 2).numpy()
         slices = [Slice(name, 0, pairs) for name in ("first.weight", "first.bias", "scale")]
         graph = make_graph(self, [group("first", 3, slices, layers=[LayerUnits("first", pairs)], filters=2)])
-        graph.patched_attributes = lambda groups: {"": {"heads": groups[0].size}}
+        graph.patches = {
+            "": {
+                "heads": {"base": 0, "per_unit": {"first": 1}},
+                "sizes[1]": {"base": 1, "per_unit": {"first": 2}},
+            }
+        }
         return graph
 
 
@@ -168,7 +174,8 @@ def test_patched_integers_and_buffers_without_a_state_dict_are_remembered():
     untouched = model(x)
     state = copy.deepcopy(model.state_dict())
     structure = rewrite(model, model.graph(), {"first": torch.tensor([True, False, True])})
-    assert structure.attributes[""]["heads"] == 2
+    assert structure.attributes[""] == {"scale": model.scale.tolist(), "heads": 2, "sizes": [4, 5]}
+    assert model.sizes == (4, 5)
     assert model.scale.tolist() == torch.tensor([0.1, 1.7, 5.1, 9.9]).tolist()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert structure_of(copied) == structure
@@ -178,7 +185,7 @@ def test_patched_integers_and_buffers_without_a_state_dict_are_remembered():
     # A structure that does not list them puts them back.
     apply_structure(fresh, full)
     fresh.load_state_dict(state)
-    assert fresh.heads == 3
+    assert (fresh.heads, fresh.sizes) == (3, (4, 7))
     assert torch.equal(fresh(x), untouched)
     assert structure_of(fresh) == full
 
