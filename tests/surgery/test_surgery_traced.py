@@ -1,0 +1,108 @@
+"""Surgery on networks as people build them, with graphs from the tracer."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torchvision
+from hand_graphs import assert_equal_states, masked_twin, random_plan, randomise
+from torch import nn
+
+from gflow_pl import models
+from gflow_pl.channels import trace_channels
+from gflow_pl.surgery import apply_structure, rewrite, structure_of
+from gflow_pl.types import KeepPlan, Structure
+
+NETWORKS = {
+    "vgg13": models.vgg13,
+    "resnet56": models.resnet56,
+    "mobilenet_v1": models.mobilenet_v1,
+    "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(weights=None),
+    "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(weights=None),
+    "regnet": lambda: torchvision.models.regnet_y_400mf(weights=None),
+}
+EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = randomise(NETWORKS[name]().double()).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                # Activations of the order of one at any depth, so that no part of the output is negligible.
+                module.weight.div_(module.weight[0].numel() ** 0.5)
+    return model
+
+
+def difference(a, b):
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+@pytest.mark.parametrize("residual", ["expand", "remove"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_masked_twin_rounds_and_reload(name, residual):
+    model, once = build(name), build(name)
+    untouched = model(EXAMPLE)
+    graph = trace_channels(model, EXAMPLE, residual=residual)
+    whole = graph.copy()
+    for k in range(3):
+        plan = random_plan(graph, k, share=0.25)
+        twin = masked_twin(model, graph, plan)
+        rewrite(model, graph, plan)
+        assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+    assert difference(model(EXAMPLE), untouched) > 1e-3
+    product = {g.name: torch.isin(torch.arange(g.original_size), torch.tensor(g.kept)) for g in graph.groups}
+    structure = rewrite(once, whole, KeepPlan(product))
+    assert_equal_states(model.state_dict(), once.state_dict())
+    assert structure_of(model) == structure
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {n: tuple(t.shape) for n, t in tensors.items() if "_gflow" not in n}
+    assert graph.shapes == whole.shapes == shapes
+    file = io.BytesIO()
+    torch.save([structure.as_dict(), model.state_dict()], file)
+    file.seek(0)
+    plain, state = torch.load(file, weights_only=True)
+    fresh = build(name)
+    apply_structure(fresh, Structure.from_dict(plain))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(EXAMPLE), model(EXAMPLE))
+
+
+@pytest.mark.parametrize("name", ["resnet56", "mobilenet_v3", "regnet"])
+def test_emptied_branches_equal_their_masked_twin_and_train(name):
+    model = build(name)
+    graph = trace_channels(model, EXAMPLE)
+    branches = [g for g in graph.groups if g.kind == "expand"][2::2]
+    plan = {g.name: torch.ones(g.size, dtype=torch.bool) for g in graph.groups}
+    plan |= {g.name: torch.zeros(g.size, dtype=torch.bool) for g in branches}
+    twin = masked_twin(model, graph, plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    structure = rewrite(model, graph, plan, optimizers=[optimizer])
+    assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+    empty = [n for n, p in model.named_parameters() if p.numel() == 0]
+    # At least the branch's last conv and its norm; mostly what they read, too.
+    assert len(empty) >= 3 * len(branches)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters())) - len(empty)
+    fresh = build(name)
+    apply_structure(fresh, structure.as_dict())
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(fresh(EXAMPLE), model(EXAMPLE))
+    model.train()(EXAMPLE).square().mean().backward()
+    optimizer.step()
+    # The next plan speaks of what is left.
+    plan = random_plan(graph, 1)
+    twin = masked_twin(model.eval(), graph, plan)
+    rewrite(model, graph, plan, optimizers=[optimizer])
+    assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+
+
+def test_a_squeeze_and_its_gate_die_with_the_branch_that_they_serve():
+    model = build("mobilenet_v3")
+    graph = trace_channels(model, EXAMPLE)
+    last = [g for g in graph.groups if g.kind == "expand"][-1]
+    block = last.name.rpartition(".block.")[0]
+    rewrite(model, graph, {last.name: torch.zeros(last.size, dtype=torch.bool)})
+    assert all(p.numel() == 0 for p in model.get_submodule(block).parameters())
+    assert sum(p.numel() == 0 for n, p in model.named_parameters() if not n.startswith(block)) == 0
