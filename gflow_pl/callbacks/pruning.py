@@ -385,7 +385,7 @@ class PruningCallback(CarriesStructure):
 
     def _uses_logits(self, module: pl.LightningModule, batch: Any) -> bool:
         """Whether to score by the cross-entropy of logits / temperature, not by the module's own loss."""
-        wants = self.temperature is not None or self.measure.temperature != 1.0 or self.measure.needs_labels
+        wants = self.temperature is not None or self.measure.temperature not in (None, 1.0) or self.measure.needs_labels
         if self.logits_fn is not None or not wants:
             return self.logits_fn is not None and wants
         if self._logits_known is None:

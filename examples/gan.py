@@ -1,0 +1,99 @@
+"""Two networks, two optimizers, manual optimization: `loss_fn` says which loss the generator is scored by.
+
+`example_input_array` shows what `forward` takes; only what it runs (here the generator) is pruned.
+
+python examples/gan.py
+"""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gflow_pl
+
+
+class GAN(pl.LightningModule):
+    """A generator of 32x32 images and its critic."""
+
+    def __init__(self, code: int = 16, width: int = 8):
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.example_input_array = torch.zeros(2, code)
+        self.generator = nn.Sequential(
+            nn.Linear(code, 4 * width * 16),
+            nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1),
+            nn.Tanh(),
+        )
+        self.critic = nn.Sequential(
+            nn.Conv2d(3, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(2 * width * 64, 1),
+        )
+
+    def forward(self, codes):
+        return self.generator(codes)
+
+    def codes_like(self, images):
+        return torch.randn(len(images), self.hparams.code, device=images.device, dtype=images.dtype)
+
+    def generator_loss(self, images):
+        """How little the critic is taken in."""
+        return F.softplus(-self.critic(self(self.codes_like(images)))).mean()
+
+    def training_step(self, batch, batch_idx):
+        images = batch[0]
+        of_generator, of_critic = self.optimizers()
+
+        self.toggle_optimizer(of_critic)
+        made = self(self.codes_like(images)).detach()
+        loss = F.softplus(-self.critic(images)).mean() + F.softplus(self.critic(made)).mean()
+        of_critic.zero_grad()
+        self.manual_backward(loss)
+        of_critic.step()
+        self.untoggle_optimizer(of_critic)
+
+        self.toggle_optimizer(of_generator)
+        of_generator.zero_grad()
+        self.manual_backward(self.generator_loss(images))
+        of_generator.step()
+        self.untoggle_optimizer(of_generator)
+
+    def configure_optimizers(self):
+        of_generator = torch.optim.Adam(self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        of_critic = torch.optim.Adam(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        return of_generator, of_critic
+
+
+def generator_loss(module, batch):
+    """The scalar loss on a batch that filters are scored by."""
+    return module.generator_loss(batch[0])
+
+
+def main(data=None, folder="checkpoints/gan", max_epochs=4):
+    """Half of the generator's filters go in two rounds; both optimizers keep their state."""
+    pruning = gflow_pl.PruningCallback(
+        "loss", fraction=0.5, rounds=2, num_samples=256, keep_momentum=True, loss_fn=generator_loss
+    )
+    trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning], default_root_dir=folder)
+    module = GAN()
+    trainer.fit(module, data or gflow_pl.data.Digits())
+    trainer.save_checkpoint(Path(folder) / "pruned.ckpt")
+    return module
+
+
+if __name__ == "__main__":
+    main()
