@@ -110,11 +110,11 @@ def balanced_sample(
         if len(chosen):
             held.append(_select(batch, chosen, len(labels), device))
             places.append(place[chosen])
-        if wanted is not None and bool((counts >= wanted).all()):
+        if wanted is not None and min(counts.tolist()) >= wanted:
             break
     _check_enough(counts, wanted)
     if wanted is None:
-        smallest = int(counts.min())
+        smallest = min(counts.tolist())
         short = [(place < smallest).nonzero().flatten() for place in places]
         pairs = zip(held, short, strict=True)
         held = [_select(batch, chosen, batch_size(batch), device) for batch, chosen in pairs if len(chosen)]
@@ -138,11 +138,12 @@ def _places_within_classes(labels: Tensor, counts: Tensor, ranks: Ranks, device:
     num_classes = len(counts)
     one_hot = torch.zeros(len(labels), num_classes, dtype=torch.int64)
     if len(labels):
-        low, high = labels.aminmax()
-        if not (low >= 0) & (high < num_classes):
+        # `tolist` reads memory of the host; `.item()` would be one read of the device a batch.
+        low, high = min(labels.tolist()), max(labels.tolist())
+        if low < 0 or high >= num_classes:
             raise ValueError(
                 f"score_filters: labels must lie in 0..{num_classes - 1} (the logits have {num_classes} classes), "
-                f"got {low.tolist()}..{high.tolist()}; `balanced=False` scores on whole batches."
+                f"got {low}..{high}; `balanced=False` scores on whole batches."
             )
         one_hot[torch.arange(len(labels)), labels] = 1
     before, total = ranks.counts_before(one_hot.sum(0), device)

@@ -105,9 +105,10 @@ def without_gaps(tensors: list[Tensor], gradients: tuple[Tensor | None, ...]) ->
     ]
 
 
-def graph_nodes(loss: Tensor) -> Iterator[Any]:
-    """Every node of the autograd graph behind a loss."""
-    stack, seen = [loss.grad_fn], set()
+def graph_nodes(*tensors: Tensor) -> Iterator[Any]:
+    """Every node of the autograd graph behind some tensors, once."""
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:

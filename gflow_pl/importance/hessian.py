@@ -192,6 +192,8 @@ def choose_way(
         try:
             if way == "forward_over_reverse":
                 _check_reached(model, refs, direction, one, loss, gradients)
+            else:
+                _check_twice(refs, model, one, loss)
             _WAYS[way](model, refs, scored, direction, one, loss)
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -208,7 +210,23 @@ def choose_way(
 
 
 def _is_custom(node: Any) -> bool:
-    return isinstance(node, torch.autograd.function.BackwardCFunction) or node.name() == "Error"
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def _check_twice(refs: list[TensorRef], model: nn.Module, batch: Any, loss: LossFn) -> None:
+    """Some functions end the graph of their gradients in an error that is met only on the way to nobody's input.
+
+    `torch.autograd.grad` walks to its inputs alone and would pass by: the product would be wrong without a word.
+    """
+    with one_weight_a_pass():
+        value = scalar_loss(loss, model, batch)
+        gradients = torch.autograd.grad(value, [ref.value for ref in refs], create_graph=True, allow_unused=True)
+    if any(_is_error(node) for node in graph_nodes(*(g for g in gradients if g is not None))):
+        raise RuntimeError("a function in the graph can be differentiated only once")
+
+
+def _is_error(node: Any) -> bool:
+    return node.name().split("::")[-1] in ("Error", "NotImplemented")
 
 
 def _check_reached(

@@ -1,0 +1,159 @@
+"""One harness over the public list: what a measure declares is what it does."""
+
+import inspect
+
+import pytest
+import torch
+from importance_nets import class_batches, mixed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gflow_pl import importance
+from gflow_pl.importance import Importance, measure_names, resolve_measure, score_filters
+
+CLASSES = [
+    cls
+    for name in importance.__all__
+    if inspect.isclass(cls := getattr(importance, name)) and issubclass(cls, Importance) and cls is not Importance
+]
+BY_NAME = pytest.mark.parametrize("measure", measure_names())
+
+
+def test_the_public_classes_are_the_public_names():
+    assert {cls.name for cls in CLASSES} == set(measure_names())
+    assert set(measure_names()) == {
+        "magnitude", "loss", "biased_loss", "grasp", "grad_preserve", "biased_loss_tracked",
+        "tfo", "fisher", "nvidia", "l1", "bn", "random",
+    }  # fmt: skip
+    assert set(measure_names(aliases=True)) - set(measure_names()) == {"mag_based", "loss_based"}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_names_and_aliases_lead_to_the_class(cls):
+    assert all(type(resolve_measure(name)) is cls for name in (cls.name, *cls.aliases))
+    assert cls.__doc__
+    assert cls.name in (cls.__doc__ + cls.__name__).lower() or len(cls.__doc__) > 40
+
+
+@BY_NAME
+def test_batches_are_needed_exactly_where_gradients_are(measure):
+    if resolve_measure(measure).needs_gradients:
+        with pytest.raises(ValueError, match="needs `batches`, got None"):
+            score_filters(mixed(), measure)
+    else:
+        untouched = iter(class_batches())
+        score_filters(mixed(), measure, untouched)
+        assert len(list(untouched)) == 3
+
+
+@BY_NAME
+def test_scores_are_negative_only_if_the_measure_is_signed(measure):
+    lowest = min(
+        float(vector.min())
+        for seed in range(3)
+        for vector in score_filters(mixed(seed), measure, class_batches()).values()
+    )
+    assert (lowest < 0) == resolve_measure(measure).is_signed
+
+
+@BY_NAME
+def test_samples_are_balanced_exactly_where_labels_are_needed(measure):
+    (images, labels), *rest = class_batches(3)
+    # A sixth image of class 0 in front: balanced sampling takes two of each class and must not see the sixth.
+    batches = [(images[labels != 2], labels[labels != 2]), *rest]
+    kept = score_filters(mixed(), measure, batches, num_samples=6)
+    zero = torch.cat([rest[0][0][rest[0][1] != 2] * 0, rest[0][0][rest[0][1] == 2]])
+    order = torch.cat([rest[0][1][rest[0][1] != 2], rest[0][1][rest[0][1] == 2]])
+    other = score_filters(mixed(), measure, [batches[0], (zero, order), batches[2]], num_samples=6)
+    same = all(torch.allclose(kept[layer], other[layer], rtol=1e-9, atol=0) for layer in kept)
+    declared = resolve_measure(measure)
+    assert same == (declared.needs_labels or not declared.needs_gradients)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@BY_NAME
+def test_second_derivatives_are_taken_exactly_where_they_are_declared(measure):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mixed()
+
+        def forward(self, x):
+            return self.inner(Once.apply(self.inner.conv1.weight.sum() * 0 + x))
+
+    if resolve_measure(measure).needs_hessian:
+        with pytest.raises(ValueError, match=r"needs second derivatives.*Once"):
+            score_filters(Net(), measure, class_batches())
+    else:
+        score_filters(Net(), measure, class_batches())
+
+
+@BY_NAME
+def test_nothing_is_read_back_and_nothing_loops_over_filters(measure):
+    """No scalar for Python and no copy to another device; as many operations for wide layers as for narrow ones."""
+
+    def operations(width):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.ConvTranspose2d(width, width, 3), nn.Flatten(),
+            nn.Linear(width * 25, 3),
+        ).double()  # fmt: skip
+        with _Counter() as counter:
+            score_filters(net, measure, class_batches(), num_samples=9)
+        return counter.seen
+
+    seen = operations(4)
+    names = [str(func) for func in seen]
+    assert not [name for name in names if "_local_scalar_dense" in name or "item" in name]
+    assert len(operations(8)) == len(seen)
+
+
+def test_the_counter_sees_what_it_looks_for():
+    with _Counter() as counter:
+        torch.ones(1).sum().item()
+    assert any("_local_scalar_dense" in str(func) for func in counter.seen)
+
+
+class Momentum(Importance):
+    """A user's own measure: the squared sum of theta g."""
+
+    name = "squared_sum"
+    statistic = "gradient"
+
+    def summand(self, theta, flow):
+        return theta * flow
+
+    def finish(self, total):
+        return total.square()
+
+
+def test_a_measure_of_the_users_own_is_scored_like_any_other():
+    own, tfo = (score_filters(mixed(), m, class_batches()) for m in (Momentum(), "tfo"))
+    assert own.measure == "squared_sum"
+    assert all(torch.allclose(own[layer], tfo[layer] ** 2) for layer in own)
+
+
+def test_an_unknown_name_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"Unknown measure 'grasp2'. Known: .*grad_preserve.* Did you mean 'grasp'\?"):
+        resolve_measure("grasp2")
+    with pytest.raises(ValueError, match="must be a name or an Importance object"):
+        resolve_measure(3)

@@ -1,0 +1,95 @@
+"""Two processes give the scores of one, for every measure."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from importance_nets import class_batches, largest_difference, mixed
+
+from gflow_pl.importance import Tracker, measure_names, score_filters
+
+
+def average(tensor):
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+def options(measure):
+    return {"num_samples": 12, "seed": 3, "temperature": 2.0}
+
+
+def halves(batch, rank):
+    """Unequal in their classes, so that one rank holds more of a balanced sample than the other."""
+    images, labels = batch
+    order = labels.argsort()
+    half = len(labels) // 2
+    own = order[rank * half : (rank + 1) * half]
+    return images[own], labels[own]
+
+
+def joined(batch):
+    (a, la), (b, lb) = (halves(batch, rank) for rank in (0, 1))
+    return torch.cat([a, b]), torch.cat([la, lb])
+
+
+def scored(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    own = [halves(batch, rank) for batch in class_batches(5)]
+    found = {}
+    for measure in measure_names():
+        given = {**options(measure), "num_samples": 6, "reduce": average}
+        found[measure] = dict(score_filters(mixed(), measure, own, **given))
+    found["all"] = dict(score_filters(mixed(), "grasp", own, reduce=average))
+    found["unbalanced"] = dict(score_filters(mixed(), "grasp", own, reduce=average, balanced=False))
+    tracker = Tracker("grasp", reduce=average)
+    tracker.update(mixed(), batch=own[0])
+    found["tracked"] = dict(tracker.scores())
+    try:
+        score_filters(mixed(), "grasp", own, reduce=average, num_samples=300)
+    except ValueError as error:
+        found["error"] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(scored, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("measure", measure_names())
+def test_two_ranks_give_the_scores_of_one_process(by_rank, measure):
+    batches = [joined(batch) for batch in class_batches(5)]
+    alone = score_filters(mixed(), measure, batches, **options(measure))
+    for found in by_rank:
+        assert list(found[measure]) == list(alone)
+        for layer in alone:
+            if measure == "random":
+                assert torch.equal(found[measure][layer], alone[layer])
+            assert largest_difference(found[measure][layer], alone[layer]) < 1e-9
+
+
+def test_two_ranks_agree_on_unlimited_and_on_unbalanced_samples(by_rank):
+    batches = [joined(batch) for batch in class_batches(5)]
+    everything = score_filters(mixed(), "grasp", batches)
+    whole = score_filters(mixed(), "grasp", batches, balanced=False)
+    tracker = Tracker("grasp")
+    tracker.update(mixed(), batch=batches[0])
+    for found in by_rank:
+        for layer in everything:
+            assert largest_difference(found["all"][layer], everything[layer]) < 1e-9
+            assert largest_difference(found["unbalanced"][layer], whole[layer]) < 1e-9
+            assert largest_difference(found["tracked"][layer], tracker.scores()[layer]) < 1e-9
+
+
+def test_both_ranks_are_told_of_a_class_that_is_too_small(by_rank):
+    assert all("each of 3 classes needs 200 images" in found["error"] for found in by_rank)
+
+
+def test_the_sample_of_the_ranks_is_not_the_sum_of_their_own(by_rank):
+    own = [halves(batch, 0) for batch in class_batches(5)]
+    alone = score_filters(mixed(), "grasp", own, temperature=2.0, balanced=False)
+    assert largest_difference(by_rank[0]["grasp"]["conv1"], alone["conv1"]) > 1e-3

@@ -1,0 +1,178 @@
+"""Scoring leaves nothing behind: flags, gradients, statistics, random generators."""
+
+import pytest
+import torch
+from importance_nets import class_batches, mixed
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from gflow_pl.importance import Tracker, measure_names, score_filters
+
+BY_NAME = pytest.mark.parametrize("measure", measure_names())
+
+
+@BY_NAME
+def test_the_model_is_afterwards_what_it_was(measure):
+    net = mixed().train()
+    net.bn1.eval()
+    net.conv1.weight.requires_grad_(False)
+    F.cross_entropy(net(class_batches()[0][0]), class_batches()[0][1]).backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    copies = {name: g.clone() for name, g in gradients.items() if g is not None}
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    flags = {name: module.training for name, module in net.named_modules()}
+    random = torch.get_rng_state()
+
+    score_filters(net, measure, class_batches())
+
+    assert all(p.grad is gradients[name] for name, p in net.named_parameters())
+    assert all(torch.equal(gradients[name], copy) for name, copy in copies.items())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert {name: module.training for name, module in net.named_modules()} == flags
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@BY_NAME
+def test_a_frozen_weight_is_scored_like_any_other(measure):
+    free, frozen = mixed(), mixed()
+    frozen.requires_grad_(False)
+    ours, theirs = (score_filters(net, measure, class_batches()) for net in (frozen, free))
+    assert all(torch.equal(ours[layer], theirs[layer]) for layer in theirs)
+
+
+def test_flags_come_back_after_an_error():
+    net = mixed().train()
+    net.requires_grad_(False)
+    with pytest.raises(ZeroDivisionError):
+        score_filters(net, "loss", class_batches(), loss_fn=lambda model, batch: 1 / 0)
+    assert net.training
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@BY_NAME
+def test_scores_are_those_of_evaluation_mode_under_any_surroundings(measure):
+    plain = score_filters(mixed().eval(), measure, class_batches())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = score_filters(mixed().train(), measure, class_batches())
+    assert all(torch.equal(ours[layer], plain[layer]) for layer in plain)
+
+
+@BY_NAME
+def test_spectral_norm_does_not_move_and_its_weight_is_scored(measure):
+    torch.manual_seed(0)
+    net = mixed().train()
+    parametrizations.spectral_norm(net.conv1)
+    parametrizations.weight_norm(net.hidden)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    ours = score_filters(net, measure, class_batches())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+    plain = mixed()
+    with torch.no_grad():
+        plain.conv1.weight.copy_(net.eval().conv1.weight)
+        plain.hidden.weight.copy_(net.hidden.weight)
+    theirs = score_filters(plain, measure, class_batches())
+    assert all(torch.allclose(ours[layer], theirs[layer], rtol=1e-7, atol=1e-18) for layer in theirs)
+
+
+@BY_NAME
+def test_a_tied_weight_is_scored_in_each_layer_by_its_whole_gradient(measure):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.head = nn.Linear(50, 50), nn.Linear(50, 50), nn.Linear(50, 3)
+            self.second.weight = self.first.weight
+            self.second.bias = self.first.bias
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x.flatten(1))))))
+
+    net = Tied().double()
+    start = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    scores = score_filters(net, measure, class_batches(), initial_state=start)
+    if measure != "random":
+        assert torch.equal(scores["first"], scores["second"])
+    # One layer called twice is the same function of the same weight.
+    net.second = net.first
+    once = score_filters(net, measure, class_batches(), initial_state=start)
+    assert torch.allclose(once["first"], scores["first"], rtol=1e-9)
+
+
+@BY_NAME
+def test_a_layer_without_filters_gets_no_scores(measure):
+    class Emptied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.head = nn.Linear(50, 0), nn.Linear(0, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.b(self.a(x.flatten(1)))))
+
+    scores = score_filters(Emptied().double(), measure, class_batches())
+    assert [len(vector) for vector in scores.values()] == [0, 4, 3]
+
+
+@BY_NAME
+def test_half_precision_weights_are_scored_in_float32(measure):
+    batches = [(images.bfloat16(), labels) for images, labels in class_batches()]
+    scores = score_filters(mixed().bfloat16(), measure, batches, temperature=1.0)
+    assert {vector.dtype for vector in scores.values()} == {torch.float32}
+
+
+@BY_NAME
+def test_a_loss_that_is_not_finite_is_refused(measure):
+    batches = [(images * float("nan"), labels) for images, labels in class_batches()]
+    if measure in ("magnitude", "l1", "bn", "random"):
+        score_filters(mixed(), measure, batches)
+        return
+    with pytest.raises(ValueError, match=f"by measure '{measure}' hold NaN or infinity"):
+        score_filters(mixed(), measure, batches)
+
+
+@BY_NAME
+def test_a_dead_layer_scores_zero_and_no_nan(measure):
+    net = mixed()
+    with torch.no_grad():
+        net.grouped.weight.zero_()
+    scores = score_filters(net, measure, class_batches())
+    if measure not in ("random", "bn", "nvidia"):
+        assert (scores["grouped"] == 0).all()
+
+
+def test_a_loss_without_gradient_is_refused():
+    with pytest.raises(ValueError, match="the loss has no gradient"):
+        score_filters(mixed(), "loss", class_batches(), loss_fn=lambda model, batch: model(batch[0]).detach().sum())
+    with pytest.raises(ValueError, match=r"must be one number, the mean over the batch, got shape \(6, 3\)"):
+        score_filters(mixed(), "loss", class_batches(), loss_fn=lambda model, batch: model(batch[0]))
+    one = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="depends on none of the model's"):
+        score_filters(mixed(), "loss", class_batches(), loss_fn=lambda model, batch: one * 2)
+
+
+def test_autocast_runs_where_it_is_asked_for():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(model(batch[0]).dtype)
+        return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+    batches = [(images.float(), labels) for images, labels in class_batches(1)]
+    score_filters(mixed().float(), "loss", batches, loss_fn=loss, autocast_dtype=torch.bfloat16)
+    score_filters(mixed().float(), "loss", batches, loss_fn=loss)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+@BY_NAME
+def test_tracking_leaves_the_model_as_it_was(measure):
+    net = mixed().train()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    tracker = Tracker(measure)
+    gradients = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    tracker.update(net, gradients, batch=class_batches()[0])
+    assert net.training
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
