@@ -22,7 +22,8 @@ from gflow_pl.channels.units import Partition
 
 __all__ = ["Blame", "Probe"]
 
-_SHARE = 0.37  # of a group's units that the probe removes: sizes that no hard-coded number meets by chance
+# of a group's units that the probe removes: different ones, so that no size is right by chance
+_SHARES = (0.37, 0.29, 0.46, 0.22, 0.41, 0.33, 0.26)
 # copies that come and go with the memory layout
 _SILENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "as_strided_"])
 # whole numbers among their arguments are sizes, which the shapes of the outputs show
@@ -59,11 +60,13 @@ class _Watcher(Watch):
         super().__init__(stand_ins, meta)
         self.calls, self.gone = calls, gone
         self.at = -1
+        self.inside = False
         self.differing: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flat, spec = tree_flatten((args, kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
+        self.inside = True
         call = None if name in _SILENT else self._next(name)
         numbers = self.remembered(flat) if call is not None else ()
         args, kwargs = tree_unflatten([self.standing_in(value) for value in flat], spec)
@@ -71,7 +74,15 @@ class _Watcher(Watch):
         self.alive.append(out)
         if call is not None:
             self._compare(call, [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)], numbers, args)
+        self.inside = False
         return out
+
+    @property
+    def failed_at(self) -> int:
+        """Number of the op that failed; the next one, where an error came up between two ops."""
+        following = range(self.at + 1, len(self.calls))
+        between = next((i for i in following if self.calls[i].name not in _SILENT), self.at)
+        return self.at if self.inside else between
 
     def _next(self, name: str) -> Call:
         self.at += 1
@@ -155,8 +166,8 @@ class Probe:
             skip[root[nodes]] = True
         gone = np.zeros(self.found.book.num_nodes, dtype=bool)
         rng = np.random.default_rng(0)
-        for group, roots in zip(self.parts.groups, self.parts.unit_roots, strict=True):
-            num = min(max(1, round(len(roots) * _SHARE)), len(roots) - 1)
+        for i, (group, roots) in enumerate(zip(self.parts.groups, self.parts.unit_roots, strict=True)):
+            num = min(max(1, round(len(roots) * _SHARES[i % len(_SHARES)])), len(roots) - 1)
             rows = roots[rng.permutation(len(roots))[:num]]
             if exact and (group.inexact is not None):
                 skip[roots] = True
@@ -177,7 +188,7 @@ class Probe:
                 try:
                     self.stage.run(watcher, lambda name, module, args: None, self._leave)
                 except Exception as error:
-                    return self._blame(training, watcher.at, error)
+                    return self._blame(training, watcher.failed_at, error)
             self.differing += [(training, number) for number in watcher.differing]
         return None
 
@@ -232,6 +243,9 @@ class Probe:
         calls = self.found.calls[training]
         number = min(max(number, 0), len(calls) - 1)
         reason = str(error) if isinstance(error, _Mismatch) else "a size that does not follow the channels"
+        here = calls[number]
+        if here.site is not None and here.choices > 0:
+            return Blame(here.site, None, reason)
         moving = [nodes[self.live[nodes]] for nodes in calls[number].nodes]
         targets = np.unique(self.parts.root[np.concatenate([np.zeros(0, np.int64), *moving])])
         for i in range(number, -1, -1):

@@ -69,7 +69,7 @@ class Call:
         shapes: Shapes of the outputs.
         labels: Labels of the outputs; None where the size follows whatever it meets.
         nodes: Nodes of inputs and outputs.
-        site: The place in the code, where a choice was made or one may have to be made.
+        site: The place in the code where a rule made a choice, and has others left.
         choices: Choices that are left at this site.
         place: The place in the code, where places were asked for.
         expected: (argument position, nodes): the number there is how many of these nodes are left.
@@ -122,6 +122,7 @@ class Watch(TorchDispatchMode):
         self.stand_ins = stand_ins
         self.meta = meta
         self.stack: list[tuple[str, nn.Module]] = []
+        self.entered: list[Tensor | None] = []  # the first argument of every module on the stack
         self.alive: list[Any] = []  # ids stay unique only while the tensors live
         self.constants: dict[int, Tensor] = {}
 
@@ -188,8 +189,7 @@ class Recorder(Watch):
         self.tags: dict[int, Tag] = {}
         self.calls: list[Call] = []
         self.readers: dict[int, list[str]] = {}
-        self.site: tuple[Any, ...] | None = None
-        self.choices_left = 0
+        self.sites: list[tuple[tuple[Any, ...], int]] = []
         self.expected: list[tuple[int, Nodes]] = []
 
     # -- tags ---------------------------------------------------------------------------------------------------
@@ -227,11 +227,16 @@ class Recorder(Watch):
             self.book.freeze(a, why)
             self.book.freeze(b, why)
 
-    def choose(self, num: int) -> int:
-        """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails."""
-        self.site = location()
-        choice = min(self.choices.get(self.site, 0), num - 1)
-        self.choices_left = num - 1 - choice
+    def choose(self, num: int, part: int = -1) -> int:
+        """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails.
+
+        Args:
+            num: Ways there are.
+            part: Tells apart what one op has to choose; of several, the probe tries the lowest first.
+        """
+        site = (part, *location())
+        choice = min(self.choices.get(site, 0), num - 1)
+        self.sites.append((site, num - 1 - choice))
         return choice
 
     def expect(self, position: int, nodes: Nodes) -> None:
@@ -247,6 +252,14 @@ class Recorder(Watch):
         likely = ("head", "width", "dim", "chan", "split", "group", "feat", "size", "plane")
         found.sort(key=lambda key: next((i for i, word in enumerate(likely) if word in key), len(likely)))
         return [(name, key) for key in found]
+
+    def input_channels(self, size: int) -> Nodes | None:
+        """The channels of the running module's input, if there are that many and they can move."""
+        for tensor in self.entered[-1:]:
+            for label in reversed(self.labels(tensor)) if tensor is not None else ():
+                if label is not None and len(label) == size:
+                    return label
+        return None
 
     def follows(self, module: str, attribute: str, nodes: Nodes) -> None:
         """That attribute of that module is the number of these nodes that are left."""
@@ -283,7 +296,7 @@ class Recorder(Watch):
             if id(tensor) in self.readers:
                 self.readers[id(tensor)].append(self.module_name)
         self._active = any(tag.active for tag in tags)
-        self.site, self.choices_left, self.expected = None, 0, []
+        self.sites, self.expected = [], []
         nodes = [label for tag in tags for label in tag.labels if label is not None]
         rule(self, op)
         outs = [tensor for tensor in tree_flatten(op.out)[0] if isinstance(tensor, Tensor)]
@@ -291,6 +304,7 @@ class Recorder(Watch):
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
         labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
         shapes = [tensor.shape for tensor in outs]
+        site, left = min(((s, n) for s, n in self.sites if n), key=lambda pair: pair[0][0], default=(None, 0))
         self.calls.append(
             Call(
                 op.name,
@@ -299,8 +313,8 @@ class Recorder(Watch):
                 list(labels),
                 nodes,
                 self.module_name,
-                self.site,
-                self.choices_left,
+                site,
+                left,
                 self.expected,
                 location() if self.places else None,
             )

@@ -199,15 +199,20 @@ def _cut(t: Recorder, op: Op, pieces: list[Nodes]) -> None:
         ways += [names for names in (_listed(t, sizes), _counted(t, sizes)) if names]
     equal = len(set(sizes)) == 1
     if equal:
-        ways += ["equal", *([[name] for name in t.attributes_like(sizes[0])] if "with_sizes" not in op.name else [])]
+        ways.append("equal")
+    if equal and "with_sizes" not in op.name:
+        ways += [[name] for name in t.attributes_like(sizes[0])]
+        ways += [("whole", name) for name in t.attributes_like(sum(sizes))]
     way = t.choose(len(ways) + 1)
     if way == len(ways):
         for piece in pieces:
             t.book.freeze(piece, "a split with sizes that do not follow the channels")
         return
-    if ways[way] == "equal" or len(ways[way]) < len(pieces):
+    if equal and (ways[way] == "equal" or "with_sizes" not in op.name):
         t.book.join_rows(np.stack(pieces, axis=1))
-    if ways[way] != "equal":
+    if ways[way][0] == "whole":
+        t.follows(ways[way][1][0], ways[way][1][1], np.concatenate(pieces))
+    elif ways[way] != "equal":
         for (module, attribute), piece in zip(ways[way], pieces, strict=False):
             t.follows(module, attribute, piece)
 
@@ -227,10 +232,11 @@ def _counted(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
     """The running module keeps every size in an attribute of its own."""
     found: list[tuple[str, str]] = []
     for size in sizes:
-        free = [name for name in t.attributes_like(size) if name not in found]
-        if not free:
+        known = t.attributes_like(size)
+        if not known:
             return []
-        found.append(free[0])
+        free = [name for name in known if name not in found]
+        found.append(free[0] if free else known[0])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def _view(t: Recorder, op: Op) -> None:
     zero: set[int] = set()
     for olds, news in _blocks(x.shape, out.shape):
         if len(olds) == len(news) == 1:
-            labels[news[0]] = tag.labels[olds[0]]
+            labels[news[0]] = _whole(t, tag.labels[olds[0]], news[0])
             zero |= {news[0]} if olds[0] in tag.zero else set()
             continue
         tracked = [dim for dim in olds if tag.labels[dim] is not None]
@@ -64,6 +65,15 @@ def _view(t: Recorder, op: Op) -> None:
     t.put(out, labels, zero, tag.uniform)
 
 
+def _whole(t: Recorder, label: Nodes | None, dim: int) -> Nodes | None:
+    """A dim that stays one dim: its size may be one that the module keeps."""
+    attributes = t.attributes_like(len(label)) if label is not None else []
+    choice = t.choose(len(attributes) + 1, part=dim) if attributes else 0
+    if choice and label is not None:
+        t.follows(*attributes[choice - 1], label)
+    return label
+
+
 def _through_block(
     t: Recorder, label: Nodes | None, dim: int, old: list[int], new: list[int]
 ) -> tuple[int, Nodes] | None:
@@ -76,22 +86,62 @@ def _through_block(
     for d in range(len(new)):
         if d not in varying:
             positions = positions.take([0], axis=d)
-    ways: list[tuple[int, tuple[str, str] | None]] = [(d, None) for d in reversed(varying)]
-    ways += [(d, attribute) for d in varying for attribute in t.attributes_like(new[d])]
-    if len(ways) == 1:
-        kept, attribute = ways[0]
-    else:
-        choice = t.choose(len(ways) + 1)
-        if choice == len(ways):
-            t.book.freeze(label, "a view with sizes that do not follow the channels")
-            return None
-        kept, attribute = ways[choice]
-    rows = np.moveaxis(positions, kept, 0).reshape(new[kept], -1)
+    ways = _ways(t, new, varying)
+    choice = t.choose(len(ways) + 1) if len(ways) > 1 else 0
+    if choice == len(ways):
+        t.book.freeze(label, "a view with sizes that do not follow the channels")
+        return None
+    way = ways[choice]
+    rows = np.moveaxis(positions, way.kept, 0).reshape(new[way.kept], -1)
     t.book.join_rows(label[rows])
     own = label[rows[:, 0]]
-    if attribute is not None:
-        t.follows(*attribute, own)
-    return kept, own
+    if way.attribute is not None:
+        t.follows(*way.attribute, own)
+    if way.stream is not None:
+        for column in way.stream.T:
+            t.book.join(own, column)
+    return way.kept, own
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """One way to understand a view: which new dim keeps the channels, and what its size follows.
+
+    Attributes:
+        kept: The new dim that moves; over the others the channels are coupled.
+        attribute: (module, attribute) that counts its positions.
+        stream: (positions, width) channels of the running module's input that its positions go with.
+    """
+
+    kept: int
+    attribute: tuple[str, str] | None = None
+    stream: Nodes | None = None
+
+
+def _ways(t: Recorder, new: list[int], varying: list[int]) -> list[_Way]:
+    """Sizes computed from the channels first, then sizes that the module keeps, then sizes of its input."""
+    if len(varying) > 2 and new[varying[0]] <= 4:
+        varying = varying[1:]  # a stack of queries, keys and values; its parts are told apart by number
+    ways = [_Way(dim) for dim in reversed(varying)]
+    ways += [_Way(dim, attribute) for dim in varying for attribute in t.attributes_like(new[dim])]
+    for dim in reversed(varying):
+        stream = _stream(t, new, dim)
+        if stream is not None:
+            attributes = t.attributes_like(new[dim]) if len(varying) > 1 else []
+            ways += [_Way(dim, attribute, stream) for attribute in (None, *attributes[:2])]
+    return ways
+
+
+def _stream(t: Recorder, new: list[int], dim: int) -> Nodes | None:
+    """The input's channels that go with every position of the new dim, alone or together with a neighbouring dim."""
+    own = t.input_channels(new[dim])
+    if own is not None:
+        return own[:, None]
+    if dim + 1 < len(new) and (both := t.input_channels(new[dim] * new[dim + 1])) is not None:
+        return both.reshape(new[dim], -1)
+    if dim and (both := t.input_channels(new[dim - 1] * new[dim])) is not None:
+        return both.reshape(-1, new[dim]).T
+    return None
 
 
 VIEWS: dict[str, Rule] = dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], _view)

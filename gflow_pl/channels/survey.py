@@ -107,12 +107,11 @@ class _Surveyor:
         self.inputs = {id(x) for x in stage.inputs}
         self.by_start: dict[int, LayerFacts] = {}
         self.made: dict[int, tuple[LayerFacts, Boundary]] = {}  # layers' outputs by id
-        self.entered: list[Any] = []
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.t.stack.append((name, module))
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        self.entered.append(x)
+        self.t.entered.append(x)
         if x is not None and _is_norm(module):
             self._reads(name, module, x)
 
@@ -132,7 +131,7 @@ class _Surveyor:
             return
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
-        x = self.entered.pop()
+        x = self.t.entered.pop()
         self.t.stack.pop()
         if isinstance(output, Tensor) and output.ndim:
             if _is_layer(module):
