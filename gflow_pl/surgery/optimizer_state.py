@@ -94,9 +94,10 @@ def drop_state(optimizers: Iterable[Optimizer]) -> None:
         if hasattr(optimizer, "_numel_cache"):
             optimizer._numel_cache = None
         if isinstance(optimizer, torch.optim.Adagrad):
-            # The one that makes its state when it is built and cannot step without.
-            fresh = torch.optim.Adagrad([dict(group) for group in optimizer.param_groups])
-            optimizer.state.update(fresh.state)
+            # The one that makes its state when it is built; not every torch can step without.
+            groups = [dict(group) for group in optimizer.param_groups]
+            start = optimizer.defaults["initial_accumulator_value"]
+            optimizer.state.update(torch.optim.Adagrad(groups, initial_accumulator_value=start).state)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

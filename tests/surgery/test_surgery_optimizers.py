@@ -220,6 +220,17 @@ def test_dropping_keeps_groups_and_schedules():
     assert not optimizer.state
 
 
+def test_adagrad_starts_anew_with_the_sum_that_it_was_built_with():
+    model = Convs()
+    optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    train(model, optimizer, 1, 0, clip=False)
+    drop_state([optimizer])
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert torch.equal(state["sum"], torch.full_like(parameter, 0.5))
+        assert state["step"] == 0
+
+
 def test_lbfgs_with_state_is_refused_with_a_reason_and_nothing_changes():
     model = build("plain", dtype=torch.float32)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
