@@ -80,9 +80,18 @@ class Size:
     filters: int | None
 
     @classmethod
-    def of(cls, module: pl.LightningModule, datamodule: Any, prunable: tuple[str, ...] | None = None) -> Size:
-        """Counts of a module as it is now; `prunable` names the layers whose filters are counted, None finds them."""
-        example = example_input(module, datamodule)
+    def of(
+        cls,
+        module: pl.LightningModule,
+        datamodule: Any,
+        prunable: tuple[str, ...] | None = None,
+        example: Tensor | None = None,
+    ) -> Size:
+        """Counts of a module as it is now, on `example` or on what the module or the data say that inputs look like.
+
+        `prunable` names the layers whose filters are counted; None finds them.
+        """
+        example = example_input(module, datamodule) if example is None else example
         weights = {name: value for name, value in module.state_dict().items()}
         macs = None
         if example is not None:
@@ -98,6 +107,19 @@ class Size:
     def row(self, name: str, **accuracies: float | None) -> NetworkReport:
         """A column of the report."""
         return NetworkReport(name, self.macs, self.parameters, self.state_bytes, self.filters, **accuracies)
+
+
+def _example_of_the_data(module: pl.LightningModule, datamodule: Any) -> Tensor | None:
+    """One input from the test data, if the module's `forward` takes it."""
+    inputs = first_input(next(iter(datamodule.test_dataloader()), None))
+    if not isinstance(inputs, Tensor):
+        return None
+    example = inputs[:1].to(module.device)
+    try:
+        count_network(module, example)
+    except Exception:  # a foreign forward may raise anything on inputs that are not its own
+        return None
+    return example
 
 
 def _num_filters(layer: nn.Module) -> int:
@@ -139,13 +161,16 @@ def report(cli: GflowCLI, source: str | None, ckpt_path: str | None, base: str |
     if ckpt_path is not None:
         load_pretrained(module, ckpt_path)
     measured: dict[str, dict[str, float | None]] = {"unpruned": {}, "pruned": {}}
+    full, example = cli.full_size, None
     if not counts_only:
         measured["pruned"] = _accuracies(trainer, module, data)
+        if full.macs is None:
+            example = _example_of_the_data(cli.base_model, data)
+            full = Size.of(cli.base_model, data, example=example)
         if base is not None:
             load_pretrained(cli.base_model, base)
             measured["unpruned"] = _accuracies(trainer, cli.base_model, data)
-    full = cli.full_size
-    now = Size.of(module, data, full.prunable)
+    now = Size.of(module, data, full.prunable or None, example)
     if rank_zero_only.rank != 0:
         return
     columns = [full.row("unpruned", **measured["unpruned"]), now.row("pruned", **measured["pruned"])]

@@ -1,0 +1,122 @@
+"""The commands on somebody else's classes in another folder, and the callback in somebody else's LightningCLI."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+THEIRS = Path(__file__).parent.parent.parent / "examples" / "lightning_cli"
+CLASSES = ["--model", "their_pkg.Module", "--data", "their_pkg.Data"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4", "--trainer.enable_progress_bar", "false"]
+QUIET += ["--trainer.enable_model_summary", "false"]
+FULL = {"stem.weight": (16, 1, 3, 3), "inner.weight": (32, 16, 3, 3), "outer.weight": (16, 32, 3, 3)}
+
+
+def run(folder: Path, *command: str) -> str:
+    """Run a command in ``folder/work`` with their package, in ``folder/theirs``, importable."""
+    paths = [str(folder / "theirs"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder / "work",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def gflow(folder: Path, command: str, *options: str) -> str:
+    return run(folder, "-m", "gflow_pl", command, *CLASSES, *QUIET, *options)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def num_parameters(path: Path) -> int:
+    return sum(value.numel() for value in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Their package in one folder, a pruning run of it in another."""
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(THEIRS, folder / "theirs")
+    (folder / "work").mkdir()
+    pruning = ["--pruning.measure", "loss", "--pruning.fraction", "0.5", "--pruning.rounds", "2"]
+    gflow(folder, "prune", *pruning, "--pruning.num_samples", "64", "--trainer.max_epochs", "4", "--name", "pruned")
+    return folder
+
+
+def test_prune_makes_their_network_smaller(folder) -> None:
+    pruned = folder / "work" / "checkpoints" / "pruned"
+    assert [row["filters_left"] for row in rows_of(pruned / "pruning.csv")] == ["43", "32"]
+    shapes = shapes_of(pruned / "best.ckpt")
+    assert shapes["stem.weight"] == FULL["stem.weight"]  # where a residual stream begins
+    assert shapes["inner.weight"][0] + shapes["outer.weight"][0] == 16
+    assert shapes_of(pruned / "unpruned.ckpt").items() >= FULL.items()
+
+
+def test_finetune_trains_on_in_the_pruned_shape(folder) -> None:
+    source = folder / "work" / "checkpoints" / "pruned" / "best.ckpt"
+    gflow(folder, "finetune", "--pretrained", str(source), "--trainer.max_epochs", "2", "--name", "tuned")
+    tuned = source.parent.parent / "tuned"
+    assert [row["epoch"] for row in rows_of(tuned / "metrics.csv")] == ["0", "1"]
+    assert shapes_of(tuned / "last.ckpt") == shapes_of(source)
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (source, tuned / "last.ckpt"))
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_test_reports_on_the_pruned_file_beside_the_network_as_it_was(folder) -> None:
+    pruned = folder / "work" / "checkpoints" / "pruned"
+    options = ["--ckpt_path", str(pruned / "last.ckpt"), "--base", str(pruned / "unpruned.ckpt"), "--name", "tested"]
+    gflow(folder, "test", *options)
+    report = json.loads((pruned.parent / "tested" / "report.json").read_text())["networks"]
+    last = rows_of(pruned / "metrics.csv")[-1]
+    assert report["pruned"]["test_accuracy"] == pytest.approx(float(last["test_accuracy"]), abs=1e-6)
+    assert report["unpruned"]["test_accuracy"] is not None
+    assert report["unpruned"]["parameters"] == num_parameters(pruned / "unpruned.ckpt")
+    assert report["pruned"]["parameters"] == num_parameters(pruned / "last.ckpt")
+    # Nothing of theirs says what inputs look like: the counts are of an example of the test data.
+    positions = 8 * 8
+    assert report["unpruned"]["macs"] == positions * 9 * (16 + 16 * 32 + 32 * 16) + 160
+    assert report["pruned"]["macs"] == int(rows_of(pruned / "pruning.csv")[-1]["macs"])
+    assert (report["unpruned"]["filters"], report["pruned"]["filters"]) == (64, 32)
+
+
+@pytest.mark.slow
+def test_fit_trains_their_network_whole(folder) -> None:
+    gflow(folder, "fit", "--trainer.max_epochs", "1", "--name", "fitted")
+    fitted = folder / "work" / "checkpoints" / "fitted"
+    assert shapes_of(fitted / "last.ckpt").items() >= FULL.items()
+    assert not (fitted / "pruning.csv").exists()
+
+
+def test_a_plain_lightning_cli_prunes_by_a_settings_file_alone(folder) -> None:
+    script, settings = str(folder / "theirs" / "train.py"), str(folder / "theirs" / "pruning.yaml")
+    told = run(folder, script, "fit", "--config", settings, *QUIET, "--trainer.limit_val_batches", "2")
+    assert "Round 2 of 2 by loss (epoch 2)" in told
+    (path,) = (folder / "work" / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt")
+    shapes = shapes_of(path)
+    assert shapes["inner.weight"][0] + shapes["outer.weight"][0] == 16
+    callbacks = torch.load(path, weights_only=True)["callbacks"]
+    assert [row["round"] for row in callbacks["PruningCallback"]["rows"]] == [1, 2]
+    assert [row["epoch"] for row in callbacks["GradientFlowMonitor"]["rows"]] == [0, 1, 2, 3, 4]
+    # The full-size network that the script builds takes the file's shape.
+    told = run(folder, script, "test", "--config", settings, *QUIET, "--ckpt_path", str(path))
+    assert "test_accuracy" in told
