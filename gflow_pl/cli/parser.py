@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
-__all__ = ["OneSentenceParser"]
+__all__ = ["OneSentenceParser", "one_sentence"]
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -17,7 +18,7 @@ class OneSentenceParser(LightningArgumentParser):
 
     def error(self, message: Any, ex: Exception | None = None) -> NoReturn:
         """Prints the sentence and exits with status 2."""
-        print(f"gflow: {_sentence(str(message), self._known_keys())}", file=sys.stderr)
+        print(f"gflow: {one_sentence(str(message), self._known_keys())}", file=sys.stderr)
         sys.exit(2)
 
     def _known_keys(self) -> list[str]:
@@ -27,7 +28,7 @@ class OneSentenceParser(LightningArgumentParser):
         return sorted(keys)
 
 
-def _sentence(message: str, known: list[str]) -> str:
+def one_sentence(message: str, known: Sequence[str] = ()) -> str:
     """The telling lines of jsonargparse's message, in one."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     dull = (
@@ -35,6 +36,7 @@ def _sentence(message: str, known: list[str]) -> str:
         "Problem with given class_path",
         "Does not validate against any",
         "Errors:",
+        "Subtypes:",
         "Expected a <class 'NoneType'>",
     )
     telling = [line for line in lines if not line.startswith(dull)]

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from gflow_pl.cli.app import GflowCLI
 from gflow_pl.cli.configs import with_config_paths
 from gflow_pl.cli.folder import release_if_empty
+from gflow_pl.cli.parser import one_sentence
 
 __all__ = ["run"]
 
@@ -22,10 +23,12 @@ def run(arguments: list[str]) -> int:
     try:
         GflowCLI(with_config_paths(arguments))
     except (ValueError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
-        if _is_ours(error):
-            print(f"gflow {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        raise
+        origin = _origin(error)
+        if not (isinstance(error, MisconfigurationException) or origin.startswith(("gflow_pl", "jsonargparse"))):
+            raise
+        text = one_sentence(str(error)) if origin.startswith("jsonargparse") else str(error)
+        print(f"gflow {arguments[0]}: {' '.join(text.split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"gflow {arguments[0]}: stopped.", file=sys.stderr)
         return 130
@@ -34,15 +37,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the sentence was written for the user: raised by us, or by Lightning's own checks."""
-    if isinstance(error, MisconfigurationException):
-        return True
+def _origin(error: BaseException) -> str:
+    """The module that raised an error: our sentences, and those of the settings' parser, are written for the user."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    return module.startswith("gflow_pl")
+    return traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
 
 
 def _quieten() -> None:

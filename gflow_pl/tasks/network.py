@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -65,8 +66,10 @@ def _imported(class_path: str) -> Any:
 
 
 def _called(factory: Any, class_path: str, arguments: dict[str, Any], num_classes: int) -> nn.Module:
+    if not callable(factory):
+        raise ValueError(f"`network`: {class_path} is no class or function that makes a network.")
     try:
-        parameters = inspect.signature(factory).parameters
+        parameters = _parameters_of(factory)
         takes_classes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if takes_classes:
             given = arguments.setdefault("num_classes", num_classes)
@@ -80,3 +83,10 @@ def _called(factory: Any, class_path: str, arguments: dict[str, Any], num_classe
     if not isinstance(network, nn.Module):
         raise ValueError(f"`network`: {class_path} makes a {type(network).__name__}, expected a torch.nn.Module.")
     return network
+
+
+def _parameters_of(factory: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(factory).parameters
+    except ValueError:  # some builtin types have no signature
+        return {}
