@@ -113,6 +113,27 @@ def test_an_operator_without_forward_derivative_falls_back_and_says_so(caplog):
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-9, atol=0) for name in theirs)
 
 
+class Held(nn.Module):
+    """Keeps its weight in a list of its own, where no dual number reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(50, 6), nn.Linear(6, 3)
+        self.double()
+        self.held = [self.first.weight]
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(x.flatten(1), self.held[0])) + self.first.bias)
+
+
+def test_weights_that_dual_numbers_do_not_reach_get_their_share_of_the_product(caplog):
+    with caplog.at_level(logging.INFO, logger="gflow_pl"):
+        way, _ = products(Held(), class_batches(), "forward_over_reverse")
+    assert way == "double_backward"
+    assert "do not reach the weight 'first.weight'" in caplog.text
+
+
 def test_recurrent_weights_get_their_share_of_the_product():
     net, batches = Recurrent(), class_batches()
     _, ours = products(net, batches, "forward_over_reverse")
