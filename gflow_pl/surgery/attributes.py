@@ -30,9 +30,7 @@ __all__ = [
 _MEMORY = "_gflow_original"
 
 
-def local_shapes(
-    model: nn.Module, table: TensorTable, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, dict[str, tuple[int, ...]]]:
+def local_shapes(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Module name to the shapes of its own tensors by local name; a parametrized module owns its originals too."""
     local: dict[str, dict[str, tuple[int, ...]]] = {}
     for alias, name in table.aliases.items():

@@ -112,7 +112,7 @@ def _zeros(x: Tensor, shape: list[int]) -> Tensor:
     return x.new_zeros(shape, dtype=dtype)
 
 
-def dead_groups(model: nn.Module, graph: ChannelGraph, decision: Decision) -> set[str]:
+def dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, decision: Decision) -> set[str]:
     """Removed groups whose units nobody reads any more, because all that reads them is emptied or dead itself.
 
     Left alone, which costs time but no exactness, is a group where a stand-in of one channel might not do (a unit is more
@@ -123,7 +123,6 @@ def dead_groups(model: nn.Module, graph: ChannelGraph, decision: Decision) -> se
     emptied |= {name for name, kept in decision.channels.items() if not kept.any()}
     if not emptied:
         return set()
-    modules = dict(model.named_modules())
     counted = {
         group
         for name, attributes in graph.patches.items()

@@ -18,7 +18,7 @@ from gflow_pl.surgery.decisions import Decision, decide, renumbered
 from gflow_pl.surgery.emptied import dead_groups, drop_empty_parameters, follow_emptiness
 from gflow_pl.surgery.expansion import expansion_of, set_expansion
 from gflow_pl.surgery.optimizer_state import cut_state
-from gflow_pl.surgery.structure import structure_of
+from gflow_pl.surgery.structure import structure_from
 from gflow_pl.surgery.tensors import Cut, TensorTable, cut_tensor
 from gflow_pl.types import ChannelGroup, Structure
 
@@ -60,31 +60,30 @@ def rewrite(
     """
     # Tensors made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        optimizers = list(optimizers)
+        optimizers, copies = list(optimizers), list(copies)
         decision = decide(graph, plan)
-        dead = dead_groups(model, graph, decision)
+        table = TensorTable(model)
+        dead = dead_groups(table.modules, graph, decision)
         if dead:
             decision = decide(graph, plan, dead=dead)
         after = graph.copy().updated(*renumbered(graph, decision))
         cuts = _cuts(decision)
-        networks = [model, *(copy for copy in copies if isinstance(copy, nn.Module))]
-        dicts = [copy for copy in copies if not isinstance(copy, nn.Module)]
+        tables = [table, *(TensorTable(copy) for copy in copies if isinstance(copy, nn.Module))]
         commits: list[Commit] = []
-        table = TensorTable(model)
-        for network in networks:
-            own = table if network is model else TensorTable(network)
-            commits += _cut_network(network, own, graph, decision, cuts, after)
-        for tensors in dicts:
-            commits += _cut_dict(tensors, table, cuts, graph)
+        for network in tables:
+            commits += _cut_network(network, graph, decision, cuts, after)
+        for tensors in copies:
+            if not isinstance(tensors, nn.Module):
+                commits += _cut_dict(tensors, table, cuts, graph)
         by_parameter = {table[name].tensor: ops for name, ops in cuts.items() if table[name].is_parameter}
         commits += cut_state(optimizers, by_parameter)
         for commit in commits:
             commit()
         drop_empty_parameters(optimizers)
-        for network in networks:
-            network.zero_grad(set_to_none=True)
+        for entry in (entry for network in tables for entry in network.values() if entry.is_parameter):
+            entry.tensor.grad = None
         graph.updated(after.groups, after.shapes, after.layers)
-        return structure_of(model)
+        return structure_from(table)
 
 
 def _cuts(decision: Decision) -> dict[str, list[Cut]]:
@@ -96,7 +95,6 @@ def _cuts(decision: Decision) -> dict[str, list[Cut]]:
 
 
 def _cut_network(
-    network: nn.Module,
     table: TensorTable,
     graph: ChannelGraph,
     decision: Decision,
@@ -105,7 +103,7 @@ def _cut_network(
 ) -> list[Commit]:
     """Computes the cut of one network and returns what carries it out."""
     commits: list[Commit] = []
-    modules = dict(network.named_modules(remove_duplicate=False))
+    modules = table.modules
     for name, ops in cuts.items():
         _check_fits(name, table[name].tensor if name in table else None, graph)
         entry, value = table[name], cut_tensor(table[name].tensor, ops)
@@ -115,7 +113,7 @@ def _cut_network(
                 commits.append(_remembering_put(module, leaf, value))
         else:
             commits.append(lambda entry=entry, value=value: entry.put(value))  # type: ignore[misc]
-    all_local = local_shapes(network, table, {name: after.shapes[name] for name in cuts})
+    all_local = local_shapes(table, {name: after.shapes[name] for name in cuts})
     for module_name, local in all_local.items():
         module = modules[module_name]
         values = follow_shapes(module, local)
@@ -132,7 +130,7 @@ def _cut_network(
         for name, value in patches.items():
             commits.append(_setting(module, name, _filled(module, name, value), remember=name not in known))
     commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
-    commits += [lambda module=module: follow_emptiness(module) for module in network.modules()]  # type: ignore[misc]
+    commits += [lambda module=module: follow_emptiness(module) for module in modules.values()]  # type: ignore[misc]
     return commits
 
 

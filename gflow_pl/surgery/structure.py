@@ -21,7 +21,7 @@ from gflow_pl.surgery.expansion import expansion_of, set_expansion
 from gflow_pl.surgery.tensors import TensorTable, empty_like_format
 from gflow_pl.types import Structure
 
-__all__ = ["apply_structure", "structure_of"]
+__all__ = ["apply_structure", "structure_from", "structure_of"]
 
 _MAX_NAMED = 5
 
@@ -32,17 +32,24 @@ def structure_of(module: nn.Module) -> Structure:
     Listed are all parameters and the buffers that a state dict has; buffers that it has not are listed, with their values, only
     where a rewrite has cut them.
     """
-    table = TensorTable(module)
+    return structure_from(TensorTable(module))
+
+
+def structure_from(table: TensorTable) -> Structure:
+    """The present shape of the network that the table was made of."""
     shapes = {name: tuple(entry.tensor.shape) for name, entry in table.items() if entry.persistent}
-    local = local_shapes(module, table, {})
+    local = local_shapes(table, {})
     attributes: dict[str, dict[str, Any]] = {}
     expansions: dict[str, dict[str, Any]] = {}
-    for name, part in module.named_modules():
-        follow = follow_shapes(part, local[name]) if name in local else {}
-        values = {key: read_attribute(part, key) for key in [*follow, *remembered(part)]}
+    first_name = {id(module): name for name, module in reversed(table.modules.items())}
+    for name, module in table.modules.items():
+        if first_name[id(module)] != name:
+            continue
+        follow = follow_shapes(module, local[name]) if name in local else {}
+        values = {key: read_attribute(module, key) for key in [*follow, *remembered(module)]}
         if values:
             attributes[name] = values
-        expansion = expansion_of(part)
+        expansion = expansion_of(module)
         if expansion is not None:
             expansions[name] = expansion
     return Structure(shapes=shapes, attributes=attributes, expansions=expansions)
@@ -66,11 +73,11 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
     wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
     table = TensorTable(model)
     wanted = _part_that_fits(table, wanted)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = table.modules
     _check(table, modules, wanted)
     shapes = {table.aliases[name]: tuple(shape) for name, shape in wanted.shapes.items()}
     with torch.inference_mode(False), torch.no_grad():
-        local = local_shapes(model, table, shapes)
+        local = local_shapes(table, shapes)
         for name, module in modules.items():
             listed = wanted.attributes.get(name, {})
             for attribute in [a for a in remembered(module) if a not in listed]:

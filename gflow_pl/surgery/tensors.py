@@ -57,13 +57,19 @@ class TensorTable(Mapping[str, Owned]):
     """Every parameter and buffer of a network by name; a tied tensor once, under its first name.
 
     Left out are uninitialised (lazy) ones and the indices of expansions.
+
+    Attributes:
+        modules: Every module by name; one that stands in two places under both names.
+        aliases: Every name of a tensor to its first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._entries: dict[str, Owned] = {}
         self.aliases: dict[str, str] = {}
+        self.modules: dict[str, nn.Module] = {}
+        _walk(model, "", self.modules)
         seen: dict[int, Owned] = {}
-        for prefix, module in model.named_modules(remove_duplicate=False):
+        for prefix, module in self.modules.items():
             for leaf, tensor, is_parameter in _own_tensors(module):
                 name = f"{prefix}.{leaf}" if prefix else leaf
                 entry = seen.get(id(tensor))
@@ -82,6 +88,14 @@ class TensorTable(Mapping[str, Owned]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _walk(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
+    """What ``named_modules(remove_duplicate=False)`` lists; its nested generators cost more than the whole surgery."""
+    found[name] = module
+    for leaf, child in module._modules.items():
+        if child is not None:
+            _walk(child, f"{name}.{leaf}" if name else leaf, found)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
