@@ -1,0 +1,266 @@
+"""Small networks, one idea each: rewritten equals masked, or the units say why not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from channel_twins import deviation
+from torch import nn
+
+from gflow_pl.channels import trace_channels
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward given as a function of the module and the input."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(a, b, k=3, **settings):
+    return nn.Conv2d(a, b, k, padding=k // 2, **settings)
+
+
+def halves(x):
+    return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+
+
+def pooled(x):
+    return x.mean((2, 3))
+
+
+def net(name):
+    head = nn.Linear(8, 3)
+    nets = {
+        "conv_norm_linear": lambda: Net(
+            lambda m, x: m.h(pooled(m.n(m.a(x)).relu())), a=conv(3, 8), n=nn.BatchNorm2d(8), h=head
+        ),
+        "flatten": lambda: Net(lambda m, x: m.h(m.a(x).relu().flatten(1)), a=conv(3, 8), h=nn.Linear(8 * 36, 3)),
+        "depthwise": lambda: Net(lambda m, x: m.h(pooled(m.d(m.a(x)))), a=conv(3, 8), d=conv(8, 8, groups=8), h=head),
+        "multiplied_depthwise": lambda: Net(
+            lambda m, x: m.h(pooled(m.d(m.a(x)))), a=conv(3, 4), d=conv(4, 8, groups=4), h=head
+        ),
+        "many_small_groups": lambda: Net(
+            lambda m, x: m.h(pooled(m.d(m.a(x)))), a=conv(3, 8), d=conv(8, 8, groups=4), h=head
+        ),
+        "few_large_groups": lambda: Net(
+            lambda m, x: m.h(pooled(m.d(m.a(x)))), a=conv(3, 16), d=conv(16, 8, groups=2), h=head
+        ),
+        "transposed": lambda: Net(
+            lambda m, x: m.h(pooled(m.t(m.a(x)).relu())), a=conv(3, 6), t=nn.ConvTranspose2d(6, 8, 2), h=head
+        ),
+        "cat": lambda: Net(
+            lambda m, x: m.h(pooled(torch.cat([m.a(x), m.b(x).relu()], 1))), a=conv(3, 5), b=conv(3, 3), h=head
+        ),
+        "chunk": lambda: Net(
+            lambda m, x: m.h(pooled((lambda p, q: p * q.sigmoid())(*m.a(x).chunk(2, 1)))), a=conv(3, 16), h=head
+        ),
+        "glu": lambda: Net(lambda m, x: m.h(pooled(F.glu(m.a(x), 1))), a=conv(3, 16), h=head),
+        "slices": lambda: Net(
+            lambda m, x: m.h(pooled(halves(m.a(x))[0] - halves(m.b(x))[1])), a=conv(3, 16), b=conv(3, 16), h=head
+        ),
+        "shuffle": lambda: Net(
+            lambda m, x: m.h(pooled((lambda y: y.view(y.shape[0], 2, -1, 6, 6).transpose(1, 2).flatten(1, 2))(m.a(x)))),
+            a=conv(3, 8),
+            h=head,
+        ),
+        "pixel_shuffle": lambda: Net(lambda m, x: m.h(pooled(F.pixel_shuffle(m.a(x), 2))), a=conv(3, 32), h=head),
+        "padded_shortcut": lambda: Net(
+            lambda m, x: m.h(pooled(F.pad(m.a(x), (0, 0, 0, 0, 1, 2)) + m.b(x))), a=conv(3, 5), b=conv(3, 8), h=head
+        ),
+        "gate": lambda: Net(
+            lambda m, x: (lambda y: m.h(pooled(y * m.g(pooled(y)).sigmoid()[:, :, None, None])))(m.a(x)),
+            a=conv(3, 8),
+            g=nn.Linear(8, 8),
+            h=head,
+        ),
+        "instance_norm": lambda: Net(
+            lambda m, x: m.h(m.n(m.a(x)).relu().amax((2, 3))), a=conv(3, 8), n=nn.InstanceNorm2d(8, affine=True), h=head
+        ),
+        "group_norm_of_small_groups": lambda: Net(
+            lambda m, x: m.h(pooled(m.n(m.a(x)).relu())), a=conv(3, 8), n=nn.GroupNorm(4, 8), h=head
+        ),
+        "prelu": lambda: Net(lambda m, x: m.h(pooled(m.p(m.a(x)))), a=conv(3, 8), p=nn.PReLU(8), h=head),
+        "called_twice": lambda: Net(
+            lambda m, x: m.h(m.b(m.b(m.a(pooled(x))).tanh())), a=nn.Linear(3, 8), b=nn.Linear(8, 8), h=head
+        ),
+        "parameters_used_directly": lambda: Net(
+            lambda m, x: m.h(pooled(m.a(x) * m.scale + m.shift)),
+            a=conv(3, 8),
+            scale=nn.Parameter(torch.rand(8, 1, 1)),
+            shift=nn.Parameter(torch.rand(1, 8, 1, 1)),
+            h=head,
+        ),
+        "functional": lambda: Net(
+            lambda m, x: m.h(pooled(F.conv2d(m.a(x), m.w, m.v))),
+            a=conv(3, 8),
+            w=nn.Parameter(torch.rand(8, 8, 1, 1)),
+            v=nn.Parameter(torch.rand(8)),
+            h=head,
+        ),
+        "einsum": lambda: Net(
+            lambda m, x: m.h(torch.einsum("bchw,cd->bd", m.a(x), m.w)),
+            a=conv(3, 6),
+            w=nn.Parameter(torch.rand(6, 8)),
+            h=head,
+        ),
+        "upsampled": lambda: Net(
+            lambda m, x: m.h(pooled(F.interpolate(F.max_pool2d(m.a(x), 2), scale_factor=2, mode="bilinear"))),
+            a=conv(3, 8),
+            h=head,
+        ),
+        "weight_norm": lambda: Net(
+            lambda m, x: m.h(m.b(m.a(pooled(x))).relu()),
+            a=nn.Linear(3, 8),
+            b=nn.Linear(8, 8),
+            h=nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
+        ),
+        "dropout": lambda: Net(lambda m, x: m.h(pooled(F.dropout2d(m.a(x), 0.2, m.training))), a=conv(3, 8), h=head),
+        "split_sizes": lambda: SplitSizes(),
+        "buffers": lambda: Net(
+            lambda m, x: m.h(pooled(m.a(x) * m.table)), a=conv(3, 8), table=nn.Buffer(torch.rand(8, 1, 1)), h=head
+        ),
+        "lstm_neighbours": lambda: LSTMNet(),
+    }
+    return nets[name]() if name else sorted(nets)
+
+
+class SplitSizes(nn.Module):
+    """A split by sizes that the module keeps; its parts go their own ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.h = conv(3, 8), conv(2, 4), nn.Linear(10, 3)
+        self.splits = [2, 6]
+
+    def forward(self, x):
+        left, right = torch.split(self.a(x), self.splits, 1)
+        return self.h(pooled(torch.cat([self.b(left), right], 1)))
+
+
+class LSTMNet(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.r, self.b, self.h = (
+            nn.Linear(3, 8),
+            nn.LSTM(8, 5, batch_first=True),
+            nn.Linear(5, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        return self.h(self.b(self.r(self.a(x.mean(3).transpose(1, 2)))[0][:, -1]).relu())
+
+
+@pytest.mark.parametrize("name", net(None))
+def test_rewritten_equals_masked(name):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    for residual in ("remove", "expand"):
+        off, change, graph, small = deviation(net(name), (x,), residual=residual)
+        assert graph.groups, str(graph)
+        assert all(group.inexact is None for group in graph.groups), str(graph)
+        assert off < 1e-12 < 1e-3 < change
+        # what the padding meets cannot shrink with the rest
+        assert graph.coverage() == 1.0 or (name, residual) == ("padded_shortcut", "remove"), str(graph)
+        small.train()(x.double()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (lambda: nn.GroupNorm(2, 8), "group norm"),
+        (lambda: nn.GroupNorm(1, 8), "group norm"),
+        (lambda: nn.Softmax(1), "softmax"),
+    ],
+)
+def test_what_mixes_channels_is_said_to_be_inexact(norm, reason):
+    make = lambda: Net(lambda m, x: m.h(pooled(m.n(m.a(x)).relu())), a=conv(3, 8), n=norm(), h=nn.Linear(8, 3))  # noqa: E731
+    x = torch.randn(2, 3, 6, 6)
+    off, _, graph, _ = deviation(make(), (x,), only=lambda group: True)
+    assert [group.name for group in graph.groups] == ["a"]
+    assert reason in graph.groups[0].inexact
+    assert off > 1e-4  # it is inexact indeed
+    exact = trace_channels(make(), x, exact_only=True)
+    assert exact.groups == []
+    assert reason in exact.frozen["a"]
+
+
+def test_a_number_computed_from_the_width_makes_units_inexact():
+    def forward(m, x):
+        y = m.a(x).relu()
+        return m.h(pooled(y / y.shape[1]))
+
+    make = lambda: Net(forward, a=conv(3, 8), h=nn.Linear(8, 3))  # noqa: E731
+    off, _, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    assert "number that follows the width" in graph.group("a").inexact
+    assert off > 1e-3
+    assert trace_channels(make(), torch.randn(2, 3, 6, 6), exact_only=True).groups == []
+
+
+def test_a_number_that_is_kept_leaves_units_exact():
+    make = lambda: Net(lambda m, x: m.h(pooled(m.a(x).relu() / 8)), a=conv(3, 8), h=nn.Linear(8, 3))  # noqa: E731
+    off, _, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),))
+    assert graph.group("a").inexact is None
+    assert off < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (lambda m, x: m.h(pooled(m.a(x)[:, 3:5].repeat(1, 4, 1, 1))), "slice"),
+        (lambda m, x: m.h(torch.cat([pooled(m.a(x)[:, 4:]), pooled(m.a(x)[:, :4])], 1)), "slice"),
+        (lambda m, x: m.h(pooled(m.a(x).view(-1, 8, 36)[:, :, None] * 1.0)), "follow"),
+        (lambda m, x: m.h(pooled(m.a(x) + torch.rand(8, 1, 1))), "not known"),
+        (lambda m, x: m.h(pooled(m.a(x)[:, [1, 0, 2, 3, 4, 5, 6, 7]])), "picked"),
+        (lambda m, x: m.h(pooled(m.a(x).sort(1)[0])), "over the channels"),
+        (lambda m, x: m.h(torch.linalg.inv(m.a(x).flatten(2)[:, :, :8]).mean(2)), "no rule"),
+    ],
+)
+def test_what_is_not_understood_is_frozen_with_a_reason(forward, why):
+    model = Net(forward, a=conv(3, 8), h=nn.Linear(8, 3))
+    graph = trace_channels(model, torch.randn(2, 3, 6, 6))
+    assert graph.groups == []
+    assert why in graph.frozen["a"]
+
+
+def test_heads_only_present_in_training_are_traced_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.h, self.aux = conv(3, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = pooled(self.a(x))
+            return (self.h(y), self.aux(y)) if self.training else self.h(y)
+
+    graph = trace_channels(Auxiliary(), torch.randn(2, 3, 6, 6))
+    assert {part.tensor for part in graph.group("a").slices} == {"a.weight", "a.bias", "h.weight", "aux.weight"}
+    assert graph.layers["aux"].is_output
+
+
+def test_tied_weights_move_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.mid, self.again, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.again.weight = self.mid.weight
+
+        def forward(self, x):
+            return self.out(self.again(self.mid(self.up(x)).relu()))
+
+    off, change, graph, _ = deviation(Tied(), (torch.randn(5, 3),))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.layers["again"].weight == "mid.weight"
+    assert [(part.layer, part.votes) for part in graph.groups[0].layers] == [
+        ("up", True),
+        ("mid", True),
+        ("again", True),
+    ]

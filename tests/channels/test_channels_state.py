@@ -1,0 +1,129 @@
+"""A trace leaves no mark: tensors, gradients, generators, flags, hooks, attributes."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gflow_pl.channels import trace_channels
+
+
+class Meddlesome(nn.Module):
+    """Caches, counts, draws random numbers in three ways, and looks at values where it is told to."""
+
+    def __init__(self, looks=False):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.drop, self.looks = nn.Dropout(0.5), looks
+        self.calls, self.cache, self.seen, self.last = 0, {}, [], None
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(tuple(x.shape))
+        self.cache["x"] = self.last = x
+        random.random(), np.random.rand()
+        self.total += 1
+        y = self.drop(self.norm(self.conv(x))).relu().mean((2, 3))
+        if self.looks and y.sum().item() > 1e9:
+            y = -y
+        return self.head(y + torch.randn(()))
+
+
+def snapshot(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {name: (id(p), p.grad.clone(), p._version) for name, p in model.named_parameters()},
+        torch.get_rng_state(),
+        random.getstate(),
+        str(np.random.get_state()),
+        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
+        [list(module._forward_hooks.items()) + list(module._forward_pre_hooks.items()) for module in model.modules()],
+        (model.calls, dict(model.cache), list(model.seen), model.last),
+        [id(buffer) for buffer in model.buffers()],
+        len(torch.nn.modules.module._global_forward_hooks) + len(torch.nn.modules.module._global_forward_pre_hooks),
+        torch.is_grad_enabled(),
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_trace_leaves_no_mark(looks):
+    model = Meddlesome(looks).train()
+    model.norm.eval()
+    model.conv.register_forward_hook(lambda module, args, out: None)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    x = torch.randn(2, 3, 8, 8)
+    before = snapshot(model)
+    graph = trace_channels(model, x)
+    after = snapshot(model)
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
+        assert same(a, b), i
+    assert [group.name for group in graph.groups] == ["conv"]
+
+
+def test_a_model_that_cannot_run_is_frozen_whole():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            raise RuntimeError("no way on")
+
+    graph = trace_channels(Broken(), torch.zeros(2, 4))
+    assert graph.groups == []
+    assert graph.frozen == {"a": "the forward could not be followed to its end"}
+
+
+def test_inputs_may_be_a_tuple_or_anything_else():
+    class Dicty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, batch, scale=None):
+            return {"out": self.b(self.a(batch["x"]).relu())} if scale is None else self.b(self.a(batch["x"]) * scale)
+
+    for inputs in ({"x": torch.zeros(2, 4)}, ({"x": torch.zeros(2, 4)}, torch.ones(()))):
+        graph = trace_channels(Dicty(), inputs)
+        assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
+
+
+@pytest.mark.parametrize(("name", "value"), [("residual", "shrink"), ("frozen", "remove")])
+def test_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .* got '{value}'"):
+        trace_channels(nn.Linear(2, 2), torch.zeros(1, 2), **{name: value})
+
+
+def test_graphs_are_deterministic_and_hold_no_tensor():
+    model = Meddlesome()
+    first, second = (trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 8, 8)) for _ in range(2))
+    assert str(first) == str(second)
+    for a, b in zip(first.groups, second.groups, strict=True):
+        assert a.name == b.name
+        assert [(s.tensor, s.dim, s.index.tolist()) for s in a.slices] == [
+            (s.tensor, s.dim, s.index.tolist()) for s in b.slices
+        ]
+    assert not any(isinstance(value, (torch.Tensor, nn.Module)) for value in vars(first).values())
+
+
+def test_the_table_says_what_happens_to_every_layer():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
+    lines = str(trace_channels(net, torch.zeros(1, 3, 3, 3))).splitlines()
+    assert lines[0].split() == ["layer", "filters", "group", "what", "happens"]
+    assert lines[1].split() == ["0", "8", "0", "removed"]
+    assert lines[2].endswith("frozen: the model's output")
