@@ -102,8 +102,9 @@ def renumbered(
     Raises:
         ValueError: A unit that stays holds a position that goes with another group: the graph contradicts itself.
     """
-    new_place = {key: _new_places(mask) for key, mask in decision.positions.items()}
-    new_channel = {name: _new_places(mask) for name, mask in decision.channels.items()}
+    known: dict[bytes, np.ndarray] = {}
+    new_place = {key: _new_places(mask, known) for key, mask in decision.positions.items()}
+    new_channel = {name: _new_places(mask, known) for name, mask in decision.channels.items()}
     groups = []
     for group in graph.groups:
         keep = decision.units[group.name]
@@ -114,7 +115,7 @@ def renumbered(
         for layer in group.layers:
             index = _moved(layer.index[keep], new_channel.get(layer.layer), group, layer.layer)
             layers.append(LayerUnits(layer.layer, index, layer.votes))
-        kept = tuple(int(unit) for unit in np.asarray(group.kept, dtype=np.int64)[keep])
+        kept = tuple(np.asarray(group.kept, dtype=np.int64)[keep].tolist())
         groups.append(group.with_parts(kept=kept, slices=tuple(slices), layers=tuple(layers)))
     shapes = {name: list(shape) for name, shape in graph.shapes.items()}
     for (tensor, dim), mask in decision.positions.items():
@@ -126,16 +127,19 @@ def renumbered(
     return groups, {name: tuple(shape) for name, shape in shapes.items()}, layers_now
 
 
-def _new_places(kept: Mask) -> np.ndarray:
-    """Old position to new position; -1 where it is gone."""
-    return np.where(kept, np.cumsum(kept) - 1, -1)
+def _new_places(kept: Mask, known: dict[bytes, np.ndarray]) -> np.ndarray:
+    """Old position to new position, -1 where it is gone; a layer and its norm have the same, found once."""
+    key = kept.tobytes()
+    if key not in known:
+        known[key] = np.where(kept, kept.cumsum() - 1, -1)
+    return known[key]
 
 
 def _moved(index: np.ndarray, new_places: np.ndarray | None, group: ChannelGroup, where: str) -> np.ndarray:
     if new_places is None:
         return index
     moved = new_places[index]
-    if (moved < 0).any():
+    if moved.min(initial=0) < 0:
         raise ValueError(
             f"Units of group '{group.name}' that stay hold positions of '{where}' that another group takes away: "
             "the graph contradicts itself, trace the network again."

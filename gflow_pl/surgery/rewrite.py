@@ -90,7 +90,7 @@ def _cuts(decision: Decision) -> dict[str, list[Cut]]:
     cuts: dict[str, list[Cut]] = {}
     for (tensor, dim), mask in decision.positions.items():
         if not mask.all():
-            cuts.setdefault(tensor, []).append(Cut(dim, np.flatnonzero(mask)))
+            cuts.setdefault(tensor, []).append(Cut(dim, mask.nonzero()[0]))
     return cuts
 
 
