@@ -44,7 +44,8 @@ class GradientFlowMonitor(Callback):
     Attributes:
         rows: One row an epoch and layer: ``epoch``, ``step`` (optimizer steps so far), ``layer`` (as in
             ``named_modules()``, "" for the whole network) and the quantities; None where there was no finite gradient,
-            as when an epoch is broken off.
+            as when an epoch is broken off or no optimizer moves the layer in its last batch. The whole network's are
+            of all layers that have one.
 
     Args:
         num_batches: Batches at the end of an epoch over whose steps is averaged (the root of the mean square, for norms), at
@@ -255,6 +256,9 @@ class GradientFlowMonitor(Callback):
             for known_anyway in (_SQUARES, _DISTANCES):
                 mean[known_anyway] = torch.where(sums[_STEPS] > 0, mean[known_anyway], now[known_anyway])
             curvature = self._curvatures.get(name, now.new_full((), math.nan))
+            if name in self._curvatures:
+                # NaN stands for what was not measured; what was, and is not finite, makes the sum infinite.
+                curvature = curvature.where(curvature.isfinite(), math.inf)
             columns.append(torch.cat([mean[:_STEPS], curvature.to(mean)[None]]).to(module.device))
             names.append(name)
         return names, torch.stack(columns).tolist() if columns else []
@@ -287,9 +291,10 @@ def _same_shape(one: Tensor | None, other: Tensor) -> bool:
 
 
 def _known_sum(column: Iterable[float]) -> float | None:
-    """The sum of what is known; None if nothing is."""
+    """The sum of what is known; None if nothing is, or if it is not finite."""
     known = [value for value in column if not math.isnan(value)]
-    return math.fsum(known) if known else None
+    total = sum(known)
+    return total if known and math.isfinite(total) else None
 
 
 def _root(square: float | None) -> float | None:

@@ -284,6 +284,18 @@ def test_manual_optimization_needs_a_loss_for_the_hessian(tmp_path) -> None:
     assert monitor.rows[0]["theta_h_g"] is not None
 
 
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_curvature_that_is_not_finite_is_none_and_training_goes_on(factor, tmp_path) -> None:
+    def loss_fn(module, batch):
+        return factor * module(batch[0]).square().mean() + module.second(torch.tanh(module.first(batch[0]))).sum()
+
+    monitor = GradientFlowMonitor(hessian=True, loss_fn=loss_fn)
+    fit(tmp_path, plain(), [monitor], max_epochs=2)
+    assert len(whole(monitor)) == 2
+    assert [row["theta_h_g"] for row in monitor.rows] == [None] * len(monitor.rows)
+    assert all(row["theta_g"] is not None for row in monitor.rows)
+
+
 def test_the_initial_parameters_shrink_with_the_network(tmp_path) -> None:
     torch.manual_seed(0)
     module = SmallModule()
