@@ -52,6 +52,8 @@ def masked_twin(model, graph, plan):
         if group.expansion is not None:
             channels = torch.from_numpy(group.layers[0].index[gone].ravel())
             dim = group.expansion.dim
+            present = getattr(modules[group.expansion.module], "_gflow_index", None)
+            channels = channels if present is None else present[channels]  # pruned before: places in the full width
             modules[group.expansion.module].register_forward_hook(
                 lambda _, __, out, dim=dim, channels=channels: out.index_fill(dim, channels, 0)
             )

@@ -144,6 +144,9 @@ class _Surveyor:
         inner = tag.labels[dim]
         if inner is None:
             return None
+        if name in self.found.expanded:
+            # The scatter behind it is the cut: nothing that reads it sees these nodes.
+            return Boundary(name, dim, inner, inner)
         boundary = Boundary(name, dim, inner, self.t.book.fresh("@boundary", len(inner)))
         self.t.book.boundaries.append(boundary)
         labels = list(tag.labels)
