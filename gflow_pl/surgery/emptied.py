@@ -36,9 +36,14 @@ _WIDTHS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] =
 )
 
 
-def follow_emptiness(module: nn.Module) -> None:
-    """Makes a module that has no output channels run no more and train no more, and one that has them run again."""
-    if output_width(module) == 0:
+def follow_emptiness(module: nn.Module, *, emptied: bool = True) -> None:
+    """Makes a module that has no output channels run no more and train no more, and one that has them run again.
+
+    Args:
+        module: Any module.
+        emptied: Whether its network has an emptied branch; if not, a layer without outputs was built like that.
+    """
+    if emptied and output_width(module) == 0:
         module.__dict__["forward"] = _stand_in(module)
         trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trained:

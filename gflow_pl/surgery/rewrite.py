@@ -79,7 +79,8 @@ def rewrite(
         commits += cut_state(optimizers, by_parameter)
         for commit in commits:
             commit()
-        drop_empty_parameters(optimizers)
+        if any(group.size == 0 for group in after.groups):
+            drop_empty_parameters(optimizers)
         for entry in (entry for network in tables for entry in network.values() if entry.is_parameter):
             entry.tensor.grad = None
         graph.updated(after.groups, after.shapes, after.layers)
@@ -130,7 +131,8 @@ def _cut_network(
         for name, value in patches.items():
             commits.append(_setting(module, name, _filled(module, name, value), remember=name not in known))
     commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
-    commits += [lambda module=module: follow_emptiness(module) for module in modules.values()]  # type: ignore[misc]
+    if any(group.size == 0 for group in after.groups):
+        commits += [lambda module=module: follow_emptiness(module) for module in modules.values()]  # type: ignore[misc]
     return commits
 
 

@@ -86,10 +86,11 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
             for attribute, value in {**follow, **listed}.items():
                 set_attribute(module, attribute, value, remember=attribute not in follow)
         changed = _resize(table, shapes)
+        emptied = any(not entry["index"] for entry in wanted.expansions.values())
         for name, module in modules.items():
             entry = wanted.expansions.get(name)
             set_expansion(module, None if entry is None else (entry["dim"], entry["width"], entry["index"]))
-            follow_emptiness(module)
+            follow_emptiness(module, emptied=emptied)
     if changed:
         model.zero_grad(set_to_none=True)
 

@@ -218,3 +218,13 @@ def test_what_another_layer_reads_too_stays_until_that_one_is_empty_as_well():
     rewrite(model, graph, {"side": none})
     assert model.a.weight.shape[0] == 0
     assert torch.equal(model(x), model.head(model.stem(x)))
+
+
+def test_a_layer_that_was_built_without_outputs_stays_as_it_is():
+    model = build("residual", dtype=torch.float32)
+    model.nothing = nn.Linear(6, 0)
+    graph = model.graph()
+    structure = rewrite(model, graph, {"stem": torch.tensor([1, 0, 1, 1, 1, 1]).bool()})
+    apply_structure(model, structure)
+    assert model.nothing(torch.ones(2, 6)).shape == (2, 0)
+    assert model.nothing.weight.requires_grad
