@@ -28,15 +28,16 @@ class DigitReader(pl.LightningModule):
             nn.BatchNorm2d(2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
         )
-        self.hidden = nn.Linear(4 * width, 2 * width)
+        self.hidden = nn.Linear(2 * width * 16, 2 * width)
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x):
-        return self.head(F.relu(self.hidden(self.features(x).flatten(1))))
+        return self.head(F.relu(self.hidden(self.features(x))))
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
@@ -60,7 +61,7 @@ def main(data=None, folder="checkpoints/plain_module", max_epochs=8):
 
     trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning, monitor], default_root_dir=folder)
     module = DigitReader()
-    trainer.fit(module, data or gflow_pl.data.Digits())
+    trainer.fit(module, data or gflow_pl.data.Digits(batch_size=32))
 
     for row in pruning.rows:
         print(f"round {row['round']}: {row['filters_left']} filters, {row['parameters']:,} parameters")

@@ -33,7 +33,7 @@ class Data(pl.LightningDataModule):
 class Module(pl.LightningModule):
     """A small residual network."""
 
-    def __init__(self, width: int = 16, lr: float = 0.003):
+    def __init__(self, width: int = 16, lr: float = 0.01):
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Conv2d(1, width, 3, padding=1)
