@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 
 from gflow_pl.importance.batches import batch_size, map_tensors
 from gflow_pl.importance.evaluation import one_weight_a_pass
@@ -66,18 +65,13 @@ def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]
 
 
 def preferred_way(refs: list[TensorRef]) -> Way:
-    """The faster way, by facts of model and device; figures in docs/benchmarks_importance.md.
+    """The faster way, by facts of the model; figures in docs/benchmarks_importance.md.
 
-    Forward over reverse, but for plain networks on a CPU in the default memory format, where double backward is no slower.
-    A weight that a parametrization computes has no place where a dual number could be put: double backward.
+    Forward over reverse; but a weight that a parametrization computes has no place where a dual number could be put,
+    so there it is double backward.
     """
-    weights = [ref.value for ref in refs]
-    if not all(isinstance(weight, nn.Parameter) for weight in weights):
-        return "double_backward"
-    grouped = any(isinstance(ref.owner, _ConvNd) and ref.owner.groups > 1 for ref in refs)
-    channels_last = any(w.ndim == 4 and not w.is_contiguous() for w in weights)
-    on_cpu = all(weight.device.type == "cpu" for weight in weights)
-    return "double_backward" if on_cpu and not grouped and not channels_last else "forward_over_reverse"
+    plain = all(isinstance(ref.value, nn.Parameter) for ref in refs)
+    return "forward_over_reverse" if plain else "double_backward"
 
 
 def _double_backward(

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gflow_pl.importance import measure_names, resolve_measure, score_filters
 from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.gradients import loss_function
-from gflow_pl.importance.hessian import HessianProducts, preferred_way, second_order_kernels
+from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
 from gflow_pl.importance.layers import find_layers, unique_refs
 from gflow_pl.importance.ranks import Ranks
 
@@ -74,12 +74,10 @@ def test_both_ways_agree(make):
 
 
 def test_the_way_follows_from_facts_of_the_model():
-    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
-    refs = unique_refs(find_layers(plain), "weight")
-    assert preferred_way(refs) == "double_backward"
-    plain.to(memory_format=torch.channels_last)
-    assert preferred_way(refs) == "forward_over_reverse"
-    assert preferred_way(unique_refs(find_layers(mixed()), "weight")) == "forward_over_reverse"  # a grouped conv
+    net = mixed()
+    assert products(net, class_batches())[0] == "forward_over_reverse"
+    nn.utils.parametrizations.weight_norm(net.hidden)
+    assert products(net, class_batches())[0] == "double_backward"
 
 
 class Cube(torch.autograd.Function):
