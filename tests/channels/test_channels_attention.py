@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from channel_twins import deviation
 from torch import nn
 
-from gflow_pl.channels import trace_channels
-
 
 class Attention(nn.Module):
     """Heads as most vision transformers write them: every size from an attribute."""

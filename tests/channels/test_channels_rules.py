@@ -179,6 +179,11 @@ def test_rewritten_equals_masked(name):
         (lambda: nn.GroupNorm(2, 8), "group norm"),
         (lambda: nn.GroupNorm(1, 8), "group norm"),
         (lambda: nn.Softmax(1), "softmax"),
+        (lambda: Net(lambda m, x: x * x.sigmoid().sum(1, keepdim=True)), "'sum' over"),
+        (
+            lambda: Net(lambda m, x: x * x.sigmoid().flatten(2).transpose(1, 2).matmul(x.cos().flatten(2)).mean()),
+            "product sums",
+        ),
     ],
 )
 def test_what_mixes_channels_is_said_to_be_inexact(norm, reason):

@@ -1,0 +1,73 @@
+"""Groups against those of an independent tool, on convolutional networks."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from gflow_pl import models
+from gflow_pl.channels import trace_channels
+
+tp = pytest.importorskip("torch_pruning")
+
+NETS = {
+    "vgg13": (lambda: models.vgg13(10), 32),
+    "resnet18": (lambda: models.resnet18(10), 32),
+    "resnet56": (lambda: models.resnet56(10), 32),
+    "mobilenet_v1": (lambda: models.mobilenet_v1(10), 32),
+    "tv_resnet50": (torchvision.models.resnet50, 64),
+    "tv_mobilenet_v2": (torchvision.models.mobilenet_v2, 64),
+    "tv_mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 64),
+    "tv_squeezenet1_1": (torchvision.models.squeezenet1_1, 64),
+    "tv_mnasnet0_5": (torchvision.models.mnasnet0_5, 64),
+    "tv_vgg11_bn": (torchvision.models.vgg11_bn, 64),
+}
+
+
+def theirs(model, x):
+    """Per group, the set of (module, which side); sides are what its pruning functions cut."""
+    names = {module: name for name, module in model.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
+    found = set()
+    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+        parts, size = set(), None
+        for dependency, index in group:
+            module = dependency.target.module
+            if module not in names or not isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+                continue
+            side = "in" if "in_channels" in dependency.handler.__name__ else "out"
+            parts.add((names[module], "out" if isinstance(module, nn.BatchNorm2d) else side))
+            size = size or len(index)
+        found.add(frozenset(parts))
+    return found
+
+
+def ours(model, x):
+    graph = trace_channels(model, x, residual="remove")
+    modules = dict(model.named_modules())
+    found = set()
+    for group in graph.groups:
+        parts = set()
+        for part in group.slices:
+            module, _, _ = part.tensor.rpartition(".")
+            dims_in = isinstance(modules[module], (nn.Conv2d, nn.Linear)) and part.dim == 1
+            parts.add((module, "in" if dims_in else "out"))
+        found.add(frozenset(parts))
+    return found, {name for name, layer in graph.layers.items() if layer.is_output}
+
+
+def without_followers(parts, model):
+    """A depthwise layer is cut on both sides at once, whichever side a tool names."""
+    modules = dict(model.named_modules())
+    return frozenset((name, "out" if getattr(modules[name], "groups", 1) > 1 else side) for name, side in parts)
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_groups_agree_with_torch_pruning(name):
+    build, size = NETS[name]
+    model = build().eval()
+    x = torch.zeros(1, 3, size, size)
+    mine, outputs = ours(model, x)
+    others = {without_followers(parts, model) for parts in theirs(model, x)}
+    others = {parts for parts in others if not any(layer in outputs and side == "out" for layer, side in parts)}
+    assert {without_followers(parts, model) for parts in mine} == others
