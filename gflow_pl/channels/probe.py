@@ -70,7 +70,7 @@ class _Watcher(Watch):
         call = None if name in _SILENT else self._next(name)
         numbers = self.remembered(flat) if call is not None else ()
         args, kwargs = tree_unflatten([self.standing_in(value) for value in flat], spec)
-        out = func(*args, **kwargs)
+        out = self.computed(func, name, args, kwargs)
         self.alive.append(out)
         if call is not None:
             self._compare(call, [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)], numbers, args)
@@ -141,9 +141,8 @@ class Probe:
         Where sizes had to be guessed at, one trial could be right by chance: others follow, with other numbers.
         """
         blame = self._try(exact=False)
-        guessed = any(call.site is not None for calls in self.found.calls.values() for call in calls)
         differing = self.differing
-        for trial in (1, 2) if guessed and blame is None else ():
+        for trial in (1, 2) if self.found.guessed and blame is None else ():
             blame = blame or self._try(exact=False, trial=trial)
         self.differing = differing
         return blame

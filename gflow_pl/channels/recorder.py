@@ -27,6 +27,26 @@ _HERE = os.path.dirname(__file__) + os.sep
 _REMEMBERED = 64  # a tensor made from Python numbers is compared by value up to this size
 
 
+# Their meta kernels are Python programs of many ops; all that is needed of them is one shape.
+_KEEPS_SHAPE = frozenset(
+    [
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "elu",
+        "gelu",
+        "silu",
+        "mish",
+        "relu",
+        "relu6",
+        "sigmoid",
+        "tanh",
+    ]
+)
+_NORMS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
+
+
 @dataclass(eq=False)
 class Tag:
     """What the trace knows of one tensor.
@@ -151,6 +171,17 @@ class Watch(TorchDispatchMode):
                     numbers += tuple(value.reshape(-1).tolist())
         return numbers
 
+    def computed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the op gives; without contents, the shape alone where that is known beforehand."""
+        if not self.meta or not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return func(*args, **kwargs)
+        x = args[0]
+        if name in _NORMS:
+            return torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(2))
+        if name.removesuffix("_") in _KEEPS_SHAPE:
+            return x if name.endswith("_") else torch.empty_like(x)
+        return func(*args, **kwargs)
+
     @property
     def module_name(self) -> str:
         """Name of the module whose forward is running."""
@@ -189,6 +220,7 @@ class Recorder(Watch):
         self.tags: dict[int, Tag] = {}
         self.calls: list[Call] = []
         self.readers: dict[int, list[str]] = {}
+        self.guessed = False  # whether a rule had to suppose what a size follows
         self.sites: list[tuple[tuple[Any, ...], int]] = []
         self.expected: list[tuple[int, Nodes]] = []
 
@@ -227,16 +259,18 @@ class Recorder(Watch):
             self.book.freeze(a, why)
             self.book.freeze(b, why)
 
-    def choose(self, num: int, part: int = -1) -> int:
+    def choose(self, num: int, part: int = -1, plain: bool = False) -> int:
         """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails.
 
         Args:
             num: Ways there are.
             part: Tells apart what one op has to choose; of several, the probe tries the lowest first.
+            plain: Whether the first way supposes nothing.
         """
         site = (part, *location())
         choice = min(self.choices.get(site, 0), num - 1)
         self.sites.append((site, num - 1 - choice))
+        self.guessed |= choice > 0 or not plain
         return choice
 
     def expect(self, position: int, nodes: Nodes) -> None:
@@ -285,7 +319,7 @@ class Recorder(Watch):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func(*args, **kwargs)
+        out = self.computed(func, name, args, kwargs)
         op = Op(name, args, kwargs, [value for value in flat if isinstance(value, Tensor)], out)
         self._record(op, rule or self.unknown, numbers)
         return out

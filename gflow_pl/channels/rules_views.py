@@ -68,7 +68,7 @@ def _view(t: Recorder, op: Op) -> None:
 def _whole(t: Recorder, label: Nodes | None, dim: int) -> Nodes | None:
     """A dim that stays one dim: its size may be one that the module keeps."""
     attributes = t.attributes_like(len(label)) if label is not None else []
-    choice = t.choose(len(attributes) + 1, part=dim) if attributes else 0
+    choice = t.choose(len(attributes) + 1, part=dim, plain=True) if attributes else 0
     if choice and label is not None:
         t.follows(*attributes[choice - 1], label)
     return label
@@ -87,7 +87,7 @@ def _through_block(
         if d not in varying:
             positions = positions.take([0], axis=d)
     ways = _ways(t, new, varying)
-    choice = t.choose(len(ways) + 1) if len(ways) > 1 else 0
+    choice = t.choose(len(ways) + 1, plain=len(varying) == 1) if len(ways) > 1 else 0
     if choice == len(ways):
         t.book.freeze(label, "a view with sizes that do not follow the channels")
         return None

@@ -63,6 +63,7 @@ class Survey:
         expanded: Modules that carry an expansion already, with its dim and width.
         cuts_at_norm: Layer name to the channel-wise norm that alone reads its output.
         torn: Per mode, the error that ended the forward early.
+        guessed: Whether a rule had to suppose what a size follows.
     """
 
     book: Book
@@ -72,6 +73,7 @@ class Survey:
     expanded: dict[str, tuple[int, int]] = field(default_factory=dict)
     cuts_at_norm: dict[str, str | None] = field(default_factory=dict)
     torn: dict[bool, Exception] = field(default_factory=dict)
+    guessed: bool = False
 
 
 def is_channel_norm(module: nn.Module) -> bool:
@@ -236,6 +238,7 @@ def survey(
             else:
                 surveyor.finish(output)
         found.calls[training] = recorder.calls
+        found.guessed |= recorder.guessed
         if training in found.torn:
             _freeze_torn(found, recorder)
     _one_layer_a_norm(found)
