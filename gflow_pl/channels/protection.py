@@ -56,7 +56,7 @@ def untouched(model: nn.Module, *, tensors: bool) -> Iterator[None]:
         tensors: Whether the contents of buffers are saved and restored too (needed where the forward runs on the
             real ones).
     """
-    modules = list(model.modules())
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     saved = [dict(vars(module)) for module in modules]
     inner = [{key: kept for key, value in state.items() if (kept := _contents(value)) is not None} for state in saved]
     contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if tensors else []

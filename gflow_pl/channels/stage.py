@@ -80,13 +80,14 @@ class Stage:
             stack.enter_context(untouched(self.model, tensors=not self.meta))
             stack.enter_context(_quiet())
             for module in self.model.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # keeps its tensors out of Python's reach; they are swapped as they come by
                 for own in (module._parameters, module._buffers):
                     for name, tensor in own.items():
                         if tensor is not None and id(tensor) in stand_ins:
                             own[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
-                if not isinstance(module, torch.jit.ScriptModule):
-                    # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
-                    module.training = training and not isinstance(module, nn.SyncBatchNorm)
+                # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
+                module.training = training and not isinstance(module, nn.SyncBatchNorm)
             yield
 
     def run(self, mode: Any, enter: Enter, leave: Leave) -> Any:

@@ -1,0 +1,143 @@
+"""Ways in which people run their networks: checkpointing, autocast, compiled and scripted parts, Lightning."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from channel_twins import deviation
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gflow_pl.channels import trace_channels
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.n1 = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.c2, self.n2 = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return (x + self.n2(self.c2(self.n1(self.c1(x)).relu()))).relu()
+
+
+def plain():
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*stem, Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+class Checkpointed(nn.Module):
+    """Activations are computed again in the backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.net, self.reentrant = plain(), reentrant
+
+    def forward(self, x):
+        y = self.net[:3](x)
+        return self.net[4:](checkpoint(self.net[3], y, use_reentrant=self.reentrant))
+
+
+class Autocast(nn.Module):
+    """Runs in bfloat16 inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x):
+        with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", dtype=torch.bfloat16):
+            return self.net(x)
+
+
+class Module(pl.LightningModule):
+    """Traced through its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Compiled(nn.Module):
+    """One part is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain()
+        self.net[3].compile()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def facts(graph, prefix=""):
+    return [
+        (group.name, group.kind, group.size, {(part.tensor, part.dim) for part in group.slices})
+        for group in graph.groups
+    ]
+
+
+def expected(prefix):
+    return [
+        (prefix + name, kind, size, {(prefix + tensor, dim) for tensor, dim in slices})
+        for name, kind, size, slices in facts(trace_channels(plain(), torch.zeros(2, 3, 6, 6)))
+    ]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: Checkpointed(False), lambda: Checkpointed(True), Autocast, Module, Compiled],
+    ids=["checkpoint", "reentrant", "autocast", "lightning", "compiled"],
+)
+def test_wrapping_changes_no_group(build):
+    assert facts(trace_channels(build(), torch.zeros(2, 3, 6, 6))) == expected("net.")
+
+
+def test_channels_last_changes_no_group():
+    model = plain().to(memory_format=torch.channels_last)
+    x = torch.zeros(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    assert facts(trace_channels(model, x)) == expected("")
+
+
+def test_synchronised_batch_norms_change_no_group():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(plain())
+    assert facts(trace_channels(model, torch.zeros(2, 3, 6, 6))) == expected("")
+
+
+def test_half_precision_changes_no_group():
+    assert facts(trace_channels(plain().bfloat16(), torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16))) == expected("")
+
+
+def test_frozen_parameters_and_a_copy_change_no_group():
+    model = plain().requires_grad_(False)
+    assert facts(trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 6, 6))) == expected("")
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_scripted_part_is_followed_or_frozen_with_a_reason():
+    model = plain()
+    model[3] = torch.jit.script(Block())
+    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),), only=lambda group: not group.name.startswith("3"))
+    assert off < 1e-12
+    assert set(graph.frozen) | {part.layer for group in graph.groups for part in group.layers} >= {"0", "6"}
+
+
+def test_graphs_of_a_pickled_copy_are_the_same(tmp_path):
+    model = plain()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.zeros(2, 3, 6, 6)
+    assert facts(trace_channels(again, x)) == facts(trace_channels(model, x))
+
+
+def test_tracing_inside_no_grad_or_inference_mode_works():
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert facts(trace_channels(plain(), torch.zeros(2, 3, 6, 6))) == expected("")
