@@ -137,11 +137,10 @@ class ChannelGroup:
         if (self.kind == "expand") != (self.expansion is not None):
             raise ValueError(f"{where}: an 'expand' group, and no other, names its expansion.")
         kept = self.kept
-        if any(a >= b for a, b in pairwise(kept)) or (
-            kept and not 0 <= kept[0] <= kept[-1] < self.original_size
-        ):
+        if any(a >= b for a, b in pairwise(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.original_size):
             raise ValueError(f"{where}: `kept` must ascend within 0..{self.original_size - 1}.")
-        for part in (*self.layers, *self.slices):
+        parts: tuple[LayerUnits | Slice, ...] = (*self.layers, *self.slices)
+        for part in parts:
             if len(part.index) != self.size:
                 raise ValueError(f"{where}: {part} speaks of {len(part.index)} units, the group has {self.size}.")
 

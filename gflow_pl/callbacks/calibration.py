@@ -93,7 +93,7 @@ class _Moved:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
         self._trainer, self._module = trainer, module
         self._loaders = loaders
-        self._mode = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
+        self._mode: Any = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self._loaders, (dict, list, tuple)):

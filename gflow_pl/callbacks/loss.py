@@ -89,7 +89,7 @@ def quiet(module: pl.LightningModule) -> Iterator[None]:
 def _metric_state(metric: nn.Module) -> dict[str, Any]:
     """A metric's states and counters; lists are copied, tensors cloned, since updates may work in place."""
     state = {}
-    for name in (*metric._defaults, "_update_count", "_computed", "_update_called"):  # type: ignore[arg-type,misc]
+    for name in (*metric._defaults, "_update_count", "_computed", "_update_called"):  # type: ignore[misc]
         if name in metric.__dict__:
             value = metric.__dict__[name]
             state[name] = (

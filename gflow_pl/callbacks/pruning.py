@@ -34,9 +34,10 @@ from gflow_pl.callbacks.round import (
 )
 from gflow_pl.callbacks.settings import CutTimes
 from gflow_pl.callbacks.structure import CarriesStructure
+from gflow_pl.callbacks.tracking import StepGradients, in_window
 from gflow_pl.channels import ChannelGraph
 from gflow_pl.channels.plain import graph_from_plain, graph_to_plain
-from gflow_pl.importance import Importance, resolve_measure, score_filters
+from gflow_pl.importance import Importance, Tracker, resolve_measure, score_filters
 from gflow_pl.selection import PruningSchedule, cost_after, select_units
 from gflow_pl.types import KeepPlan, Scores
 
@@ -80,6 +81,11 @@ class PruningCallback(CarriesStructure):
         bias: Multiplies each weight's summand of a gradient measure: "none", "magnitude" or "distance_from_init".
         keep_momentum: Whether the optimizers' state is pruned along (True) or dropped as in the paper (False). None:
             False, but True for biased_loss_tracked.
+        track: Whether scores come from the training's own gradients, averaged exponentially over the last steps of the
+            epoch before the cut, at no extra pass. None: False, but True for biased_loss_tracked.
+        track_batches: Steps at the end of each epoch that are tracked, at least 1.
+        alpha: Share of the newest step in the average, in (0, 1].
+        track_order: "formula": gradient and weights of the same step; "published": the weights after the step.
         prune_lr: Learning rate to hold during warm-up and rounds, > 0; the module's own schedule goes on unseen.
         published_truncation: Repeat the published code's truncation of the percentage kept.
         loss_fn: ``loss_fn(module, batch)`` gives the scalar loss that gradients are taken of, in place of the module's
@@ -121,6 +127,10 @@ class PruningCallback(CarriesStructure):
         temperature: float | None = None,
         bias: Literal["none", "magnitude", "distance_from_init"] | None = None,
         keep_momentum: bool | None = None,
+        track: bool | None = None,
+        track_batches: int = 20,
+        alpha: float = 0.8,
+        track_order: Literal["formula", "published"] = "formula",
         prune_lr: float | None = None,
         published_truncation: bool = False,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
@@ -137,13 +147,14 @@ class PruningCallback(CarriesStructure):
             rounds = 1 if rounds is None else rounds
         self.schedule = PruningSchedule(fraction, rounds, thresholds, published_truncation)
         self.times = CutTimes(self.schedule.num_rounds, warmup_epochs, every_n_epochs, epochs)
-        _check_numbers(num_samples, batches, min_kept, temperature, prune_lr, seed)
+        _check_numbers(num_samples, batches, min_kept, temperature, prune_lr, seed, track_batches, alpha)
         for name, value, choices in (
             ("target", target, ("filters", "parameters", "macs")),
             ("residual", residual, ("expand", "remove")),
             ("scope", scope, ("global", "layer")),
             ("unit_score", unit_score, ("mean", "sum", "max")),
             ("bias", bias, (None, "none", "magnitude", "distance_from_init")),
+            ("track_order", track_order, ("formula", "published")),
         ):
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}.")
@@ -151,8 +162,12 @@ class PruningCallback(CarriesStructure):
         self.num_samples, self.batches = num_samples, batches
         self.min_kept, self.scope, self.unit_score = min_kept, scope, unit_score
         self.ignore, self.protect_stem = list(ignore or ()), protect_stem
-        self.temperature, self.bias = temperature, bias
-        self.keep_momentum = bool(keep_momentum)
+        self.temperature = temperature
+        # A measure that is by definition tracked brings its settings along; what is set explicitly always wins.
+        self.keep_momentum = self.measure.is_tracked if keep_momentum is None else keep_momentum
+        self.track = self.measure.is_tracked if track is None else track
+        self.bias = self.measure.default_bias if bias is None and self.measure.is_tracked else bias
+        self.track_batches, self.alpha, self.track_order = track_batches, alpha, track_order
         self.prune_lr = prune_lr
         self.loss_fn, self.logits_fn = loss_fn, logits_fn
         self.reset_best, self.evaluate_cuts = reset_best, evaluate_cuts
@@ -163,6 +178,10 @@ class PruningCallback(CarriesStructure):
         self._initial: dict[str, Tensor] | None = None
         self._original_costs: dict[str, int] = {}
         self._held_rate: HeldRate | None = None
+        self._gradients: StepGradients | None = None
+        self._pending_tracker: dict[str, Tensor] | None = None
+        self._tracked_batch: tuple[int, Any] | None = None
+        self._tracked_epoch: int | None = None
         self._pending_rng: list[Any] | None = None
         self._rng_of_ranks: list[Any] | None = None
         self._logits_known: bool | None = None
@@ -236,7 +255,7 @@ class PruningCallback(CarriesStructure):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the schedule, keeps the initial weights if a measure needs them, restores random states."""
-        if not trainer.fast_dev_run and not self.finished:
+        if not getattr(trainer, "fast_dev_run", False) and not self.finished:
             self.times.check_fits(trainer.max_epochs)
         if self.bias == "distance_from_init" and self._initial is None:
             self._initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
@@ -246,10 +265,18 @@ class PruningCallback(CarriesStructure):
             self._held_rate = HeldRate(self.prune_lr, trainer.strategy.optimizers, lambda: not self.finished)
         if self._pending_rng is not None:
             self._restore_rng(trainer)
+        if self.measure.is_tracked or self.track:
+            rank_zero_info(
+                f"PruningCallback: {self.measure.name} with track {self.track}, bias {self.bias or 'none'}, keep_momentum "
+                f"{self.keep_momentum}."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cuts every round that is due and not done."""
+        """Traces the network before its first epoch; cuts every round that is due and not done."""
+        if self.graph is None:
+            with private_rng(self.seed, 0, trainer.global_rank), torch.inference_mode(False):
+                self._ensure_graph(pl_module, next(iter(self._calibration(trainer, pl_module))))
         while self.should_prune(trainer.current_epoch):
             if self.finished:
                 raise ValueError("PruningCallback: `should_prune` asks for more rounds than `rounds`.")
@@ -265,7 +292,7 @@ class PruningCallback(CarriesStructure):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says which rounds were never cut."""
-        if not self.finished and not trainer.fast_dev_run and not trainer.interrupted:
+        if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
             rank_zero_warn(
                 f"PruningCallback: training ended in epoch {trainer.current_epoch} after {self.rounds_done} of "
                 f"{self.schedule.num_rounds} rounds; the others were due at epochs {list(self.cut_epochs[self.rounds_done :])}."
@@ -288,6 +315,7 @@ class PruningCallback(CarriesStructure):
             "graph": None if self.graph is None else graph_to_plain(self.graph),
             "original_costs": dict(self._original_costs),
             "initial": self._initial,
+            "tracker": None if self._gradients is None else self._gradients.tracker.state_dict(),
             "rng": self._rng_of_ranks if self._rng_of_ranks is not None else [rng_state()],
         }
 
@@ -300,6 +328,7 @@ class PruningCallback(CarriesStructure):
         self.graph = None if graph is None else graph_from_plain(graph)
         self._original_costs = dict(state_dict["original_costs"])
         self._initial = state_dict["initial"]
+        self._pending_tracker = state_dict["tracker"]
         self._pending_rng = state_dict["rng"]
 
     # One round
@@ -309,23 +338,19 @@ class PruningCallback(CarriesStructure):
         k = self.rounds_done + 1
         batches = self._calibration(trainer, module)
         first = next(iter(batches))
-        if self.graph is None:
-            options: dict[str, Any] = {"residual": self.residual, "exact_only": self.exact_only}
-            with quiet(module):
-                self.graph = trace_module(module, first, **options)
-            self._original_costs = _costs(self.graph)
+        graph = self._ensure_graph(module, first)
         if self.unpruned_path is not None and k == 1:
             trainer.save_checkpoint(self.unpruned_path, weights_only=True)
 
         share_buffers(trainer, module)
         before = self._measure_on(trainer, module, first)
         scores = self._score(trainer, module, batches, first)
-        plan = KeepPlan.from_dict(broadcast(trainer, self.select(self.graph, scores).as_dict()))
-        costs_before, groups_before = _costs(self.graph), list(self.graph.groups)
+        plan = KeepPlan.from_dict(broadcast(trainer, self.select(graph, scores).as_dict()))
+        costs_before, groups_before = _costs(graph), list(graph.groups)
         copies = [] if self._initial is None else [self._initial]
-        apply_plan(trainer, module, self.graph, plan, keep_momentum=self.keep_momentum, copies=copies)
+        apply_plan(trainer, module, graph, plan, keep_momentum=self.keep_momentum, copies=copies)
         after = self._measure_on(trainer, module, first)
-        costs = _costs(self.graph)
+        costs = _costs(graph)
 
         asked = self.schedule.target(k, self._original_costs["filters"], costs_before["filters"])
         share = self.schedule.share(k, self._original_costs[self.target], costs_before[self.target])
@@ -348,11 +373,23 @@ class PruningCallback(CarriesStructure):
             "gradient_norm_before": before[1],
             "gradient_norm_after": after[1],
             "accuracy_after_cut": self._accuracy(trainer, module),
-            "removed_by_layer": units_gone(groups_before, self.graph.groups),
+            "removed_by_layer": units_gone(groups_before, graph.groups),
             "seconds": watch.seconds(),
         }
         self.rows.append(row)
         self._tell(trainer, row)
+
+    def _ensure_graph(self, module: pl.LightningModule, batch: Any) -> ChannelGraph:
+        if self.graph is None:
+            with quiet(module):
+                self.graph = trace_module(module, batch, residual=self.residual, exact_only=self.exact_only)
+            self._original_costs = _costs(self.graph)
+            if not self.graph.groups:
+                raise ValueError(
+                    f"PruningCallback: no layer of {type(module).__name__} can be pruned: "
+                    + "; ".join(f"{name}: {why}" for name, why in list(self.graph.frozen.items())[:3])
+                )
+        return self.graph
 
     def _calibration(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterable[Any]:
         if self.batches is None and not has_length(trainer.train_dataloader):
@@ -360,16 +397,15 @@ class PruningCallback(CarriesStructure):
         return calibration_batches(trainer, module, seed=1000 * self.seed + self.rounds_done)
 
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[Any], first: Any) -> Scores:
-        options: dict[str, Any] = {}
+        if self.track:
+            tracked = self._tracked_scores(trainer, module, first)
+            if tracked is not None:
+                return tracked
+        options = self._loss_options(module, first)
         if self.batches is None:
             options["num_samples"] = math.ceil(self.num_samples / num_ranks(trainer))
         else:
             batches = islice(iter(batches), self.batches)
-        if self._uses_logits(module, first):
-            options["logits_fn"] = self.logits_fn or default_logits
-            options["temperature"] = self.temperature
-        else:
-            options["loss_fn"] = self.loss_fn or training_loss
         with quiet(module):
             return score_filters(
                 module,
@@ -382,6 +418,12 @@ class PruningCallback(CarriesStructure):
                 seed=self.seed + self.rounds_done,
                 **options,
             )
+
+    def _loss_options(self, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
+        """What scores are taken from: logits at the measure's temperature, or the module's own loss."""
+        if self._uses_logits(module, batch):
+            return {"logits_fn": self.logits_fn or default_logits, "temperature": self.temperature}
+        return {"loss_fn": self.loss_fn or training_loss}
 
     def _uses_logits(self, module: pl.LightningModule, batch: Any) -> bool:
         """Whether to score by the cross-entropy of logits / temperature, not by the module's own loss."""
@@ -477,13 +519,66 @@ class PruningCallback(CarriesStructure):
                 "so random numbers will differ from an uninterrupted run."
             )
 
-    # Tracking needs the gradients of the training itself
+    # Tracking: scores from the training's own gradients
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the batch, if its step is to be tracked; the average begins anew in every epoch."""
+        self._tracked_batch = None
+        if self.track and not self.finished and in_window(trainer, batch_idx, self.track_batches):
+            if self._gradients is None or self._tracked_epoch != trainer.current_epoch:
+                self._gradients = StepGradients(self._new_tracker(trainer, pl_module, batch), self.track_order)
+                self._tracked_epoch = trainer.current_epoch
+            self._tracked_batch = (batch_idx, batch)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Feeds a tracked measure with this step's gradients."""
+        if self._tracked_batch is not None and self._gradients is not None:
+            with private_rng(self.seed, self.rounds_done), quiet(pl_module):
+                self._gradients.before_step(pl_module, optimizer, self._tracked_batch[1])
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """In the published order, takes in the weights after the step."""
+        if self._tracked_batch is not None and self._gradients is not None:
+            with private_rng(self.seed, self.rounds_done), quiet(pl_module):
+                self._gradients.after_step(pl_module, self._tracked_batch[1])
+            self._tracked_batch = None
+
+    def _new_tracker(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tracker:
+        self._ensure_graph(module, batch)
+        options = self._loss_options(module, batch) if self.measure.needs_hessian else {}
+        return Tracker(
+            self.measure,
+            alpha=self.alpha,
+            graph=self.graph,
+            bias=self.bias,
+            initial_state=self._initial,
+            reduce=mean_over_ranks(trainer),
+            seed=self.seed + self.rounds_done,
+            **options,
+        )
+
+    def _tracked_scores(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Scores | None:
+        """The average of the last epoch; None if no step was tracked."""
+        if self._pending_tracker is not None and self._gradients is None:
+            tracker = self._new_tracker(trainer, module, batch)
+            tracker.load_state_dict({name: value.to(module.device) for name, value in self._pending_tracker.items()})
+            self._gradients = StepGradients(tracker, self.track_order)
+        gradients, self._gradients, self._pending_tracker = self._gradients, None, None
+        if gradients is None or gradients.tracker.num_updates == 0:
+            rank_zero_warn(
+                "PruningCallback: no step was tracked before this round, so it is scored by passes of its own."
+            )
+            return None
+        return gradients.tracker.scores()
 
 
 def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
@@ -498,11 +593,20 @@ def _costs(graph: ChannelGraph) -> dict[str, int]:
 
 
 def _check_numbers(
-    num_samples: int, batches: int | None, min_kept: float, temperature: float | None, prune_lr: float | None, seed: int
+    num_samples: int,
+    batches: int | None,
+    min_kept: float,
+    temperature: float | None,
+    prune_lr: float | None,
+    seed: int,
+    track_batches: int,
+    alpha: float,
 ) -> None:
-    for name, value in (("num_samples", num_samples), ("batches", batches)):
+    for name, value in (("num_samples", num_samples), ("batches", batches), ("track_batches", track_batches)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"`alpha` must be in (0, 1], got {alpha!r}.")
     if not 0 <= min_kept <= 1:
         raise ValueError(f"`min_kept` must be in [0, 1], got {min_kept!r}.")
     for name, number in (("temperature", temperature), ("prune_lr", prune_lr)):

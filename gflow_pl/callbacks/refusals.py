@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from gflow_pl.callbacks.twins import is_a
+from gflow_pl.callbacks.twins import callbacks_of, is_a
 from gflow_pl.surgery import StructureMixin
 
 __all__ = ["refuse_what_cannot_work"]
@@ -25,7 +25,7 @@ def refuse_what_cannot_work(trainer: pl.Trainer, module: pl.LightningModule, cal
 
 def _problems(trainer: pl.Trainer, module: pl.LightningModule, callback: Any) -> list[str]:
     strategy: Any = trainer.strategy
-    others = [c for c in getattr(trainer, "callbacks", []) if is_a(c, "PruningCallback") and c is not callback]
+    others = [c for c in callbacks_of(trainer) if is_a(c, "PruningCallback") and c is not callback]
     problems = []
     if is_a(strategy, "FSDPStrategy", "DeepSpeedStrategy") or getattr(
         strategy, "restore_checkpoint_after_setup", False
@@ -41,7 +41,7 @@ def _problems(trainer: pl.Trainer, module: pl.LightningModule, callback: Any) ->
             "with spawned or forked processes the main process would reload the pruned weights into the full-size "
             "module: use strategy='ddp', or derive the module from gflow_pl.StructureMixin."
         )
-    if any(is_a(c, "StochasticWeightAveraging") for c in trainer.callbacks):
+    if any(is_a(c, "StochasticWeightAveraging") for c in callbacks_of(trainer)):
         problems.append(
             "StochasticWeightAveraging keeps a full-size copy that cannot follow: use WeightAveraging or "
             "EMAWeightAveraging, which are pruned alike."

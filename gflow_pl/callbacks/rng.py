@@ -16,11 +16,17 @@ __all__ = ["private_rng", "restore_rng", "rng_state"]
 
 def rng_state() -> dict[str, Any]:
     """The random states of torch, numpy, python and CUDA, in types that load with ``weights_only=True``."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            kind,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gflow_pl.callbacks.loss import first_input, training_loss
 from gflow_pl.callbacks.ranks import rebuild_wrapper
-from gflow_pl.callbacks.twins import is_a
+from gflow_pl.callbacks.twins import callbacks_of, is_a
 from gflow_pl.channels import ChannelGraph, trace_channels
 from gflow_pl.surgery import drop_state, rewrite
 from gflow_pl.types import ChannelGroup, KeepPlan
@@ -88,11 +88,13 @@ def apply_plan(
 ) -> None:
     """Rewrite the module and everything of the Trainer that has its shape."""
     optimizers = list(trainer.strategy.optimizers)
-    averages = [c._average_model.module for c in trainer.callbacks if is_a(c, "WeightAveraging") and c._average_model]
+    averages = [
+        c._average_model.module for c in callbacks_of(trainer) if is_a(c, "WeightAveraging") and c._average_model
+    ]
     if not keep_momentum:
         drop_state(optimizers)
     # Other callbacks may hold tensors of the parameters' shapes, and say so by this method.
-    held = [c.tensors_by_name() for c in trainer.callbacks if hasattr(c, "tensors_by_name")]
+    held = [c.tensors_by_name() for c in callbacks_of(trainer) if hasattr(c, "tensors_by_name")]
     rewrite(module, graph, plan, optimizers=optimizers, copies=[*averages, *copies, *held])
     if _is_compiled(module):
         # One recompilation a round would soon reach dynamo's limit, after which it silently stops compiling.
@@ -110,7 +112,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def reset_best(trainer: pl.Trainer) -> list[str]:
     """Make monitored ModelCheckpoints start anew: what was best before the cut is another network."""
     forgotten = []
-    for checkpoint in trainer.callbacks:
+    for checkpoint in callbacks_of(trainer):
         if is_a(checkpoint, "ModelCheckpoint") and getattr(checkpoint, "monitor", None) is not None:
             if checkpoint.best_model_path:
                 forgotten.append(checkpoint.best_model_path)

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from typing_extensions import override
 
 from gflow_pl.callbacks.pruning import PruningCallback
+from gflow_pl.callbacks.twins import callbacks_of
 from gflow_pl.files import write_rows
 
 __all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
@@ -29,7 +30,7 @@ METRIC_COLUMNS = (
 
 def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
     """The Trainer's PruningCallback, if it has one."""
-    return next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)
+    return next((c for c in callbacks_of(trainer) if isinstance(c, PruningCallback)), None)
 
 
 class RunRecorder(Callback):
@@ -97,7 +98,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: str | os.PathLike[str], monitor: str = "val_accuracy") -> None:
-        super().__init__(dirpath=folder, filename="best", monitor=monitor, mode="max", enable_version_counter=False)
+        super().__init__(
+            dirpath=Path(folder), filename="best", monitor=monitor, mode="max", enable_version_counter=False
+        )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,7 +124,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__(
-            dirpath=folder, filename="last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False
+            dirpath=Path(folder),
+            filename="last",
+            monitor=None,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
         )
 
     @property

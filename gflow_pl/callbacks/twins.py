@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["is_a"]
+import pytorch_lightning as pl
+
+__all__ = ["callbacks_of", "is_a"]
 
 
 def is_a(thing: Any, *class_names: str) -> bool:
     """Whether a class of `thing` has one of these names; so either package's objects are recognised."""
     return any(base.__name__ in class_names for base in type(thing).__mro__)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks of a Trainer of either package."""
+    return list(getattr(trainer, "callbacks", []))

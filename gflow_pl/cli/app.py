@@ -11,13 +11,14 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from gflow_pl import data  # noqa: F401 - so that the data modules are known by their short names
 from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, PruningCallback, RunRecorder
+from gflow_pl.callbacks.twins import callbacks_of
 from gflow_pl.cli import outcome
-from gflow_pl.cli.folder import claim_folder
+from gflow_pl.cli.folder import claim_folder, is_first_process
 from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.trainer import GflowTrainer
 from gflow_pl.models import check_image_size
@@ -209,7 +210,7 @@ class GflowCLI(LightningCLI):
 
     def _fill_in_pruning_settings(self, trainer: pl.Trainer) -> None:
         """Settings that the measure decided become visible in config.yaml; the unpruned network is kept in the folder."""
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, PruningCallback) and callback.unpruned_path is None and self.folder is not None:
                 callback.unpruned_path = os.fspath(self.folder / "unpruned.ckpt")
         settings = self.config[self._command].get("pruning")
@@ -232,7 +233,7 @@ class GflowCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says what came of it, and draws it."""
-        if self.folder is not None and rank_zero_only.rank == 0:
+        if self.folder is not None and is_first_process():
             outcome.conclude(self.trainer, self.folder)
 
     after_prune = after_fit
@@ -263,7 +264,7 @@ class GflowCLI(LightningCLI):
         """Write predictions.csv."""
         assert self.folder is not None
         predictions = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             outcome.write_predictions(self.folder / "predictions.csv", predictions, datamodule)
 
 

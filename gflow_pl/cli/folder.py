@@ -7,9 +7,14 @@ from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 
-__all__ = ["claim_folder", "release_if_empty"]
+__all__ = ["claim_folder", "is_first_process", "release_if_empty"]
 
 _HANDED_DOWN = "GFLOW_RUN_FOLDER"
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes: of rank 0, or the only one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def claim_folder(root: str, name: str) -> Path:
@@ -21,9 +26,9 @@ def claim_folder(root: str, name: str) -> Path:
     Raises:
         ValueError: Nothing can be written there.
     """
-    if _HANDED_DOWN in os.environ and rank_zero_only.rank != 0:
+    if _HANDED_DOWN in os.environ and not is_first_process():
         return Path(os.environ[_HANDED_DOWN])
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return Path(root) / name
     number = 1
     while True:
@@ -51,7 +56,7 @@ def claim_folder(root: str, name: str) -> Path:
 def release_if_empty(folder: Path | None) -> None:
     """Take the folder of a run that never began away again, if nothing but its settings is in it."""
     os.environ.pop(_HANDED_DOWN, None)
-    if folder is None or rank_zero_only.rank != 0 or not folder.is_dir():
+    if folder is None or not is_first_process() or not folder.is_dir():
         return
     files = [path for path in folder.rglob("*") if path.is_file()]
     if all(path.name == "config.yaml" or path.name.startswith(("events.out", "hparams")) for path in files):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from gflow_pl.callbacks.loss import first_input
 from gflow_pl.channels import trace_channels
+from gflow_pl.cli.folder import is_first_process
 from gflow_pl.files import write_text
 from gflow_pl.reports import (
     NetworkReport,
@@ -171,7 +171,7 @@ def report(cli: GflowCLI, source: str | None, ckpt_path: str | None, base: str |
             load_pretrained(cli.base_model, base)
             measured["unpruned"] = _accuracies(trainer, cli.base_model, data)
     now = Size.of(module, data, full.prunable or None, example)
-    if rank_zero_only.rank != 0:
+    if not is_first_process():
         return
     columns = [full.row("unpruned", **measured["unpruned"]), now.row("pruned", **measured["pruned"])]
     print(table_text(comparison_table(columns, title=str(source or "the network as it is built"))), end="")

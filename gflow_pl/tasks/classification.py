@@ -69,7 +69,7 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         self.save_hyperparameters({"network": hyper_parameter(network)})
         self.network = build_network(network, num_classes)
         self.temperature = temperature
-        metrics = {"num_classes": num_classes, "average": "micro", "validate_args": False}
+        metrics: dict[str, Any] = {"num_classes": num_classes, "average": "micro", "validate_args": False}
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(**metrics) for _ in range(3))
         # "disable": looking for NaN in every batch would wait for the device.
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
@@ -118,7 +118,7 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD and its two steps down."""
-        hp = self.hparams
+        hp: Any = self.hparams
         optimizer = torch.optim.SGD(
             self.parameters(), lr=hp.lr, momentum=hp.momentum, weight_decay=hp.weight_decay, nesterov=hp.nesterov
         )

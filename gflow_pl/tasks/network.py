@@ -38,7 +38,7 @@ def build_network(network: str | dict[str, Any] | nn.Module, num_classes: int) -
         return network
     if isinstance(network, str) and "." not in network:
         return build(network, num_classes)
-    spec = {"class_path": network} if isinstance(network, str) else dict(network)
+    spec: dict[str, Any] = {"class_path": network} if isinstance(network, str) else dict(network)
     if HANDED_OVER in spec:
         raise ValueError(
             f"The network of this checkpoint was a {spec[HANDED_OVER]} handed over in Python, which a file cannot hold: "

@@ -4,7 +4,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -396,8 +395,7 @@ def test_nine_rounds_of_a_compiled_network(tmp_path) -> None:
 
 
 def refused(tmp_path, *, module=None, **options) -> str:
-    with pytest.raises((MisconfigurationException, ValueError)) as error, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises((MisconfigurationException, ValueError)) as error:
         fit(tmp_path, module, **options)
     return str(error.value)
 

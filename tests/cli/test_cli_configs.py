@@ -6,6 +6,7 @@ import pytest
 
 from gflow_pl.__main__ import main
 from gflow_pl.cli.configs import config_folder, with_config_paths
+from gflow_pl.files import read_rows
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
 
@@ -62,8 +63,6 @@ def test_a_25_round_run_reaches_75_percent_to_within_one_unit(tmp_path, monkeypa
         )
     )
     assert main(["prune", "--config", str(settings), *options, *limits, "--name", "run"]) == 0
-    import csv
-
-    rows = list(csv.DictReader(open("checkpoints/run/pruning.csv")))
+    rows = read_rows("checkpoints/run/pruning.csv")
     assert len(rows) == 25
-    assert abs(int(rows[-1]["filters_left"]) - 2128 // 4) <= 1
+    assert abs(rows[-1]["filters_left"] - 2128 // 4) <= 1
