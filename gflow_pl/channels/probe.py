@@ -205,7 +205,7 @@ class Probe:
                 try:
                     self.stage.run(watcher, lambda name, module, args: None, self._leave)
                 except Exception as error:
-                    return self._blame(training, watcher.failed_at, error)
+                    return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]
         return None
 
@@ -255,14 +255,20 @@ class Probe:
 
     # -- blame ---------------------------------------------------------------------------------------------------------
 
-    def _blame(self, training: bool, number: int, error: Exception) -> Blame:
-        """The nearest choice before the op that has an alternative, else the nearest op with units that move."""
+    def _blame(self, training: bool, number: int, error: Exception, between: bool) -> Blame:
+        """The nearest choice before the op that has an alternative, else the nearest op with units that move.
+
+        An error between two ops is the module's own (it looked at sizes): then its next choice is tried first.
+        """
         calls = self.found.calls[training]
         number = min(max(number, 0), len(calls) - 1)
         reason = str(error) if isinstance(error, _Mismatch) else "a size that does not follow the channels"
         here = calls[number]
-        if here.site is not None and here.choices > 0:
-            return Blame(here.site, None, reason)
+        for call in calls[number:] if between else [here]:
+            if call.module != here.module:
+                break
+            if call.site is not None and call.choices > 0:
+                return Blame(call.site, None, reason)
         moving = [nodes[self.live[nodes]] for nodes in calls[number].nodes]
         targets = np.unique(self.parts.root[np.concatenate([np.zeros(0, np.int64), *moving])])
         for i in range(number, -1, -1):

@@ -21,8 +21,8 @@ Labels = list[Nodes | None]
 Rule = Callable[["Recorder", "Op"], None]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_TORCH_NN = os.path.join(_TORCH, "nn", "modules") + os.sep
-_CALL = os.path.join(_TORCH_NN, "module.py")
+_TORCH_NN = os.path.join(_TORCH, "nn") + os.sep
+_CALL = os.path.join(_TORCH_NN, "modules", "module.py")
 _HERE = os.path.dirname(__file__) + os.sep
 _REMEMBERED = 64  # a tensor made from Python numbers is compared by value up to this size
 
@@ -108,7 +108,7 @@ class Call:
 
 
 def location() -> tuple[Any, ...]:
-    """Where the user's code is: file and line of every frame outside torch and this room, and of torch's modules.
+    """Where the user's code is: file and line of every frame outside torch (but in torch.nn) and this room.
 
     Blocks of one class share their places, so that what is learnt of one holds for all.
     """
