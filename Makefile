@@ -14,7 +14,7 @@ demo: $(STAMP)
 	@echo "Accuracy and filters left over the epochs: checkpoints/$(RUN)/training.png"
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gflow_pl needs Python >= 3.11: make PYTHON=python3.11 ...')"
