@@ -263,6 +263,8 @@ class GflowCLI(LightningCLI):
     ) -> None:
         """Write predictions.csv."""
         assert self.folder is not None
+        if self.trainer.world_size > 1:
+            raise ValueError("predict runs in one process, so that its rows are in order: set --trainer.devices 1.")
         predictions = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if is_first_process():
             outcome.write_predictions(self.folder / "predictions.csv", predictions, datamodule)
