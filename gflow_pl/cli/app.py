@@ -195,7 +195,7 @@ class GflowCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and sys.stdout.isatty():
             callbacks.append(RichProgressBar())
         if self._command in _TRAINING:
-            callbacks.append(RunRecorder(self.folder))
+            callbacks.append(RunRecorder(self.folder, tells=not sys.stdout.isatty()))
             if config.get("enable_checkpointing") is not False:
                 callbacks += [BestCheckpoint(self.folder), LastCheckpoint(self.folder)]
         return callbacks
