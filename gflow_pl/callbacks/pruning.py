@@ -255,6 +255,7 @@ class PruningCallback(CarriesStructure):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the schedule, keeps the initial weights if a measure needs them, restores random states."""
+        super().on_fit_start(trainer, pl_module)
         if not getattr(trainer, "fast_dev_run", False) and not self.finished:
             self.times.check_fits(trainer.max_epochs)
         if self.bias == "distance_from_init" and self._initial is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 __all__ = ["private_rng", "restore_rng", "rng_state"]
 
+_SEED = "PL_GLOBAL_SEED"
+"""Where Lightning keeps the seed of `seed_everything`, which also decides how ranks share the data in each epoch."""
+
 
 def rng_state() -> dict[str, Any]:
-    """The random states of torch, numpy, python and CUDA, in types that load with ``weights_only=True``."""
+    """The random states of torch, numpy, python and CUDA, and Lightning's seed, in types that load with ``weights_only=True``."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
@@ -29,6 +33,7 @@ def rng_state() -> dict[str, Any]:
         ],
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "seed": os.environ.get(_SEED),
     }
 
 
@@ -41,6 +46,8 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal.tolist()), gauss))
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state.get("seed") is not None:
+        os.environ[_SEED] = state["seed"]
 
 
 @contextmanager

@@ -11,10 +11,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from torch import nn
 from typing_extensions import override
 
 from gflow_pl.callbacks.checkpoint_io import use_atomic_files
-from gflow_pl.surgery import StructureMixin, add_structure, apply_from_checkpoint
+from gflow_pl.surgery import (
+    StructureMixin,
+    add_structure,
+    apply_from_checkpoint,
+    apply_structure,
+    drop_empty_parameters,
+    structure_of,
+)
+from gflow_pl.types import Structure
 
 __all__ = ["CarriesStructure"]
 
@@ -42,12 +51,30 @@ class CarriesStructure(Callback):
     training is over needs its shape in the file as well.
     """
 
+    _structure: Structure | None = None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps the module's checkpoint hooks, and has files written whole or not at all."""
         use_atomic_files(trainer)
+        self._structure = structure_of(pl_module)
         if isinstance(pl_module, StructureMixin):
             return
         for hook in (on_save_checkpoint, on_load_checkpoint):
             # Bound: WeightAveraging deep-copies the module, and a copy must speak of itself.
             pl_module.__dict__[hook.__name__] = MethodType(hook, pl_module)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes the shape that the module has just taken from a file."""
+        self._structure = structure_of(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Brings back what a conversion to SyncBatchNorm lost, and leaves emptied parameters out of the optimizers."""
+        if self._structure is not None and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+            # The conversion makes new modules, between setup and here, and drops their hooks and buffers.
+            apply_structure(pl_module, self._structure)
+        drop_empty_parameters(trainer.strategy.optimizers)

@@ -1,0 +1,77 @@
+"""Networks that were pruned before: SyncBatchNorm, the twin package, and no PruningCallback at all."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_nets import SmallModule, images, trainer
+from torch.utils.data import DataLoader
+
+import gflow_pl
+from gflow_pl.callbacks import CarriesStructure, PruningCallback
+
+
+def pruned_module(folder) -> SmallModule:
+    module = SmallModule()
+    callback = PruningCallback("magnitude", fraction=0.5, rounds=1)
+    trainer(folder, max_epochs=2, callbacks=[callback]).fit(module, DataLoader(images(32), batch_size=16))
+    return module
+
+
+def test_expansions_come_back_after_a_conversion_to_sync_batch_norm(tmp_path) -> None:
+    module = pruned_module(tmp_path).eval()
+    inputs = torch.randn(2, 3, 8, 8)
+    expected = module(inputs)
+    run, carries = trainer(tmp_path), CarriesStructure()
+    carries.setup(run, module, "fit")
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    with pytest.raises(RuntimeError):
+        converted(inputs)  # the branch is narrower than the stream: its scatter is gone
+    carries.on_fit_start(run, converted)
+    assert torch.equal(converted(inputs), expected)
+
+
+def test_a_pruned_foreign_module_is_trained_on_without_a_pruning_callback(tmp_path) -> None:
+    module = pruned_module(tmp_path)
+    run = trainer(tmp_path, max_epochs=1, callbacks=[CarriesStructure()])
+    run.fit(module, DataLoader(images(32), batch_size=16))
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    again = gflow_pl.load_from_checkpoint(SmallModule, tmp_path / "file.ckpt")
+    inputs = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again.eval()(inputs), module.eval()(inputs))
+
+
+def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
+    twin = pytest.importorskip("lightning.pytorch")
+
+    class TwinModule(twin.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = SmallModule().net
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    module = TwinModule()
+    before = sum(p.numel() for p in module.parameters())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=16)
+    try:
+        run = twin.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, callbacks=[callback], **quiet)
+        run.fit(module, DataLoader(images(32), batch_size=16))
+    except Exception as refusal:
+        pytest.fail(f"neither works nor is refused in a sentence: {refusal}")
+    assert sum(p.numel() for p in module.parameters()) < before
+    run.save_checkpoint(tmp_path / "file.ckpt")
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    assert saved["gflow_pl"]["structure"]["shapes"]["net.4.weight"] == list(module.net[4].weight.shape)
