@@ -107,19 +107,22 @@ class Call:
     place: tuple[Any, ...] | None = None
 
 
-def location() -> tuple[Any, ...]:
+def location(lines: bool = True) -> tuple[Any, ...]:
     """Where the user's code is: file and line of every frame outside torch (but in torch.nn) and this room.
 
     Blocks of one class share their places, so that what is learnt of one holds for all.
+
+    Args:
+        lines: Whether lines of the innermost function are told apart.
     """
     frame = sys._getframe(1)
-    chain = []
+    chain: list[tuple[str, Any]] = []
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_HERE) and (
             not file.startswith(_TORCH) or (file.startswith(_TORCH_NN) and file != _CALL)
         ):
-            chain.append((file, frame.f_lineno))
+            chain.append((file, frame.f_lineno if lines or chain else frame.f_code.co_name))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(chain)
 
@@ -259,15 +262,16 @@ class Recorder(Watch):
             self.book.freeze(a, why)
             self.book.freeze(b, why)
 
-    def choose(self, num: int, part: int = -1, plain: bool = False) -> int:
+    def choose(self, num: int, part: int = -1, plain: bool = False, alike: Any = None) -> int:
         """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails.
 
         Args:
             num: Ways there are.
             part: Tells apart what one op has to choose; of several, the probe tries the lowest first.
             plain: Whether the first way supposes nothing.
+            alike: Ops of one function with the same key here take the same way (views of queries, keys and values).
         """
-        site = (part, *location())
+        site = (part, *location()) if alike is None else (part, alike, *location(lines=False))
         choice = min(self.choices.get(site, 0), num - 1)
         self.sites.append((site, num - 1 - choice))
         self.guessed |= choice > 0 or not plain

@@ -87,7 +87,7 @@ def _through_block(
         if d not in varying:
             positions = positions.take([0], axis=d)
     ways = _ways(t, new, varying)
-    choice = t.choose(len(ways) + 1, plain=len(varying) == 1) if len(ways) > 1 else 0
+    choice = t.choose(len(ways) + 1, plain=len(varying) == 1, alike=(len(old), len(new))) if len(ways) > 1 else 0
     if choice == len(ways):
         t.book.freeze(label, "a view with sizes that do not follow the channels")
         return None

@@ -186,10 +186,12 @@ class _Surveyor:
         for leaf in tree_flatten(output)[0]:
             if not isinstance(leaf, Tensor):
                 continue
-            for label in self.t.labels(leaf):
+            for dim, label in enumerate(self.t.labels(leaf)):
                 if label is not None:
                     self.t.book.freeze(label, "the model's output")
-                    self.found.outputs.append(label)
+                    # channels that were folded into the examples are frozen, but no output of their layer
+                    if dim or leaf.ndim == 1:
+                        self.found.outputs.append(label)
             self.t.readers.get(id(leaf), []).append("")
         for key, (facts, boundary) in self.made.items():
             alone = boundary.norm if set(self.t.readers[key]) == {boundary.norm} else None
