@@ -65,6 +65,24 @@ def test_the_callback_on_a_module_of_ones_own(tmp_path, monkeypatch) -> None:
     assert sum(p.numel() for p in module.parameters()) < before
 
 
+def test_the_steps_on_any_network(capsys) -> None:
+    import torch
+    import torchvision
+
+    import gflow_pl
+
+    names: dict = {}
+    exec(shown("network"), names)
+    fresh = torchvision.models.mobilenet_v3_small()
+    before = sum(p.numel() for p in fresh.parameters())
+    gflow_pl.apply_structure(fresh, names["structure"])
+    fresh.load_state_dict(names["model"].state_dict())
+    images = torch.randn(2, 3, 224, 224)
+    assert torch.equal(fresh.eval()(images), names["model"].eval()(images))
+    assert sum(p.numel() for p in fresh.parameters()) < 0.8 * before
+    assert "features.0.0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_the_two_commands_are_in_the_makefile(target) -> None:
     assert f"make {target}" in README
