@@ -19,7 +19,7 @@ _SEED = "PL_GLOBAL_SEED"
 
 
 def rng_state() -> dict[str, Any]:
-    """The random states of torch, numpy, python and CUDA, and Lightning's seed, in types that load with ``weights_only=True``."""
+    """The random states of torch, numpy, python and CUDA and Lightning's seed, as data for ``weights_only=True``."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
