@@ -30,11 +30,24 @@ def run(arguments: list[str]) -> int:
         print(f"gflow {arguments[0]}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"gflow {arguments[0]}: stopped.", file=sys.stderr)
-        return 130
+        return _stopped(arguments[0])
+    except SystemExit as stop:
+        # With this status Lightning leaves a run that Ctrl-C has stopped, after it has closed everything.
+        if stop.code == 1 and GflowCLI.folder is not None:
+            return _stopped(arguments[0])
+        raise
     finally:
         release_if_empty(GflowCLI.folder)
     return 0
+
+
+def _stopped(command: str) -> int:
+    """Say where a run that was stopped can be taken up again."""
+    last = GflowCLI.folder / "last.ckpt" if GflowCLI.folder is not None else None
+    resume = "fit" if command == "finetune" else command
+    rest = f"; take it up again with: gflow {resume} --ckpt_path {last}" if last is not None and last.is_file() else ""
+    print(f"gflow {command}: stopped{rest}", file=sys.stderr)
+    return 130
 
 
 def _origin(error: BaseException) -> str:
