@@ -165,7 +165,6 @@ def train(folder: str, seed: int, ckpt: str | None, ranks: int, count: bool, kil
         "pruning": [{name: value for name, value in row.items() if name != "seconds"} for row in pruning.rows],
         "metrics": recorder.rows,
         "learning_rates": [group["lr"] for group in run.optimizers[0].param_groups],
-        "next_numbers": [torch.rand(3), float(np.random.random()), random.random()],
         "calls": where.calls,
         "global_step": run.global_step,
     }
