@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -84,7 +85,7 @@ class PruningCallback(CarriesStructure):
         track: Whether scores come from the training's own gradients, averaged exponentially over the last steps of the
             epoch before the cut, at no extra pass. None: False, but True for biased_loss_tracked.
         track_batches: Steps at the end of each epoch that are tracked, at least 1.
-        alpha: Share of the newest step in the average, in (0, 1].
+        alpha: Share of the newest step in the average, in (0, 1]; None: the measure's own (0.8).
         track_order: "formula": gradient and weights of the same step; "published": the weights after the step.
         prune_lr: Learning rate to hold during warm-up and rounds, > 0; the module's own schedule goes on unseen.
         published_truncation: Repeat the published code's truncation of the percentage kept.
@@ -129,7 +130,7 @@ class PruningCallback(CarriesStructure):
         keep_momentum: bool | None = None,
         track: bool | None = None,
         track_batches: int = 20,
-        alpha: float = 0.8,
+        alpha: float | None = None,
         track_order: Literal["formula", "published"] = "formula",
         prune_lr: float | None = None,
         published_truncation: bool = False,
@@ -167,7 +168,11 @@ class PruningCallback(CarriesStructure):
         self.keep_momentum = self.measure.is_tracked if keep_momentum is None else keep_momentum
         self.track = self.measure.is_tracked if track is None else track
         self.bias = self.measure.default_bias if bias is None and self.measure.is_tracked else bias
-        self.track_batches, self.alpha, self.track_order = track_batches, alpha, track_order
+        if self.measure.is_tracked and alpha is not None:
+            self.measure = copy.copy(self.measure)  # the object is the caller's
+            self.measure.alpha = alpha
+        self.alpha = self.measure.alpha if alpha is None else alpha
+        self.track_batches, self.track_order = track_batches, track_order
         self.prune_lr = prune_lr
         self.loss_fn, self.logits_fn = loss_fn, logits_fn
         self.reset_best, self.evaluate_cuts = reset_best, evaluate_cuts
@@ -268,8 +273,8 @@ class PruningCallback(CarriesStructure):
             self._restore_rng(trainer)
         if self.measure.is_tracked or self.track:
             rank_zero_info(
-                f"PruningCallback: {self.measure.name} with track {self.track}, bias {self.bias or 'none'}, keep_momentum "
-                f"{self.keep_momentum}."
+                f"PruningCallback: {self.measure.name} with track {self.track}, bias "
+                f"{self.bias or self.measure.default_bias}, keep_momentum {self.keep_momentum}."
             )
 
     @override
@@ -328,7 +333,7 @@ class PruningCallback(CarriesStructure):
         graph = state_dict["graph"]
         self.graph = None if graph is None else graph_from_plain(graph)
         self._original_costs = dict(state_dict["original_costs"])
-        self._initial = state_dict["initial"]
+        self._initial = state_dict["initial"] if self.bias == "distance_from_init" else None
         self._pending_tracker = state_dict["tracker"]
         self._pending_rng = state_dict["rng"]
 
@@ -452,7 +457,7 @@ class PruningCallback(CarriesStructure):
         limit = trainer.limit_val_batches
         if not self.evaluate_cuts or limit == 0:
             return ""
-        batches = evaluation_batches(trainer, module, limit if limit != 1.0 else None)
+        batches = evaluation_batches(trainer, module, limit)
         if batches is None:
             return ""
         logits_fn = self.logits_fn or default_logits
@@ -541,7 +546,8 @@ class PruningCallback(CarriesStructure):
         """Feeds a tracked measure with this step's gradients."""
         if self._tracked_batch is not None and self._gradients is not None:
             with private_rng(self.seed, self.rounds_done), quiet(pl_module):
-                self._gradients.before_step(pl_module, optimizer, self._tracked_batch[1])
+                scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+                self._gradients.before_step(pl_module, optimizer, self._tracked_batch[1], may_overflow=scales)
 
     @override
     def on_train_batch_end(
@@ -601,12 +607,12 @@ def _check_numbers(
     prune_lr: float | None,
     seed: int,
     track_batches: int,
-    alpha: float,
+    alpha: float | None,
 ) -> None:
     for name, value in (("num_samples", num_samples), ("batches", batches), ("track_batches", track_batches)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
-    if not 0 < alpha <= 1:
+    if alpha is not None and not 0 < alpha <= 1:
         raise ValueError(f"`alpha` must be in (0, 1], got {alpha!r}.")
     if not 0 <= min_kept <= 1:
         raise ValueError(f"`min_kept` must be in [0, 1], got {min_kept!r}.")
