@@ -108,7 +108,7 @@ class PruningCallback(CarriesStructure):
 
     def __init__(
         self,
-        measure: str | Importance = "magnitude",
+        measure: Importance | str = "magnitude",
         fraction: float | None = None,
         rounds: int | None = None,
         thresholds: list[float] | None = None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from typing import get_args
 
-from gflow_pl.importance.base import Importance
+from gflow_pl.importance.base import Importance, Statistic
 from gflow_pl.importance.fisher import Fisher, NvidiaTaylor
 from gflow_pl.importance.gradient_flow import GradientPreservation, Grasp
 from gflow_pl.importance.loss import BiasedLoss, LossPreservation, TaylorFirstOrder, TrackedBiasedLoss
@@ -41,9 +42,11 @@ def resolve_measure(measure: str | Importance) -> Importance:
     """The measure of a name or alias; an `Importance` is returned as it is.
 
     Raises:
-        ValueError: No measure has this name; the message lists those that exist.
+        ValueError: No measure has this name; the message lists those that exist. Or a class of one's own does not say
+            what it is called or what it needs.
     """
     if isinstance(measure, Importance):
+        _check_facts(type(measure))
         return measure
     known = {name: cls for cls in MEASURES for name in (cls.name, *cls.aliases)}
     if isinstance(measure, str) and measure in known:
@@ -54,3 +57,13 @@ def resolve_measure(measure: str | Importance) -> Importance:
     near = difflib.get_close_matches(measure, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise ValueError(f"Unknown measure '{measure}'. Known: {listed}.{hint}")
+
+
+def _check_facts(cls: type[Importance]) -> None:
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f'Measure {cls.__name__} has no name: write `name = "..."` into the class.')
+    statistic, known = getattr(cls, "statistic", None), get_args(Statistic)
+    if statistic not in known:
+        raise ValueError(
+            f"Measure '{cls.name}': `statistic` must be one of {', '.join(known)}, got {statistic!r}; it says what `flow` holds."
+        )
