@@ -48,6 +48,8 @@ def test_a_network_goes_through_all_commands(tmp_path: Path, monkeypatch: pytest
     assert [row["phase"] for row in rows] == ["pruning", "pruning", "final", "final"]
     assert int(rows[-1]["filters"]) == 2944 - 1472
     assert [row["epoch"] for row in rows_of(pruned / "pruning.csv")] == ["1", "2"]
+    best = torch.load(pruned / "best.ckpt", weights_only=True)
+    assert best["epoch"] >= 2, "chosen only among epochs after the last round"
 
     gflow(
         "finetune",
