@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pydoc
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.trainer import GflowTrainer
 from gflow_pl.models import check_image_size
 from gflow_pl.tasks import ImageClassifier, load_pretrained
+from gflow_pl.tasks.network import check_classifies
 from gflow_pl.tasks.pretrained import read_file
 
 __all__ = ["GflowCLI"]
@@ -66,6 +68,7 @@ class GflowCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=OneSentenceParser,
+            parser_kwargs={"prog": "gflow"},
             auto_configure_optimizers=False,
         )
 
@@ -104,7 +107,8 @@ class GflowCLI(LightningCLI):
             return
         saved = read_file(path).get("hyper_parameters") or {}
         network = saved.get("network")
-        ours = config.model.class_path == saved.get("_class_path", _CLASSIFIER)
+        # A file names its class only if a command wrote it, and then perhaps by its shorter, public path.
+        ours = saved.get("_class_path", _CLASSIFIER) in (config.model.class_path, _full_path(config.model.class_path))
         if ours and network is not None and network != config.model.init_args.get("network"):
             rank_zero_info(f"The network is {outcome.spelled(network)}, from '{path}'.")
             config.model.init_args.network = network
@@ -151,6 +155,7 @@ class GflowCLI(LightningCLI):
             self.base_model = outcome.full_size_copy(self.model)
         if self._pretrained is not None:
             load_pretrained(self.model, self._pretrained)
+            self._check_network()  # again: a file may be of as many layers and other classes
         config = self._get(self.config_init, "trainer")
         if config.get("fast_dev_run"):
             return super().instantiate_trainer(**kwargs)
@@ -171,10 +176,18 @@ class GflowCLI(LightningCLI):
         check_data = getattr(self.datamodule, "check_data", None)
         if check_data is not None and not self._get(self.config, "counts_only"):
             check_data()
-        if isinstance(self.model, ImageClassifier) and hasattr(self.datamodule, "image_size"):
-            check_image_size(self.model.network, self.datamodule.image_size)
+        self._check_network()
+        if self._get(self.config, "base"):
+            read_file(self._get(self.config, "base"))
         ckpt_path = self._get(self.config, "ckpt_path")
-        if self._command == "fit" and ckpt_path and "PruningCallback" in read_file(ckpt_path).get("callbacks", {}):
+        contents = read_file(ckpt_path) if ckpt_path else {}
+        num_classes = (contents.get("hyper_parameters") or {}).get("num_classes")
+        if isinstance(self.model, ImageClassifier) and num_classes not in (None, self.model.hparams["num_classes"]):
+            raise ValueError(
+                f"'{ckpt_path}' is of a network for {num_classes} classes, but the data has "
+                f"{self.model.hparams['num_classes']}: give the data that it was trained on."
+            )
+        if self._command == "fit" and "PruningCallback" in contents.get("callbacks", {}):
             callbacks = _as_list(self._get(self.config_init, "trainer").get("callbacks"))
             if not any(isinstance(callback, PruningCallback) for callback in callbacks):
                 raise ValueError(
@@ -183,6 +196,12 @@ class GflowCLI(LightningCLI):
         pruning = self._get(self.config_init, "pruning")
         if pruning is not None and not self._get(self.config_init, "trainer").get("fast_dev_run"):
             pruning.times.check_fits(self._get(self.config_init, "trainer").get("max_epochs"))
+
+    def _check_network(self) -> None:
+        side = getattr(self.datamodule, "image_size", None)
+        if isinstance(self.model, ImageClassifier) and side is not None:
+            check_image_size(self.model.network, side)
+            check_classifies(self.model.network, self.model.hparams["num_classes"], side)
 
     def _callbacks(self, config: Any) -> list[Callback]:
         assert self.folder is not None
@@ -268,6 +287,12 @@ class GflowCLI(LightningCLI):
         predictions = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if is_first_process():
             outcome.write_predictions(self.folder / "predictions.csv", predictions, datamodule)
+
+
+def _full_path(class_path: str) -> str:
+    """The path of a class in the module that defines it."""
+    found = pydoc.locate(class_path)
+    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else class_path
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -24,8 +24,10 @@ def claim_folder(root: str, name: str) -> Path:
     (torchrun, SLURM) write nothing by themselves, so their answer does not matter.
 
     Raises:
-        ValueError: Nothing can be written there.
+        ValueError: Nothing can be written there, or the name is more than a name.
     """
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"`--name` must be the name of one folder, got '{name}': where it lies is set by --out.")
     if _HANDED_DOWN in os.environ and not is_first_process():
         return Path(os.environ[_HANDED_DOWN])
     if not is_first_process():

@@ -15,6 +15,15 @@ from gflow_pl.cli.parser import one_sentence
 
 __all__ = ["run"]
 
+# Where errors are raised that speak of the user's settings: here, by the settings' parser, and where Lightning reads them.
+_ABOUT_SETTINGS = (
+    "gflow_pl",
+    "jsonargparse",
+    "lightning_fabric.utilities.seed",
+    "pytorch_lightning.trainer.connectors",
+    "pytorch_lightning.trainer.setup",
+)
+
 
 def run(arguments: list[str]) -> int:
     """Run a command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -24,7 +33,7 @@ def run(arguments: list[str]) -> int:
         GflowCLI(with_config_paths(arguments))
     except (ValueError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
         origin = _origin(error)
-        if not (isinstance(error, MisconfigurationException) or origin.startswith(("gflow_pl", "jsonargparse"))):
+        if not (isinstance(error, MisconfigurationException) or origin.startswith(_ABOUT_SETTINGS)):
             raise
         text = one_sentence(str(error)) if origin.startswith("jsonargparse") else str(error)
         print(f"gflow {arguments[0]}: {' '.join(text.split())}", file=sys.stderr)
@@ -45,7 +54,11 @@ def _stopped(command: str) -> int:
     """Say where a run that was stopped can be taken up again."""
     last = GflowCLI.folder / "last.ckpt" if GflowCLI.folder is not None else None
     resume = "fit" if command == "finetune" else command
-    rest = f"; take it up again with: gflow {resume} --ckpt_path {last}" if last is not None and last.is_file() else ""
+    rest = ""
+    if last is not None and last.is_file():
+        # The file that the run started from has done its part, and cannot be given beside the one to resume from.
+        settings = f"--config {last.with_name('config.yaml')} --pretrained null"
+        rest = f"; take it up again with: gflow {resume} {settings} --ckpt_path {last}"
     print(f"gflow {command}: stopped{rest}", file=sys.stderr)
     return 130
 

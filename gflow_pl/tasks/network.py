@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gflow_pl.models import build
 
-__all__ = ["HANDED_OVER", "build_network", "hyper_parameter"]
+__all__ = ["HANDED_OVER", "build_network", "check_classifies", "hyper_parameter"]
 
 HANDED_OVER = "handed_over"
 """Key under which the hyper-parameters note that the network was a module, not a description of one."""
@@ -53,6 +54,41 @@ def build_network(network: str | dict[str, Any] | nn.Module, num_classes: int) -
     factory = _imported(str(spec["class_path"]))
     arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
     return _called(factory, str(spec["class_path"]), arguments, num_classes)
+
+
+def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> None:
+    """Refuse a network that does not give one logit a class for images, before anything is trained.
+
+    Args:
+        network: The network, on the CPU; its flags, its buffers and torch's random numbers stay as they are.
+        num_classes: Classes of the data.
+        image_size: Side of the images in pixels.
+
+    Raises:
+        ValueError: It has no weights, does not run on such images, or gives something else.
+    """
+    name = type(network).__name__
+    if next(network.parameters(), None) is None:
+        raise ValueError(f"`network`: {name} has no weights to train.")
+    flags = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = network(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`network`: {name} does not run on images of 3x{image_size}x{image_size} ({reason})."
+        ) from error
+    finally:
+        for module, training in flags.items():
+            module.training = training
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"`network`: {name} gives {found} for 2 images, expected logits (2, {num_classes}): the data has {num_classes} "
+            "classes. Choose a network (or a file) that was made for them."
+        )
 
 
 def _imported(class_path: str) -> Any:

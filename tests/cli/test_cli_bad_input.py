@@ -38,7 +38,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "this must never be printed" not in captured.out
     lines = [line for line in captured.err.splitlines() if line.startswith("gflow")]
     assert len(lines) == 1, captured.err
-    assert not Path("checkpoints").exists(), "nothing may be started"
+    assert not list(Path("checkpoints").glob("*")), "nothing may be started"
     return lines[0]
 
 
@@ -57,6 +57,24 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*SMALL, "--config", "dmeo"], ["Did you mean 'demo'?"]),
         ([*SMALL, "--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt"]),
         ([*SMALL, "--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        ([*SMALL, "--trainer.max_epochs", "four"], ["`trainer.max_epochs`: expected int, got four"]),
+        ([*SMALL, "--pruning.residual", "shrink"], ["`pruning.residual`: expected ['expand', 'remove'], got shrink"]),
+        ([*SMALL, "--data", "Digit"], ["Did you mean 'Digits'?"]),
+        ([*SMALL, "--seed_everything", "-4"], ["-4 is not in bounds"]),
+        ([*SMALL, "--trainer.strategy", "ddq"], ["strategy='ddq'"]),
+        ([*SMALL, "--name", "../elsewhere"], ["`--name` must be the name of one folder"]),
+        (["--model.network", "torch.nn.ReLU"], ["ReLU has no weights"]),
+        (
+            [
+                "--model.network",
+                "{class_path: torch.nn.Conv2d, init_args: {in_channels: 3, out_channels: 4, kernel_size: 3}}",
+            ],
+            ["Conv2d gives shape (2, 4, 30, 30)", "expected logits (2, 10)"],
+        ),
+        (
+            ["--model.network", "{class_path: torch.nn.Linear, init_args: {in_features: 3, out_features: 4}}"],
+            ["Linear does not run on images of 3x32x32"],
+        ),
         ([*SMALL, "--out", "/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
     ],
 )
@@ -96,6 +114,21 @@ def test_a_checkpoint_of_another_network_is_refused(folder, capsys) -> None:
     torch.save({"state_dict": ImageClassifier("mobilenet_v1").state_dict()}, folder / "other.ckpt")
     sentence = refused(["prune", *SMALL, "--model.pretrained", "other.ckpt"], capsys)
     assert "holds another network" in sentence
+
+
+def test_a_file_for_other_classes_is_refused(folder, capsys) -> None:
+    other = ImageClassifier("vgg13", num_classes=7)
+    saved = {"state_dict": other.state_dict(), "hyper_parameters": dict(other.hparams)}
+    torch.save({**saved, "pytorch-lightning_version": "2.6.0"}, folder / "seven.ckpt")
+    assert "gives shape (2, 7)" in refused(["prune", *SMALL, "--model.pretrained", "seven.ckpt"], capsys)
+    for command in ("fit", "test", "predict"):
+        sentence = refused([command, "--ckpt_path", "seven.ckpt"], capsys)
+        assert "is of a network for 7 classes, but the data has 10" in sentence
+
+
+def test_a_missing_file_of_the_unpruned_network_is_refused_before_anything_is_measured(folder, capsys) -> None:
+    sentence = refused(["test", "--model.network", "vgg13", "--base", "nowhere.ckpt"], capsys)
+    assert "'nowhere.ckpt' does not exist" in sentence
 
 
 def test_finetune_without_a_file_is_refused(folder, capsys) -> None:
