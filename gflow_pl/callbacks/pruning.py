@@ -276,6 +276,16 @@ class PruningCallback(CarriesStructure):
                 f"PruningCallback: {self.measure.name} with track {self.track}, bias "
                 f"{self.bias or self.measure.default_bias}, keep_momentum {self.keep_momentum}."
             )
+        if (
+            self.track
+            and self.temperature is not None
+            and self.measure.needs_gradients
+            and not self.measure.needs_hessian
+        ):
+            rank_zero_warn(
+                f"PruningCallback: the temperature {self.temperature:g} has no effect, since tracked scores come from the "
+                "gradients of training as they are: leave `temperature` out, or set track to false."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -322,6 +332,7 @@ class PruningCallback(CarriesStructure):
             "original_costs": dict(self._original_costs),
             "initial": self._initial,
             "tracker": None if self._gradients is None else self._gradients.tracker.state_dict(),
+            "tracked_epoch": self._tracked_epoch,
             "rng": self._rng_of_ranks if self._rng_of_ranks is not None else [rng_state()],
         }
 
@@ -334,7 +345,7 @@ class PruningCallback(CarriesStructure):
         self.graph = None if graph is None else graph_from_plain(graph)
         self._original_costs = dict(state_dict["original_costs"])
         self._initial = state_dict["initial"] if self.bias == "distance_from_init" else None
-        self._pending_tracker = state_dict["tracker"]
+        self._pending_tracker, self._tracked_epoch = state_dict["tracker"], state_dict.get("tracked_epoch")
         self._pending_rng = state_dict["rng"]
 
     # One round
@@ -534,8 +545,10 @@ class PruningCallback(CarriesStructure):
         """Notes the batch, if its step is to be tracked; the average begins anew in every epoch."""
         self._tracked_batch = None
         if self.track and not self.finished and in_window(trainer, batch_idx, self.track_batches):
-            if self._gradients is None or self._tracked_epoch != trainer.current_epoch:
-                self._gradients = StepGradients(self._new_tracker(trainer, pl_module, batch), self.track_order)
+            if self._tracked_epoch != trainer.current_epoch:
+                self._gradients, self._pending_tracker = None, None
+            if self._gradients is None:
+                self._gradients = self._step_gradients(trainer, pl_module, batch)
                 self._tracked_epoch = trainer.current_epoch
             self._tracked_batch = (batch_idx, batch)
 
@@ -559,6 +572,14 @@ class PruningCallback(CarriesStructure):
                 self._gradients.after_step(pl_module, self._tracked_batch[1])
             self._tracked_batch = None
 
+    def _step_gradients(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:
+        """An average that begins, or that goes on where the checkpoint left it."""
+        tracker = self._new_tracker(trainer, module, batch)
+        if self._pending_tracker is not None:
+            tracker.load_state_dict({name: value.to(module.device) for name, value in self._pending_tracker.items()})
+            self._pending_tracker = None
+        return StepGradients(tracker, self.track_order)
+
     def _new_tracker(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tracker:
         self._ensure_graph(module, batch)
         options = self._loss_options(module, batch) if self.measure.needs_hessian else {}
@@ -576,9 +597,7 @@ class PruningCallback(CarriesStructure):
     def _tracked_scores(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Scores | None:
         """The average of the last epoch; None if no step was tracked."""
         if self._pending_tracker is not None and self._gradients is None:
-            tracker = self._new_tracker(trainer, module, batch)
-            tracker.load_state_dict({name: value.to(module.device) for name, value in self._pending_tracker.items()})
-            self._gradients = StepGradients(tracker, self.track_order)
+            self._gradients = self._step_gradients(trainer, module, batch)
         gradients, self._gradients, self._pending_tracker = self._gradients, None, None
         if gradients is None or gradients.tracker.num_updates == 0:
             rank_zero_warn(

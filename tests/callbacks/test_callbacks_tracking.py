@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -195,3 +196,28 @@ def test_a_measure_brings_its_own_share_of_the_newest_step_and_an_explicit_one_w
     assert callback.alpha == callback.measure.alpha == 0.6
     assert mine.alpha == 0.3, "the caller's object stays as it is"
     assert PruningCallback("loss").alpha == 0.8
+
+
+def test_an_average_that_a_checkpoint_cut_in_two_goes_on(tmp_path) -> None:
+    class Count(PruningCallback):
+        updates = None
+
+        def _tracked_scores(self, trainer, module, batch):
+            self.updates = self._gradients.tracker.num_updates
+            return super()._tracked_scores(trainer, module, batch)
+
+    def fit(ckpt_path=None) -> int:
+        pruning = Count("loss", fraction=0.5, epochs=[2], track=True)
+        keep = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=8, filename="{step}", save_top_k=-1)
+        run = trainer(tmp_path, callbacks=[pruning, keep], max_epochs=3)
+        run.fit(SmallModule(), loader(images(80)), ckpt_path=ckpt_path, weights_only=True)
+        return pruning.updates
+
+    assert fit() == 5
+    assert fit(tmp_path / "step=8.ckpt") == 5, "three before the checkpoint, two after it"
+
+
+def test_a_temperature_that_tracking_cannot_follow_is_said(tmp_path) -> None:
+    pruning = PruningCallback("loss", fraction=0.5, track=True, temperature=5.0)
+    with pytest.warns(UserWarning, match="the temperature 5 has no effect"):
+        trainer(tmp_path, callbacks=[pruning], max_epochs=2).fit(SmallModule(), loader(images(32)))
