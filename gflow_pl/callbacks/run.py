@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 from typing_extensions import override
 
 from gflow_pl.callbacks.pruning import PruningCallback
 from gflow_pl.callbacks.twins import callbacks_of
-from gflow_pl.files import write_rows
+from gflow_pl.files import write_bytes, write_rows
 
 __all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
 
@@ -118,6 +121,33 @@ class BestCheckpoint(ModelCheckpoint):
         if _has_final_shape(trainer) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Carries on from the best epoch of the run that is resumed, whose file is copied into this run's folder.
+
+        If that file is gone, or of a later epoch than the checkpoint, the best epoch is chosen anew.
+        """
+        score, file = state_dict["best_model_score"], Path(state_dict["best_model_path"])
+        if score is None or not self._is_file_of(file, score):
+            return
+        assert self.dirpath is not None
+        own = Path(self.dirpath) / f"best{self.FILE_EXTENSION}"
+        if file != own:
+            rank_zero_only(write_bytes)(own, file.read_bytes())
+        self.best_model_path = self.kth_best_model_path = str(own)
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {str(own): score}
+
+    def _is_file_of(self, file: Path, score: Tensor) -> bool:
+        """Whether a checkpoint is there and was saved as the best, with this score."""
+        if not file.is_file():
+            return False
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)["callbacks"][self.state_key]
+            return bool(state["best_model_score"] == score.cpu())
+        except Exception:  # a damaged file fails in any way; whichever it is, it is not the best epoch's
+            return False
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the last finished epoch as ``last.ckpt``, whatever its metrics: the file that a run is resumed from.
@@ -143,13 +173,13 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """An epoch in a line: "epoch 3/14 (pruning): train 90.71 %, test 88.73 %, lr 0.05, 1330 filters"."""
-    total = f"/{max_epochs}" if max_epochs is not None and max_epochs > 0 else ""
+    """An epoch in a line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330 filters"."""
+    total = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
     parts = [
         f"{part} {row[f'{part}_accuracy']:.2%}" for part in ("train", "test") if row.get(f"{part}_accuracy") is not None
     ]
     parts += [f"lr {row['lr']:g}"] * (row["lr"] is not None) + [f"{row['filters']} filters"] * bool(row["filters"])
-    return f"epoch {row['epoch'] + 1}{total} ({row['phase']}): {', '.join(parts)}"
+    return f"epoch {row['epoch']}{total} ({row['phase']}): {', '.join(parts)}"
 
 
 def _has_final_shape(trainer: pl.Trainer) -> bool:
