@@ -57,8 +57,9 @@ class PruningCallback(CarriesStructure):
     Args:
         measure: Importance measure by name (or an `Importance`): magnitude, loss, biased_loss, biased_loss_tracked,
             grasp, grad_preserve, tfo, fisher, nvidia, l1, bn, random.
-        fraction: Share of the filters that is gone after the last round, in (0, 1).
-        rounds: Rounds in which that happens, at least 1; the first takes the largest share (published schedule).
+        fraction: Share of the filters that is gone after the last round, in (0, 1); None: 0.75, unless `thresholds` say.
+        rounds: Rounds in which that happens, at least 1; None: 1, unless `thresholds` say. The first takes the largest share
+            (published schedule).
         thresholds: Share of the filters gone after each round, ascending, for example [0.1, 0.5, 0.8]; in place of
             `fraction` and `rounds`.
         target: What the fraction is a share of: "filters", "parameters", or "macs" (multiply-accumulates).

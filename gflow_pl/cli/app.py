@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, RichModelSummary, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
@@ -166,6 +166,10 @@ class GflowCLI(LightningCLI):
         _SaveConfig.folder = self.folder
 
         kwargs["callbacks"] = [*_as_list(config.get("callbacks")), *self._callbacks(config)]
+        if config.get("enable_progress_bar") is None and not any(
+            isinstance(c, ProgressBar) for c in kwargs["callbacks"]
+        ):
+            kwargs["enable_progress_bar"] = False  # on no terminal; the recorder prints a line an epoch there
         if config.get("logger") is None:
             kwargs["logger"] = self._logger()
         trainer = super().instantiate_trainer(**kwargs)
@@ -225,7 +229,8 @@ class GflowCLI(LightningCLI):
         from pytorch_lightning.loggers import TensorBoardLogger
 
         assert self.folder is not None
-        return TensorBoardLogger(self.folder, name="", version="tensorboard")
+        # Without a version: a progress bar would show its last four letters.
+        return TensorBoardLogger(self.folder, name="tensorboard", version="")
 
     def _fill_in_pruning_settings(self, trainer: pl.Trainer) -> None:
         """Settings that the measure decided become visible in config.yaml; the unpruned network is kept in the folder."""
