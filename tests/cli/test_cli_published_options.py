@@ -97,7 +97,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GFLOW_RUN_FOLDER", "")
+    monkeypatch.setenv("GFLOW_RUN_FOLDER", "")  # so that what a command sets is taken back afterwards
     monkeypatch.delenv("GFLOW_RUN_FOLDER")
     yield
     GflowCLI.folder = None
@@ -122,6 +122,7 @@ def report(data, tmp_path_factory):
     add_structure(module, contents)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("report"))
+        patch.setattr(sys, "argv", ["gflow"])
         torch.save(contents, "pruned.ckpt")
         options = ["--pretrained", "pruned.ckpt", "--data", "CIFAR10", "--data.root", data, "--name", "tested"]
         assert main(["test", *VGG, *options, *QUIET]) == 0
@@ -134,6 +135,7 @@ def folder(data, tmp_path_factory):
     """The folder of a run of three epochs: a warm-up, a round, and one more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("run"))
+        patch.setattr(sys, "argv", ["gflow"])
         options = [*VGG, "--data", "CIFAR10", "--data.root", data, "--trainer.max_epochs", "3", "--name", "run"]
         pruning = ["--pruning.warmup_epochs", "1", "--pruning.rounds", "1", "--pruning.num_samples", "10"]
         assert main(["prune", *options, *pruning, *QUIET]) == 0
