@@ -50,6 +50,26 @@ def test_two_ranks_equal_one_process_on_the_same_global_batches(optimizer, tmp_p
     assert compared >= 20
 
 
+@pytest.mark.parametrize(
+    ("measure", "trainer"),
+    [
+        ("fisher", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
+        ("grasp", {}),
+    ],
+)
+def test_tracked_scores_are_those_of_the_global_batch(measure, trainer, tmp_path) -> None:
+    callback = {"measure": measure, "fraction": 0.5, "rounds": 3, "track": True, "keep_momentum": True}
+    options = {"double": True, "callback": callback, "trainer": {"max_epochs": 4, **trainer}}
+    (single,) = run(tmp_path / "one", 1, **options)
+    first, second = run(tmp_path / "two", 2, **options)
+    assert_same(first, second, ("parameters", "buffers", "momenta"))
+    assert first["kept"] == single["kept"]
+    assert sum(row["filters_removed"] for row in single["plans"]) > 10
+    for name, vector in single["scores"].items():
+        assert (vector - first["scores"][name]).abs().max() <= 1e-6 * vector.abs().max(), name
+    assert sum(vector.numel() for vector in single["scores"].values()) > 20
+
+
 @pytest.mark.parametrize(("network", "measure"), [("resnet56", "loss"), ("mobilenet_v1", "grasp")])
 def test_ranks_agree_to_the_bit_with_batch_norm_and_momentum(network, measure, tmp_path) -> None:
     callback = {"measure": measure, "fraction": 0.4, "rounds": 2, "num_samples": 16, "keep_momentum": True}

@@ -31,6 +31,14 @@ class Data(pl.LightningDataModule):
         return loader(data, 16 // self.devices, rank=rank, world_size=self.devices)
 
 
+class Recorder(PruningCallback):
+    """Keeps the scores of the last round."""
+
+    def select(self, graph, scores):
+        self.scores = {name: vector.clone() for name, vector in scores.items()}
+        return super().select(graph, scores)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, devices, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
@@ -45,7 +53,7 @@ def main() -> None:
         import os
 
         pl.seed_everything(10 + int(os.environ.get("LOCAL_RANK", 0)))
-    callback = PruningCallback(**{"min_kept": 0.1, **options["callback"]})
+    callback = Recorder(**{"min_kept": 0.1, **options["callback"]})
     strategy = (
         pl.strategies.DDPStrategy(process_group_backend="gloo", **options.get("ddp", {})) if devices > 1 else "auto"
     )
@@ -72,7 +80,7 @@ def main() -> None:
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     torch.save(
         {"parameters": parameters, "buffers": dict(module.named_buffers()), "momenta": momenta, "plans": plans,
-         "kept": {g.name: list(g.kept) for g in callback.graph.groups}},
+         "kept": {g.name: list(g.kept) for g in callback.graph.groups}, "scores": callback.scores},
         folder / f"rank{run.global_rank}_of_{devices}.pt",
     )  # fmt: skip
 
