@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichModelSummary, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
@@ -206,6 +207,8 @@ class GflowCLI(LightningCLI):
         if isinstance(self.model, ImageClassifier) and side is not None:
             check_image_size(self.model.network, side)
             check_classifies(self.model.network, self.model.hparams["num_classes"], side)
+            # Without it the model summary says that nothing is computed.
+            self.model.example_input_array = torch.zeros(1, 3, side, side)
 
     def _callbacks(self, config: Any) -> list[Callback]:
         assert self.folder is not None
