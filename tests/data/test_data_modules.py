@@ -177,7 +177,7 @@ def test_workers_are_for_files_only(tmp_path):
 
 def test_ranks_of_a_trainer_shift_their_images_independently(module):
     data = module()
-    data.trainer = type("Trainer", (), {"global_rank": 2})()
+    data.trainer = type("Trainer", (), {"global_rank": 2, "world_size": 3})()
     assert data.train_dataloader().collate_fn.rank == 2
 
 
