@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["classifies", "default_logits", "first_input", "quiet", "training_loss"]
+__all__ = ["classifies", "default_logits", "evaluating", "first_input", "quiet", "training_loss"]
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -49,17 +49,24 @@ def classifies(module: pl.LightningModule, batch: Any) -> bool:
     labels = batch[1]
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         return False
-    flags = {m: m.training for m in module.modules()}
     try:
-        module.eval()
-        with torch.no_grad(), quiet(module):
+        with evaluating(module), torch.no_grad(), quiet(module):
             logits = module(batch[0])
     except Exception:  # whatever a foreign forward raises on these inputs: then it gives no logits
         return False
+    return isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, the module is in evaluation mode; afterwards every part of it has its own flag back."""
+    flags = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        yield
     finally:
         for m, training in flags.items():
             m.training = training
-    return isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import first_input, training_loss
+from gflow_pl.callbacks.loss import evaluating, first_input, training_loss
 from gflow_pl.callbacks.ranks import rebuild_wrapper
 from gflow_pl.callbacks.twins import callbacks_of, is_a
 from gflow_pl.channels import ChannelGraph, trace_channels
@@ -130,16 +130,10 @@ def _forget(checkpoint: ModelCheckpoint) -> None:
 
 def loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
     """(2,) loss and L2 norm of its gradient on one batch, in evaluation mode; `.grad` is not touched."""
-    flags = {m: m.training for m in module.modules()}
     parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    try:
-        module.eval()
-        with torch.enable_grad():
-            loss = loss_fn(module, batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    finally:
-        for m, training in flags.items():
-            m.training = training
+    with evaluating(module), torch.enable_grad():
+        loss = loss_fn(module, batch)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
     norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
     return torch.stack([loss.detach().float(), norm.float()])
@@ -149,19 +143,13 @@ def count_accuracy(
     module: pl.LightningModule, batches: Iterable[Any], logits_fn: Callable[[Any, Any], tuple[Tensor, Tensor]]
 ) -> Tensor:
     """(2,) number of right answers and of examples, in evaluation mode; float64."""
-    flags = {m: m.training for m in module.modules()}
     device = next(module.parameters()).device
     right, total = torch.zeros((), device=device, dtype=torch.float64), 0
-    try:
-        module.eval()
-        with torch.no_grad():
-            for batch in batches:
-                logits, labels = logits_fn(module, batch)
-                right += (logits.argmax(dim=1) == labels).sum()
-                total += len(labels)
-    finally:
-        for m, training in flags.items():
-            m.training = training
+    with evaluating(module), torch.no_grad():
+        for batch in batches:
+            logits, labels = logits_fn(module, batch)
+            right += (logits.argmax(dim=1) == labels).sum()
+            total += len(labels)
     return torch.stack([right, torch.full_like(right, total)])
 
 

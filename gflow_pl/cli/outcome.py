@@ -92,7 +92,6 @@ class Size:
         `prunable` names the layers whose filters are counted; None finds them.
         """
         example = example_input(module, datamodule) if example is None else example
-        weights = {name: value for name, value in module.state_dict().items()}
         macs = None
         if example is not None:
             macs = count_network(module, example).macs
@@ -102,7 +101,7 @@ class Size:
         modules = dict(module.named_modules())
         filters = None if prunable is None else sum(_num_filters(modules[name]) for name in prunable)
         parameters = sum(p.numel() for p in module.parameters())
-        return cls(macs, parameters, state_bytes(weights), prunable or (), filters)
+        return cls(macs, parameters, state_bytes(module.state_dict()), prunable or (), filters)
 
     def row(self, name: str, **accuracies: float | None) -> NetworkReport:
         """A column of the report."""
