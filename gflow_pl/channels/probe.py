@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gflow_pl.channels.attributes import shape_attributes
 from gflow_pl.channels.book import Nodes
 from gflow_pl.channels.cuts import Cuts
 from gflow_pl.channels.recorder import Call, Watch
-from gflow_pl.channels.stage import Stage, tensor_names
+from gflow_pl.channels.stage import Stage
 from gflow_pl.channels.survey import Survey
 from gflow_pl.channels.units import Partition
 
@@ -56,24 +55,24 @@ class _Mismatch(Exception):
 class _Watcher(Watch):
     """Counts along with the recorded ops, and stops where something differs."""
 
-    def __init__(self, stand_ins: dict[int, Tensor], meta: bool, calls: Sequence[Call], gone: Nodes) -> None:
-        super().__init__(stand_ins, meta)
+    def __init__(self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], gone: Nodes) -> None:
+        super().__init__(stand_ins, stage.meta, stage.shapes)
         self.calls, self.gone = calls, gone
+        self.left: dict[int, int] = {}  # id of labels to how many of them are left
         self.at = -1
         self.inside = False
         self.differing: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flat, spec = tree_flatten((args, kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         self.inside = True
         call = None if name in _SILENT else self._next(name)
-        numbers = self.remembered(flat) if call is not None else ()
-        args, kwargs = tree_unflatten([self.standing_in(value) for value in flat], spec)
-        out = self.computed(func, name, args, kwargs)
+        args, kwargs, seen = self.staged(args, kwargs or {})
+        out = self.computed(func, args, kwargs)
         self.alive.append(out)
         if call is not None:
-            self._compare(call, [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)], numbers, args)
+            outs = out if isinstance(out, (list, tuple)) else [out]
+            self._compare(call, [x for x in outs if isinstance(x, Tensor)], seen.numbers, args)
         self.inside = False
         return out
 
@@ -97,14 +96,21 @@ class _Watcher(Watch):
             if labels is None:
                 continue
             for dim, (size, label) in enumerate(zip(shape, labels, strict=True)):
-                left = size if label is None else size - int(self.gone[label].sum())
+                left = size if label is None else self._left(label)
                 if out.shape[dim] != left:
                     raise _Mismatch(f"a size that does not follow the channels ('{call.name}')")
         for position, nodes in call.expected:
-            if args[position] != len(nodes) - int(self.gone[nodes].sum()):
+            if args[position] != self._left(nodes):
                 raise _Mismatch(f"a position that does not follow the channels ('{call.name}')")
         if _comparable(call.name, call.numbers) != _comparable(call.name, numbers):
             self.differing.append(self.at)
+
+    def _left(self, nodes: Nodes) -> int:
+        """How many of them are left; the survey holds them, so that their ids are theirs."""
+        known = self.left.get(id(nodes))
+        if known is None:
+            known = self.left[id(nodes)] = len(nodes) - int(np.count_nonzero(self.gone[nodes]))
+        return known
 
 
 def _plain(name: str) -> str:
@@ -199,7 +205,7 @@ class Probe:
         for training, calls in self.found.calls.items():
             if training in self.found.torn:
                 continue
-            watcher = _Watcher(stand_ins, self.stage.meta, calls, self.gone)
+            watcher = _Watcher(self.stage, stand_ins, calls, self.gone)
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
@@ -211,18 +217,14 @@ class Probe:
 
     def _stand_ins(self) -> dict[int, Tensor]:
         book = self.found.book
-        keep: dict[str, dict[int, Tensor]] = {}
+        keep: dict[str, dict[int, Nodes]] = {}
         for (name, dim), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
             if not name.startswith("@") and self.gone[start:stop].any():
-                left = np.flatnonzero(~self.gone[start:stop])
-                keep.setdefault(name, {})[dim] = torch.from_numpy(left)
-        tensors = tensor_names(self.stage.model)
-        return {id(tensor): self.stage.stand_in(tensor, keep.get(name)) for name, tensor in tensors.items()}
+                keep.setdefault(name, {})[dim] = np.flatnonzero(~self.gone[start:stop])
+        return self.stage.stand_ins(keep)
 
     def _set_attributes(self) -> None:
-        for module in self.stage.model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
+        for module in self.stage.open_modules:
             own = {**module._parameters, **module._buffers}
             if "parametrizations" in module._modules:
                 own.update(module._modules["parametrizations"].named_parameters(prefix="parametrizations"))  # type: ignore[union-attr]
@@ -231,11 +233,12 @@ class Probe:
                 if attribute in vars(module):
                     module.__dict__[attribute] = value
         book = self.found.book
-        modules = dict(self.stage.model.named_modules())
         for (table, _), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
             if table.startswith("@attribute"):
                 _, module_name, attribute = table.split(":")
-                _set(modules[module_name].__dict__, attribute, stop - start - int(self.gone[start:stop].sum()))
+                _set(
+                    self.stage.modules[module_name].__dict__, attribute, stop - start - int(self.gone[start:stop].sum())
+                )
 
     def _leave(self, name: str, module: nn.Module, output: Any) -> Any:
         """Behind a cut everything sees the old width; an expansion that is there already does so by itself."""

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["untouched"]
+__all__ = ["uncollected", "untouched"]
 
 _CONTAINERS = (dict, list, set)
 
 
-def _contents(value: Any) -> Any:
-    """A shallow copy of a plain container, which a forward may fill (caches); None for anything else."""
-    return value.copy() if isinstance(value, _CONTAINERS) and hasattr(value, "copy") else None
+class _Kept:
+    """A module's attributes, and what its plain containers hold: hooks, tensors, whatever a forward may fill (caches)."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.own = vars(module)
+        self.attributes = self.own.copy()
+        self.contents = [
+            (value, value.copy() if value else None)
+            for value in self.attributes.values()
+            if isinstance(value, _CONTAINERS) and hasattr(value, "copy")
+        ]
 
-def _put_back(value: Any, contents: Any) -> None:
-    if isinstance(value, list):
-        value[:] = contents
-    else:
-        value.clear()
-        value.update(contents)
+    def put_back(self) -> None:
+        for value, contents in self.contents:
+            if contents is None:
+                if value:
+                    value.clear()
+            elif isinstance(value, list):
+                value[:] = contents
+            else:
+                value.clear()
+                value.update(contents)
+        self.own.clear()
+        self.own.update(self.attributes)
 
 
 @contextmanager
@@ -48,27 +60,33 @@ def _random_state() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module, *, tensors: bool) -> Iterator[None]:
-    """Restores every module's attributes, tensors' places, flags and hooks, and all random generators.
+def uncollected() -> Iterator[None]:
+    """No garbage is looked for inside the block: it makes many small objects, and keeps all of them to its end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def untouched(modules: Iterable[nn.Module], buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Restores modules' attributes, tensors' places, flags and hooks, and all random generators.
 
     Args:
-        model: The network; its modules may be changed in any way inside the block.
-        tensors: Whether the contents of buffers are saved and restored too (needed where the forward runs on the
-            real ones).
+        modules: They may be changed in any way inside the block.
+        buffers: Those whose contents are saved and restored too (where the forward runs on the real ones).
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    saved = [dict(vars(module)) for module in modules]
-    inner = [{key: kept for key, value in state.items() if (kept := _contents(value)) is not None} for state in saved]
-    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if tensors else []
+    kept = [_Kept(module) for module in modules]
+    contents = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
         with _random_state():
             yield
     finally:
-        for module, state, kept in zip(modules, saved, inner, strict=True):
-            for key, value in kept.items():
-                _put_back(state[key], value)
-            vars(module).clear()
-            vars(module).update(state)
+        for module in kept:
+            module.put_back()
         with torch.no_grad():
             for buffer, value in contents:
                 if not torch.equal(buffer, value):

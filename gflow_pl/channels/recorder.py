@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gflow_pl.channels.book import Book, Nodes
+from gflow_pl.channels.shapes import Shapes
 
 __all__ = ["Call", "Labels", "Op", "Recorder", "Tag", "Watch", "location", "numbers_of"]
 
@@ -25,26 +25,7 @@ _TORCH_NN = os.path.join(_TORCH, "nn") + os.sep
 _CALL = os.path.join(_TORCH_NN, "modules", "module.py")
 _HERE = os.path.dirname(__file__) + os.sep
 _REMEMBERED = 64  # a tensor made from Python numbers is compared by value up to this size
-
-
-# Their meta kernels are Python programs of many ops; all that is needed of them is one shape.
-_KEEPS_SHAPE = frozenset(
-    [
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "gelu",
-        "silu",
-        "mish",
-        "relu",
-        "relu6",
-        "sigmoid",
-        "tanh",
-    ]
-)
-_NORMS = frozenset(["native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"])
+_META = torch.device("meta")
 
 
 @dataclass(eq=False)
@@ -107,6 +88,13 @@ class Call:
     place: tuple[Any, ...] | None = None
 
 
+class _Seen(NamedTuple):
+    """The tensors among the arguments of an op, and its numbers: plain ones, and those in small tensors of numbers."""
+
+    tensors: list[Tensor]
+    numbers: tuple[Any, ...]
+
+
 def location(lines: bool = True) -> tuple[Any, ...]:
     """Where the user's code is: file and line of every frame outside torch (but in torch.nn) and this room.
 
@@ -132,26 +120,52 @@ def numbers_of(flat: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(item for item in flat if isinstance(item, (int, float, complex)) and not isinstance(item, bool))
 
 
+def _flattened(values: Iterable[Any], into: list[Any]) -> list[Any]:
+    """Arguments without the lists around them; ops know no other containers."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _flattened(value, into)
+        else:
+            into.append(value)
+    return into
+
+
+def _replaced(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
+    """The argument with every tensor in it replaced."""
+    if isinstance(value, Tensor):
+        return by(value)
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, by) for item in value]
+    return value
+
+
 class Watch(TorchDispatchMode):
     """What recorder and probe share: stand-ins for tensors, the stack of modules, one line for every op.
 
     Args:
         stand_ins: id of a real parameter or buffer to the tensor that plays its part.
         meta: Whether the forward runs on meta tensors.
+        shapes: What is known of the outputs of ops without contents.
     """
 
-    def __init__(self, stand_ins: dict[int, Tensor], meta: bool) -> None:
+    def __init__(self, stand_ins: dict[int, Tensor], meta: bool, shapes: Shapes) -> None:
         super().__init__()
         self.stand_ins = stand_ins
         self.meta = meta
+        self.shapes = shapes
         self.stack: list[tuple[str, nn.Module]] = []
         self.entered: list[Tensor | None] = []  # the first argument of every module on the stack
         self.alive: list[Any] = []  # ids stay unique only while the tensors live
         self.constants: dict[int, Tensor] = {}
 
-    def standing_in(self, value: Any) -> Any:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled during a trace; torch need not guard every op against it."""
+        return False
+
+    def standing_in(self, value: Tensor) -> Tensor:
         """The tensor that plays the part of `value` here."""
-        if not isinstance(value, Tensor) or not self.meta or value.is_meta:
+        if not self.meta or value.is_meta:
             return value
         known = self.stand_ins.get(id(value))
         if known is None:
@@ -163,27 +177,34 @@ class Watch(TorchDispatchMode):
             self.constants[id(value)] = known
         return known
 
-    def remembered(self, flat: list[Any]) -> tuple[Any, ...]:
-        """Numbers among the arguments, and the contents of small tensors that hold real numbers."""
+    def staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], _Seen]:
+        """The arguments with stand-ins in them, and what of them is remembered."""
+        flat = _flattened(kwargs.values(), _flattened(args, []))
         numbers = numbers_of(flat)
-        for value in flat:
-            if not self.meta or not isinstance(value, Tensor) or value.is_meta or id(value) in self.stand_ins:
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        if self.meta and not tensors and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _META}
+        elif self.meta and not all(tensor.is_meta for tensor in tensors):
+            numbers += self._contents(tensors)
+            tensors = [self.standing_in(tensor) for tensor in tensors]
+            args = tuple(_replaced(value, self.standing_in) for value in args)
+            kwargs = {key: _replaced(value, self.standing_in) for key, value in kwargs.items()}
+        return args, kwargs, _Seen(tensors, numbers)
+
+    def _contents(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+        """The contents of small tensors that hold real numbers."""
+        numbers: tuple[Any, ...] = ()
+        for tensor in tensors:
+            if tensor.is_meta or id(tensor) in self.stand_ins or tensor.device.type != "cpu":
                 continue
-            if value.numel() <= _REMEMBERED and value.device.type == "cpu":
+            if tensor.numel() <= _REMEMBERED:
                 with torch.utils._python_dispatch._disable_current_modes():
-                    numbers += tuple(value.reshape(-1).tolist())
+                    numbers += tuple(tensor.reshape(-1).tolist())
         return numbers
 
-    def computed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the op gives; without contents, the shape alone where that is known beforehand."""
-        if not self.meta or not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-            return func(*args, **kwargs)
-        x = args[0]
-        if name in _NORMS:
-            return torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(2))
-        if name.removesuffix("_") in _KEEPS_SHAPE:
-            return x if name.endswith("_") else torch.empty_like(x)
-        return func(*args, **kwargs)
+    def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the op gives; without contents, the shape alone where that is known."""
+        return self.shapes.computed(func, args, kwargs) if self.meta else func(*args, **kwargs)
 
     @property
     def module_name(self) -> str:
@@ -201,6 +222,7 @@ class Recorder(Watch):
         names: id of a stand-in to the name of its parameter or buffer.
         stand_ins: See `Watch`.
         meta: See `Watch`.
+        shapes: See `Watch`.
         choices: Place in the code to the number of the choice to make there.
         places: Whether to note where in the code every op is.
     """
@@ -213,10 +235,11 @@ class Recorder(Watch):
         names: dict[int, str],
         stand_ins: dict[int, Tensor],
         meta: bool,
+        shapes: Shapes,
         choices: dict[tuple[Any, ...], int],
         places: bool,
     ) -> None:
-        super().__init__(stand_ins, meta)
+        super().__init__(stand_ins, meta, shapes)
         self.book, self.rules, self.names = book, rules, names
         self.pointwise, self.unknown = fallback
         self.choices, self.places = choices, places
@@ -226,6 +249,7 @@ class Recorder(Watch):
         self.guessed = False  # whether a rule had to suppose what a size follows
         self.sites: list[tuple[tuple[Any, ...], int]] = []
         self.expected: list[tuple[int, Nodes]] = []
+        self._found: dict[Any, tuple[str, Rule | None]] = {}
 
     # -- tags ---------------------------------------------------------------------------------------------------
 
@@ -310,23 +334,29 @@ class Recorder(Watch):
     # -- the mode ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flat, spec = tree_flatten((args, kwargs or {}))
-        numbers = self.remembered(flat)
-        flat = [self.standing_in(value) for value in flat]
-        args, kwargs = tree_unflatten(flat, spec)
-        name = func._schema.name.removeprefix("aten::")
-        rule = self.rules.get(name) or self.rules.get(name.removesuffix("_"))
-        if rule is None and torch.Tag.pointwise in func.tags:
-            rule = self.pointwise
-        if rule is None and func._can_decompose():
+        args, kwargs, seen = self.staged(args, kwargs or {})
+        name, rule = self._rule_of(func)
+        if rule is None:
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = self.computed(func, name, args, kwargs)
-        op = Op(name, args, kwargs, [value for value in flat if isinstance(value, Tensor)], out)
-        self._record(op, rule or self.unknown, numbers)
+        out = self.computed(func, args, kwargs)
+        self._record(Op(name, args, kwargs, seen.tensors, out), rule or self.unknown, seen.numbers)
         return out
+
+    def _rule_of(self, func: Any) -> tuple[str, Rule | None]:
+        """Name and rule of an op; no rule where it can be taken apart instead."""
+        known = self._found.get(func)
+        if known is None:
+            name = func._schema.name.removeprefix("aten::")
+            rule = self.rules.get(name) or self.rules.get(name.removesuffix("_"))
+            if rule is None and torch.Tag.pointwise in func.tags:
+                rule = self.pointwise
+            if rule is None and not func._can_decompose():
+                rule = self.unknown
+            known = self._found[func] = (name, rule)
+        return known
 
     def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
         tags = [self.tag(tensor) for tensor in op.tensors]
@@ -337,7 +367,7 @@ class Recorder(Watch):
         self.sites, self.expected = [], []
         nodes = [label for tag in tags for label in tag.labels if label is not None]
         rule(self, op)
-        outs = [tensor for tensor in tree_flatten(op.out)[0] if isinstance(tensor, Tensor)]
+        outs = [tensor for tensor in _flattened([op.out], []) if isinstance(tensor, Tensor)]
         out_tags = [self.tag(tensor) for tensor in outs]
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
         labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]

@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from gflow_pl.channels.book import Nodes
 from gflow_pl.channels.protection import untouched
+from gflow_pl.channels.shapes import Shapes
 
-__all__ = ["Stage", "tensor_names"]
+__all__ = ["Stage"]
 
 Enter = Callable[[str, nn.Module, tuple[Any, ...]], None]
 Leave = Callable[[str, nn.Module, Any], Any]
 
 
-def tensor_names(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 @dataclass(eq=False)
 class Stage:
-    """A model and its inputs, ready to be run without a trace.
+    """A model and its inputs, ready to be run so that no trace is left.
 
     Attributes:
         model: The network.
@@ -34,6 +31,8 @@ class Stage:
         meta: Whether stand-ins and inputs live on the meta device, so that nothing is computed.
         doubled: Whether inputs that hold one example are doubled (train-mode batch norm refuses one value a channel).
         num_examples: Examples in the inputs as they are run.
+        modules: Every module under its first name.
+        tensors: Every parameter and buffer under its first name.
     """
 
     model: nn.Module
@@ -43,6 +42,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.inputs: list[Tensor] = []
+        self.shapes = Shapes()
+        self.modules = dict(self.model.named_modules())
+        self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self._whole: dict[str, Tensor] = {}
+        self._names = {id(module): name for name, module in self.modules.items()}
+        # scripted parts keep their tensors out of Python's reach; they are swapped as they come by
+        self.open_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
         self.args = tree_map(self._prepared, self.args)
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
 
@@ -56,16 +62,33 @@ class Stage:
         self.inputs.append(value)
         return value
 
-    def stand_in(self, tensor: Tensor, keep: Mapping[int, Tensor] | None = None) -> Tensor:
-        """A tensor to run with in place of a parameter or buffer; `keep` names the positions left, by dim."""
+    def stand_ins(self, keep: Mapping[str, Mapping[int, Nodes]] | None = None) -> dict[int, Tensor]:
+        """A tensor to run with in place of every parameter and buffer, by the id of the real one.
+
+        Args:
+            keep: Tensor to dim to the positions left of it; what is not named stays whole.
+        """
+        made = {}
+        for name, tensor in self.tensors.items():
+            left = keep.get(name) if keep else None
+            if left is None and self.meta:
+                # nothing is written into it: one will do for all forwards
+                if name not in self._whole:
+                    self._whole[name] = self._stand_in(tensor)
+                made[id(tensor)] = self._whole[name]
+            else:
+                made[id(tensor)] = self._stand_in(tensor, left)
+        return made
+
+    def _stand_in(self, tensor: Tensor, left: Mapping[int, Nodes] | None = None) -> Tensor:
         with torch.no_grad():
             if self.meta:
-                shape = [len(keep[d]) if keep and d in keep else size for d, size in enumerate(tensor.shape)]
+                shape = [len(left[d]) if left and d in left else size for d, size in enumerate(tensor.shape)]
                 own = torch.empty(shape, dtype=tensor.dtype, device="meta")
             else:
                 own = tensor.detach().clone()
-                for dim, index in (keep or {}).items():
-                    own = own.index_select(dim, index.to(own.device))
+                for dim, index in (left or {}).items():
+                    own = own.index_select(dim, torch.from_numpy(index).to(own.device))
         return nn.Parameter(own, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
     @contextmanager
@@ -77,22 +100,20 @@ class Stage:
             training: Whether every module is in training mode.
         """
         with ExitStack() as stack:
-            stack.enter_context(untouched(self.model, tensors=not self.meta))
+            stack.enter_context(untouched(self.open_modules, () if self.meta else tuple(self.model.buffers())))
             stack.enter_context(_quiet())
-            for module in self.model.modules():
-                if isinstance(module, torch.jit.ScriptModule):
-                    continue  # keeps its tensors out of Python's reach; they are swapped as they come by
+            for module in self.open_modules:
                 for own in (module._parameters, module._buffers):
                     for name, tensor in own.items():
                         if tensor is not None and id(tensor) in stand_ins:
                             own[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
                 # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
-                module.training = training and not isinstance(module, nn.SyncBatchNorm)
+                vars(module)["training"] = training and not isinstance(module, nn.SyncBatchNorm)
             yield
 
     def run(self, mode: Any, enter: Enter, leave: Leave) -> Any:
         """One forward under `mode`, with a call back before and after every module."""
-        names = {id(module): name for name, module in self.model.named_modules()}
+        names = self._names
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if id(module) in names:
@@ -104,11 +125,7 @@ class Stage:
         first = nn.modules.module.register_module_forward_pre_hook(before)
         last = nn.modules.module.register_module_forward_hook(after)
         try:
-            device = torch.device("meta") if self.meta else None
-            with torch.no_grad(), ExitStack() as stack:
-                if device is not None:
-                    stack.enter_context(device)
-                stack.enter_context(mode)
+            with torch.no_grad(), mode:
                 return self.model(*self.args)
         finally:
             first.remove()

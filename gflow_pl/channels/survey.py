@@ -15,7 +15,7 @@ from gflow_pl.channels.book import Book, Boundary, Nodes
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules import RULES
 from gflow_pl.channels.rules_elementwise import pointwise, unknown
-from gflow_pl.channels.stage import Stage, tensor_names
+from gflow_pl.channels.stage import Stage
 
 __all__ = ["LayerFacts", "Survey", "is_channel_norm", "survey"]
 
@@ -213,19 +213,27 @@ def survey(
         frozen_calls: (training, number of the op), with the reason: everything that these ops and others at their places
             in the code see is frozen.
     """
-    tensors = tensor_names(stage.model)
+    tensors = stage.tensors
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    stand_ins = {id(tensor): stage.stand_in(tensor) for tensor in tensors.values()}
+    stand_ins = stage.stand_ins()
     names = {id(stand_ins[key]): name for key, name in first_names.items()}
     found = Survey(Book())
     found.expanded = {
         name: (int(vars(module)["_gflow_dim"]), int(vars(module)["_gflow_width"]))
-        for name, module in stage.model.named_modules()
+        for name, module in stage.modules.items()
         if INDEX in module._buffers
     }
     for training in (True, False):
         recorder = Recorder(
-            found.book, RULES, (pointwise, unknown), names, stand_ins, stage.meta, choices, bool(frozen_calls)
+            found.book,
+            RULES,
+            (pointwise, unknown),
+            names,
+            stand_ins,
+            stage.meta,
+            stage.shapes,
+            choices,
+            bool(frozen_calls),
         )
         for tensor in stage.inputs:
             recorder.put(tensor, [None] * tensor.ndim)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from gflow_pl.channels.book import Nodes
 from gflow_pl.channels.cuts import Cuts, present_cuts, residual_cuts
 from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.channels.probe import Probe
-from gflow_pl.channels.stage import Stage, tensor_names
+from gflow_pl.channels.protection import uncollected
+from gflow_pl.channels.stage import Stage
 from gflow_pl.channels.survey import INDEX, Survey, survey
 from gflow_pl.channels.units import Partition, partition
 from gflow_pl.types import Layer
@@ -62,6 +63,12 @@ def trace_channels(
         if value not in valid:
             raise ValueError(f"trace_channels: `{name}` must be one of {', '.join(map(repr, valid))}, got {value!r}.")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with uncollected():
+        return _traced(model, args, residual, exact_only, frozen)
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: bool, frozen: str) -> ChannelGraph:
+    """Surveys and probes in turns, until everything comes out as predicted."""
     choices: dict[tuple[Any, ...], int] = {}
     frozen_calls: dict[tuple[bool, int], str] = {}
     stage, found = _first_survey(model, args)
@@ -80,11 +87,11 @@ def trace_channels(
         for call in (call for calls in found.calls.values() for call in calls):
             found.book.frozen += [(label, "the probe did not settle") for label in call.nodes]
         cuts, parts = _partition(found, residual, frozen, exact_only, [])
-        return _graph(model, found, parts)
+        return _graph(stage, found, parts)
     numbers = probe.numbers()
     if numbers:
         _, parts = _partition(found, residual, frozen, exact_only, numbers)
-    return _graph(model, found, parts)
+    return _graph(stage, found, parts)
 
 
 def _first_survey(model: nn.Module, args: tuple[Any, ...]) -> tuple[Stage, Survey]:
@@ -118,9 +125,9 @@ def _partition(
     return cuts, parts
 
 
-def _graph(model: nn.Module, found: Survey, parts: Partition) -> ChannelGraph:
-    tensors: dict[str, Tensor] = {name: x for name, x in tensor_names(model).items() if not name.endswith(INDEX)}
-    order = [name for name, _ in model.named_modules() if name in found.layers]
+def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:
+    tensors = {name: x for name, x in stage.tensors.items() if not name.endswith(INDEX)}
+    order = [name for name in stage.modules if name in found.layers]
     layers: dict[str, Layer] = {}
     uses: dict[str, int] = {}
     for name in order:
@@ -143,5 +150,5 @@ def _graph(model: nn.Module, found: Survey, parts: Partition) -> ChannelGraph:
         shapes={name: tuple(x.shape) for name, x in tensors.items()},
         uses=uses,
         patches=dict(parts.patches),
-        buffers=frozenset(name for name, _ in model.named_buffers() if not name.endswith(INDEX)),
+        buffers=frozenset(name for name, _ in stage.model.named_buffers() if not name.endswith(INDEX)),
     )

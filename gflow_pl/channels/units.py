@@ -62,14 +62,12 @@ class _Roots:
         """Per root, the number of the first reason given for any of its nodes, -1 for none; and the reasons."""
         reasons = list(dict.fromkeys(why for _, why in events))
         number = {why: i for i, why in enumerate(reasons)}
-        first = np.full(len(self.root), len(events))
-        order = np.empty(len(events), dtype=np.int64)
-        for i, (nodes, why) in enumerate(events):
-            order[i] = number[why]
-            np.minimum.at(first, self.root[nodes], i)
-        return np.where(
-            first < len(events), order[np.minimum(first, max(len(events) - 1, 0))] if events else -1, -1
-        ), reasons
+        first = np.full(len(self.root), -1)
+        if events:
+            nodes = np.concatenate([nodes for nodes, _ in events])
+            numbers = np.repeat([number[why] for _, why in events], [len(nodes) for nodes, _ in events])
+            first[self.root[nodes[::-1]]] = numbers[::-1]  # of several, the last one written stays: the first event
+        return first, reasons
 
 
 def partition(
@@ -122,6 +120,22 @@ def _reason(roots: _Roots, why: str) -> int:
     return roots.frozen_reasons.index(why)
 
 
+class _Places:
+    """The group of every unit, and its row there.
+
+    Args:
+        members: Per group, its units in order.
+        num_units: Of all groups.
+    """
+
+    def __init__(self, members: list[Nodes], num_units: int) -> None:
+        self.sizes = [len(units) for units in members]
+        units = np.concatenate(members)
+        self.group, self.row = np.empty(num_units, dtype=np.int64), np.empty(num_units, dtype=np.int64)
+        self.group[units] = np.repeat(np.arange(len(members)), self.sizes)
+        self.row[units] = np.concatenate([np.arange(size) for size in self.sizes])
+
+
 class _Grouping:
     """Units with the same number of positions in the same tensors form a group."""
 
@@ -137,22 +151,24 @@ class _Grouping:
         if not len(self.nodes):
             return []
         roots, unit_of = np.unique(self.units, return_inverse=True)
-        signature = self._signatures(roots, unit_of)
         first_layer, first_channel = self._first_channels(roots)
-        _, group_of = np.unique(signature, return_inverse=True)
+        _, group_of = np.unique(self._signatures(roots, unit_of, first_layer), return_inverse=True)
         order = np.lexsort((first_channel, group_of))
         members = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
-        members.sort(key=lambda rows: (int(first_layer[rows[0]]), int(first_channel[rows[0]])))
+        members.sort(key=lambda units: (int(first_layer[units[0]]), int(first_channel[units[0]])))
+        place = _Places(members, len(roots))
+        slices = self._slices(place, unit_of)
+        layers = self._layers(place, roots)
         taken: dict[str, int] = {}
         made = []
-        for rows in members:
-            base = self.layers[int(first_layer[rows[0]])].name
+        for number, units in enumerate(members):
+            base = self.layers[int(first_layer[units[0]])].name
             taken[base] = taken.get(base, -1) + 1
             name = base if not taken[base] else f"{base}:{taken[base]}"
-            made.append((self._group(name, roots[rows], rows, unit_of), roots[rows]))
+            made.append((self._group(name, roots[units], layers[number], slices[number]), roots[units]))
         return made
 
-    def _signatures(self, roots: Nodes, unit_of: Nodes) -> Nodes:
+    def _signatures(self, roots: Nodes, unit_of: Nodes, first_layer: Nodes) -> Nodes:
         """A number per unit that is the same where the units hold as many positions of the same tensors."""
         num_tables = len(self.found.book.tables)
         pair, counts = np.unique(unit_of * num_tables + self.tables, return_counts=True)
@@ -160,12 +176,11 @@ class _Grouping:
         signature = np.zeros(len(roots), dtype=np.uint64)
         np.add.at(signature, pair // num_tables, _mixed(facts))
         soft = self.roots.why_soft[roots] + 1
-        first, _ = self._first_channels(roots)
         return (
             signature
             + _mixed(soft + 7)
             + _mixed(self.roots.expanded[roots] + 1_000_000_007)
-            + _mixed(first + 3_000_000_019)
+            + _mixed(first_layer + 3_000_000_019)
         )
 
     def _first_channels(self, roots: Nodes) -> tuple[Nodes, Nodes]:
@@ -180,45 +195,54 @@ class _Grouping:
                 channel[self.roots.root[backwards]] = np.arange(len(backwards))[::-1]
         return layer[roots], channel[roots]
 
-    def _group(self, name: str, unit_roots: Nodes, rows: Nodes, unit_of: Nodes) -> ChannelGroup:
-        row_of = np.full(int(unit_of.max()) + 1, -1)
-        row_of[rows] = np.arange(len(rows))
-        here = np.flatnonzero(row_of[unit_of] >= 0)
-        slices = []
-        for table in np.unique(self.tables[here]).tolist():
-            tensor, dim = self.found.book.tables[table]
-            part = here[self.tables[here] == table]
-            part = part[np.lexsort((self.nodes[part], row_of[unit_of[part]]))]
-            index = (self.nodes[part] - self.found.book.starts[table]).reshape(len(rows), -1)
-            slices.append(Slice(tensor, dim, index))
-        layers = self._layers(unit_roots)
+    def _slices(self, place: _Places, unit_of: Nodes) -> list[list[Slice]]:
+        """Per group, the part of every tensor that goes with it: a row of positions for every unit."""
+        starts = np.array(self.found.book.starts)
+        number, row = place.group[unit_of], place.row[unit_of]
+        order = np.lexsort((self.nodes, row, self.tables, number))
+        number, tables = number[order], self.tables[order]
+        positions = self.nodes[order] - starts[tables]
+        bounds = np.flatnonzero(np.diff(number) | np.diff(tables)) + 1
+        slices: list[list[Slice]] = [[] for _ in place.sizes]
+        for index, first in zip(np.split(positions, bounds), [0, *bounds.tolist()], strict=True):
+            group = int(number[first])
+            tensor, dim = self.found.book.tables[int(tables[first])]
+            slices[group].append(Slice(tensor, dim, index.reshape(place.sizes[group], -1)))
+        return slices
+
+    def _layers(self, place: _Places, roots: Nodes) -> list[list[LayerUnits]]:
+        """Per group, the filters of every layer that go with it; those that vote first."""
+        unit_of = np.full(self.found.book.num_nodes, -1)
+        unit_of[roots] = np.arange(len(roots))
+        parts: list[list[LayerUnits]] = [[] for _ in place.sizes]
+        for facts in self.layers:
+            if facts.outputs is None:
+                continue
+            unit = unit_of[self.roots.root[facts.outputs]]
+            channels = np.flatnonzero(unit >= 0)
+            number, row = place.group[unit[channels]], place.row[unit[channels]]
+            order = np.lexsort((channels, row, number))
+            bounds = np.flatnonzero(np.diff(number[order])) + 1
+            for part in np.split(order, bounds) if len(order) else []:
+                group = int(number[part[0]])
+                index = channels[part].reshape(place.sizes[group], -1)
+                parts[group].append(LayerUnits(facts.name, index, facts.votes))
+        return [sorted(part, key=lambda layer: not layer.votes) for part in parts]
+
+    def _group(self, name: str, unit_roots: Nodes, layers: list[LayerUnits], slices: list[Slice]) -> ChannelGroup:
         expanded = int(self.roots.expanded[unit_roots[0]])
         soft = int(self.roots.why_soft[unit_roots[0]])
         return ChannelGroup(
             name=name,
             kind="remove" if expanded < 0 else "expand",
-            original_size=len(rows),
-            kept=tuple(range(len(rows))),
+            original_size=len(unit_roots),
+            kept=tuple(range(len(unit_roots))),
             filters=sum(part.index.shape[1] for part in layers),
             layers=tuple(layers),
             slices=tuple(part for part in slices if not part.tensor.endswith(INDEX)),
             expansion=None if expanded < 0 else self._expansion(self.layers[expanded]),
             inexact=None if soft < 0 else self.roots.soft_reasons[soft],
         )
-
-    def _layers(self, unit_roots: Nodes) -> list[LayerUnits]:
-        row_of = np.full(self.found.book.num_nodes, -1)
-        row_of[unit_roots] = np.arange(len(unit_roots))
-        parts = []
-        for facts in self.layers:
-            if facts.outputs is None:
-                continue
-            row = row_of[self.roots.root[facts.outputs]]
-            channels = np.flatnonzero(row >= 0)
-            if len(channels):
-                channels = channels[np.lexsort((channels, row[channels]))]
-                parts.append(LayerUnits(facts.name, channels.reshape(len(unit_roots), -1), facts.votes))
-        return sorted(parts, key=lambda part: not part.votes)
 
     def _expansion(self, facts: LayerFacts) -> Expansion:
         module = self.cuts.layers[facts.name]
