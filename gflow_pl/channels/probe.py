@@ -227,7 +227,7 @@ class Probe:
         for module in self.stage.open_modules:
             own = {**module._parameters, **module._buffers}
             if "parametrizations" in module._modules:
-                own.update(module._modules["parametrizations"].named_parameters(prefix="parametrizations"))  # type: ignore[union-attr]
+                own.update(module._modules["parametrizations"].named_parameters(prefix="parametrizations"))
             shapes = {name: tuple(x.shape) for name, x in own.items() if x is not None}
             for attribute, value in shape_attributes(module, shapes).items():
                 if attribute in vars(module):

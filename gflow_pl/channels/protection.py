@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -27,7 +27,7 @@ def _permute(t: Recorder, op: Op) -> None:
 
 def _transpose(t: Recorder, op: Op) -> None:
     order = list(range(op.tensors[0].ndim))
-    a, b = (op.arg(1, "dim0"), op.arg(2, "dim1")) if op.name == "transpose" else (0, len(order) - 1)
+    a, b = (op.arg(1, "dim0"), op.arg(2, "dim1")) if op.name.startswith("transpose") else (0, len(order) - 1)
     if order:
         order[a], order[b] = order[b], order[a]
     _moved(t, op, order)

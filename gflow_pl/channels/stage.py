@@ -106,7 +106,7 @@ class Stage:
                 for own in (module._parameters, module._buffers):
                     for name, tensor in own.items():
                         if tensor is not None and id(tensor) in stand_ins:
-                            own[name] = stand_ins[id(tensor)]  # type: ignore[assignment]
+                            own[name] = stand_ins[id(tensor)]
                 # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
                 vars(module)["training"] = training and not isinstance(module, nn.SyncBatchNorm)
             yield
