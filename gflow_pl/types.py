@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +19,15 @@ __all__ = ["ChannelGroup", "Expansion", "KeepPlan", "Layer", "LayerUnits", "Scor
 Kind = Literal["remove", "expand"]
 
 
-def _frozen_index(index: Any, what: str) -> np.ndarray:
-    """A read-only int64 copy of a (units, width) table of positions."""
-    table = np.array(index, dtype=np.int64)
-    if table.ndim != 2 or (table.size and table.min() < 0):
-        raise ValueError(f"{what}: positions must be a (units, width) table of numbers >= 0, got shape {table.shape}.")
+def _frozen_index(index: Any, what: str, name: str) -> np.ndarray:
+    """A read-only int64 (units, width) table of positions; what nobody can write into is not copied."""
+    taken = isinstance(index, np.ndarray) and index.flags.owndata and not index.flags.writeable
+    taken = taken and index.dtype == np.int64
+    table = index if taken else np.array(index, dtype=np.int64)
+    if table.ndim != 2 or (table.size and np.minimum.reduce(table, axis=None) < 0):
+        raise ValueError(
+            f"{what} '{name}': positions must be a (units, width) table of numbers >= 0, got shape {table.shape}."
+        )
     table.setflags(write=False)
     return table
 
@@ -44,7 +47,7 @@ class Slice:
     index: np.ndarray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _frozen_index(self.index, f"Slice of '{self.tensor}'"))
+        object.__setattr__(self, "index", _frozen_index(self.index, "Slice of", self.tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ class LayerUnits:
     votes: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _frozen_index(self.index, f"Units of layer '{self.layer}'"))
+        object.__setattr__(self, "index", _frozen_index(self.index, "Units of layer", self.layer))
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ class ChannelGroup:
             raise ValueError(f"{where}: kind must be 'remove' or 'expand', got {self.kind!r}.")
         if (self.kind == "expand") != (self.expansion is not None):
             raise ValueError(f"{where}: an 'expand' group, and no other, names its expansion.")
-        kept = self.kept
-        if any(a >= b for a, b in pairwise(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.original_size):
+        kept = np.array(self.kept, dtype=np.int64)
+        if (np.diff(kept) <= 0).any() or (len(kept) and not 0 <= kept[0] <= kept[-1] < self.original_size):
             raise ValueError(f"{where}: `kept` must ascend within 0..{self.original_size - 1}.")
         parts: tuple[LayerUnits | Slice, ...] = (*self.layers, *self.slices)
         for part in parts:

@@ -14,14 +14,16 @@ __all__ = ["shape_attributes"]
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Shape]], dict[str, Any]]
 
-# Where the whole tensor `{}` lives: plain, under a parametrization (weight_norm keeps direction second), or
+# Where the whole tensor `{}` lives where it is not plain: under a parametrization (weight_norm keeps direction second), or
 # under the hooks of torch.nn.utils that came before parametrizations.
-_HOMES = ("{}", "parametrizations.{}.original", "parametrizations.{}.original1", "{}_v", "{}_orig")
+_HOMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_v", "{}_orig")
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
     """Shape of the tensor that the module calls `name`, wherever it is kept."""
+    if name in shapes:
+        return tuple(shapes[name])
     return next((tuple(shapes[key]) for home in _HOMES if (key := home.format(name)) in shapes), None)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Book", "Boundary", "Nodes", "components"]
+__all__ = ["Book", "Boundary", "Nodes"]
 
 Nodes = np.ndarray  # int64 vector, one node per position along a dim
 
@@ -55,6 +56,8 @@ class Book:
     soft: list[tuple[Nodes, str]] = field(default_factory=list)
     boundaries: list[Boundary] = field(default_factory=list)
     _ranges: dict[tuple[str, int], Nodes] = field(default_factory=dict)
+    _tensors: dict[str, list[Nodes]] = field(default_factory=dict)
+    _whole: dict[int, tuple[int, Nodes]] = field(default_factory=dict)  # id of the vector of a whole range to its table
 
     @property
     def num_nodes(self) -> int:
@@ -68,12 +71,26 @@ class Book:
             self._ranges[key] = self.fresh(name, size, dim)
         return self._ranges[key]
 
+    def all_nodes(self, name: str, shape: Sequence[int]) -> list[Nodes]:
+        """Per dim, the nodes of that tensor."""
+        known = self._tensors.get(name)
+        if known is None:
+            known = self._tensors[name] = [self.nodes(name, dim, size) for dim, size in enumerate(shape)]
+        return known
+
     def fresh(self, name: str, size: int, dim: int = 0) -> Nodes:
         """Nodes of their own, whatever was allocated under that name before."""
         start = self.starts[-1]
+        nodes = np.arange(start, start + size)
+        self._whole[id(nodes)] = (len(self.tables), nodes)
         self.tables.append((name, dim))
         self.starts.append(start + size)
-        return np.arange(start, start + size)
+        return nodes
+
+    def range_of(self, nodes: Nodes) -> tuple[int, int] | None:
+        """First node, and the one after the last, where the vector is that of a whole range."""
+        known = self._whole.get(id(nodes))
+        return None if known is None else (self.starts[known[0]], self.starts[known[0] + 1])
 
     def join(self, a: Nodes, b: Nodes) -> None:
         """Position i of `a` and position i of `b` are in one unit."""
@@ -95,22 +112,43 @@ class Book:
         if nodes is not None:
             self.soft.append((nodes, reason))
 
+    def components(self, edges: Iterable[tuple[Nodes, Nodes]]) -> Nodes:
+        """The smallest node that each node is connected with by these edges.
 
-def components(num_nodes: int, edges: list[tuple[Nodes, Nodes]]) -> Nodes:
-    """The smallest node that each node is connected with.
+        Most edges join whole ranges: these are joined first, as ranges. For the rest, roots are hooked to smaller roots,
+        then every pointer jumps to its root, until nothing moves.
+        """
+        first = list(range(len(self.tables)))  # range to a range before it that it is joined with
 
-    Roots are hooked to smaller roots, then every pointer jumps to its root, until nothing moves.
-    """
-    root = np.arange(num_nodes)
-    if not edges:
-        return root
+        def first_of(table: int) -> int:
+            while first[table] != table:
+                first[table] = table = first[first[table]]
+            return table
+
+        rest = []
+        for a, b in edges:
+            known, other = self._whole.get(id(a)), self._whole.get(id(b))
+            if known is None or other is None:
+                rest.append((a, b))
+                continue
+            s, t = first_of(known[0]), first_of(other[0])
+            first[max(s, t)] = min(s, t)
+        starts = np.array(self.starts)
+        shifts = starts[:-1] - starts[[first_of(table) for table in range(len(first))]]
+        root = np.arange(self.num_nodes) - np.repeat(shifts, np.diff(starts))
+        return _hooked(root, rest) if rest else root
+
+
+def _hooked(root: Nodes, edges: list[tuple[Nodes, Nodes]]) -> Nodes:
+    """The roots with these edges, too."""
     a, b = (np.concatenate([np.ravel(edge[side]) for edge in edges]) for side in (0, 1))
     while True:
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        moving = low != high
-        if not moving.any():
+        root_a, root_b = root[a], root[b]
+        moving = np.flatnonzero(root_a != root_b)
+        if not len(moving):
             return root
-        a, b, low, high = a[moving], b[moving], low[moving], high[moving]
-        np.minimum.at(root, high, low)
+        a, b, root_a, root_b = a[moving], b[moving], root_a[moving], root_b[moving]
+        # of several writes to one place one stays; the others are hooked next time
+        root[np.maximum(root_a, root_b)] = np.minimum(root_a, root_b)
         while not np.array_equal(jumped := root[root], root):
             root = jumped

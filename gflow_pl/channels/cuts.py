@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gflow_pl.channels.book import Book, Nodes, components
+from gflow_pl.channels.book import Book, Nodes
 from gflow_pl.channels.survey import Survey
 
 __all__ = ["Cuts", "connected", "present_cuts", "residual_cuts"]
@@ -38,7 +38,7 @@ def connected(book: Book, cut: dict[str, str], *, adds: bool = True) -> Nodes:
     """The root of every node, with these boundaries cut."""
     edges = [*book.edges, *(book.adds if adds else [])]
     edges += [(b.inner, b.outer) for b in book.boundaries if b.module not in cut]
-    return components(book.num_nodes, edges)
+    return book.components(edges)
 
 
 def present_cuts(found: Survey) -> Cuts:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gflow_pl.channels.attributes import shape_attributes
-from gflow_pl.channels.book import Nodes
+from gflow_pl.channels.book import Book, Nodes
 from gflow_pl.channels.cuts import Cuts
 from gflow_pl.channels.recorder import Call, Watch
 from gflow_pl.channels.stage import Stage
@@ -55,9 +55,12 @@ class _Mismatch(Exception):
 class _Watcher(Watch):
     """Counts along with the recorded ops, and stops where something differs."""
 
-    def __init__(self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], gone: Nodes) -> None:
+    def __init__(
+        self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], book: Book, gone: Nodes
+    ) -> None:
         super().__init__(stand_ins, stage.meta, stage.shapes)
-        self.calls, self.gone = calls, gone
+        self.calls, self.book, self.gone = calls, book, gone
+        self.gone_before = np.concatenate([[0], np.cumsum(gone)])
         self.left: dict[int, int] = {}  # id of labels to how many of them are left
         self.at = -1
         self.inside = False
@@ -107,6 +110,9 @@ class _Watcher(Watch):
 
     def _left(self, nodes: Nodes) -> int:
         """How many of them are left; the survey holds them, so that their ids are theirs."""
+        whole = self.book.range_of(nodes)
+        if whole is not None:
+            return len(nodes) - int(self.gone_before[whole[1]] - self.gone_before[whole[0]])
         known = self.left.get(id(nodes))
         if known is None:
             known = self.left[id(nodes)] = len(nodes) - int(np.count_nonzero(self.gone[nodes]))
@@ -205,11 +211,11 @@ class Probe:
         for training, calls in self.found.calls.items():
             if training in self.found.torn:
                 continue
-            watcher = _Watcher(self.stage, stand_ins, calls, self.gone)
+            watcher = _Watcher(self.stage, stand_ins, calls, self.found.book, self.gone)
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
-                    self.stage.run(watcher, lambda name, module, args: None, self._leave)
+                    self.stage.run(watcher, None, self._leave if self.cuts.modules else None)
                 except Exception as error:
                     return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]

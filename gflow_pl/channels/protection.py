@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["uncollected", "untouched"]
+__all__ = ["Kept", "uncollected", "untouched"]
 
 _CONTAINERS = (dict, list, set)
 
 
-class _Kept:
+class Kept:
     """A module's attributes, and what its plain containers hold: hooks, tensors, whatever a forward may fill (caches)."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -29,6 +29,7 @@ class _Kept:
         ]
 
     def put_back(self) -> None:
+        """Makes it what it was."""
         for value, contents in self.contents:
             if contents is None:
                 if value:
@@ -73,20 +74,19 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(modules: Iterable[nn.Module], buffers: Iterable[Tensor]) -> Iterator[None]:
+def untouched(modules: Iterable[Kept], buffers: Iterable[Tensor]) -> Iterator[None]:
     """Restores modules' attributes, tensors' places, flags and hooks, and all random generators.
 
     Args:
-        modules: They may be changed in any way inside the block.
+        modules: They may be changed in any way inside the block, and are afterwards what they were when they were kept.
         buffers: Those whose contents are saved and restored too (where the forward runs on the real ones).
     """
-    kept = [_Kept(module) for module in modules]
     contents = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
         with _random_state():
             yield
     finally:
-        for module in kept:
+        for module in modules:
             module.put_back()
         with torch.no_grad():
             for buffer, value in contents:

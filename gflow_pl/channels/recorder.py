@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gflow_pl.channels.book import Book, Nodes
 from gflow_pl.channels.shapes import Shapes
 
-__all__ = ["Call", "Labels", "Op", "Recorder", "Tag", "Watch", "location", "numbers_of"]
+__all__ = ["Call", "Labels", "Op", "Recorder", "Tag", "Watch", "location"]
 
 Labels = list[Nodes | None]
 Rule = Callable[["Recorder", "Op"], None]
@@ -115,19 +115,15 @@ def location(lines: bool = True) -> tuple[Any, ...]:
     return tuple(chain)
 
 
-def numbers_of(flat: Iterable[Any]) -> tuple[Any, ...]:
-    """The plain numbers among flattened arguments."""
-    return tuple(item for item in flat if isinstance(item, (int, float, complex)) and not isinstance(item, bool))
-
-
-def _flattened(values: Iterable[Any], into: list[Any]) -> list[Any]:
-    """Arguments without the lists around them; ops know no other containers."""
+def _sort_out(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) -> None:
+    """The tensors and the plain numbers among arguments; ops know no other containers than lists."""
     for value in values:
-        if isinstance(value, (list, tuple)):
-            _flattened(value, into)
-        else:
-            into.append(value)
-    return into
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            _sort_out(value, tensors, numbers)
+        elif isinstance(value, (int, float, complex)) and not isinstance(value, bool):
+            numbers.append(value)
 
 
 def _replaced(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
@@ -179,27 +175,29 @@ class Watch(TorchDispatchMode):
 
     def staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], _Seen]:
         """The arguments with stand-ins in them, and what of them is remembered."""
-        flat = _flattened(kwargs.values(), _flattened(args, []))
-        numbers = numbers_of(flat)
-        tensors = [value for value in flat if isinstance(value, Tensor)]
+        tensors: list[Tensor] = []
+        numbers: list[Any] = []
+        _sort_out(args, tensors, numbers)
+        if kwargs:
+            _sort_out(kwargs.values(), tensors, numbers)
         if self.meta and not tensors and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
-        elif self.meta and not all(tensor.is_meta for tensor in tensors):
+        elif self.meta and not all([tensor.is_meta for tensor in tensors]):
             numbers += self._contents(tensors)
             tensors = [self.standing_in(tensor) for tensor in tensors]
-            args = tuple(_replaced(value, self.standing_in) for value in args)
+            args = tuple([_replaced(value, self.standing_in) for value in args])
             kwargs = {key: _replaced(value, self.standing_in) for key, value in kwargs.items()}
-        return args, kwargs, _Seen(tensors, numbers)
+        return args, kwargs, _Seen(tensors, tuple(numbers))
 
-    def _contents(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    def _contents(self, tensors: Iterable[Tensor]) -> list[Any]:
         """The contents of small tensors that hold real numbers."""
-        numbers: tuple[Any, ...] = ()
+        numbers: list[Any] = []
         for tensor in tensors:
             if tensor.is_meta or id(tensor) in self.stand_ins or tensor.device.type != "cpu":
                 continue
             if tensor.numel() <= _REMEMBERED:
                 with torch.utils._python_dispatch._disable_current_modes():
-                    numbers += tuple(tensor.reshape(-1).tolist())
+                    numbers += tensor.reshape(-1).tolist()
         return numbers
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,8 +259,7 @@ class Recorder(Watch):
             if name is None:
                 found = Tag([None] * tensor.ndim)
             else:
-                labels: Labels = [self.book.nodes(name, dim, size) for dim, size in enumerate(tensor.shape)]
-                found = Tag(labels, zero=frozenset(range(tensor.ndim)))
+                found = Tag([*self.book.all_nodes(name, tensor.shape)], zero=frozenset(range(tensor.ndim)))
             self.tags[id(tensor)] = found
             self.alive.append(tensor)
         return found
@@ -363,16 +360,18 @@ class Recorder(Watch):
         for tensor in op.tensors:
             if id(tensor) in self.readers:
                 self.readers[id(tensor)].append(self.module_name)
-        self._active = any(tag.active for tag in tags)
+        self._active = any([tag.active for tag in tags])
         self.sites, self.expected = [], []
         nodes = [label for tag in tags for label in tag.labels if label is not None]
         rule(self, op)
-        outs = [tensor for tensor in _flattened([op.out], []) if isinstance(tensor, Tensor)]
+        outs: list[Tensor] = []
+        _sort_out((op.out,), outs, [])
         out_tags = [self.tag(tensor) for tensor in outs]
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
         labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
         shapes = [tensor.shape for tensor in outs]
-        site, left = min(((s, n) for s, n in self.sites if n), key=lambda pair: pair[0][0], default=(None, 0))
+        open_sites = [pair for pair in self.sites if pair[1]]
+        site, left = min(open_sites, key=lambda pair: pair[0][0]) if open_sites else (None, 0)
         self.calls.append(
             Call(
                 op.name,

@@ -30,10 +30,12 @@ def pointwise(t: Recorder, op: Op) -> None:
         return
     tags = [t.tag(tensor) for tensor in op.tensors]
     for out in outs:
-        if tags and all(tag.uniform for tag in tags):
+        if tags and all([tag.uniform for tag in tags]):
             t.put(out, [None] * out.ndim, uniform=True)
-            continue
-        t.put(out, _aligned(t, op, out), _zero_dims(t, op, out))
+        elif len(tags) == 1 and out.shape == op.tensors[0].shape:
+            t.put(out, tags[0].labels, _zero_dims(t, op, out))
+        else:
+            t.put(out, _aligned(t, op, out), _zero_dims(t, op, out))
 
 
 def _aligned(t: Recorder, op: Op, out: Tensor) -> Labels:

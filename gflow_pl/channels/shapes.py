@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["Shapes"]
 
-Likeness = Any  # (shape, strides, dtype) of a tensor, or a list of such
+Likeness = Any  # a tensor, or a list of such
 Told = Callable[..., Likeness | None]
 
 
@@ -25,7 +25,7 @@ class Shapes:
 
     def __init__(self) -> None:
         self._known: dict[Any, Likeness] = {}
-        self._fresh: dict[Any, bool] = {}
+        self._facts: dict[Any, _Facts] = {}
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the op gives for these arguments, on the meta device.
@@ -33,36 +33,45 @@ class Shapes:
         Raises:
             RuntimeError: Or whatever else the op says of arguments that do not fit.
         """
-        name = func._schema.name
-        if name in _IN_PLACE and args[0].is_floating_point():
+        facts = self._facts.get(func)
+        if facts is None:
+            facts = self._facts[func] = _Facts.of(func)
+        if facts.keeps_first is not None and facts.keeps_first(*args):
             return args[0]
-        if not self._makes_fresh(func):
+        if not facts.makes_fresh:
             return func(*args, **kwargs)
-        question = (func, _key(args), _key(kwargs.values()))
+        question = (func, _key(args), _key(kwargs.values()) if kwargs else None)
         try:
             known = self._known.get(question)
         except TypeError:  # an argument that cannot be compared
             return func(*args, **kwargs)
-        if known is None and name in _TOLD and not kwargs:
-            known = _TOLD[name](*args)
-            if known is not None:
-                self._known[question] = known
+        if known is None and facts.told is not None and not kwargs:
+            known = self._known[question] = facts.told(*args)
         if known is not None:
             return _made(known)
         out = func(*args, **kwargs)
-        likeness = _likeness(out)
-        if likeness is not None:
-            self._known[question] = likeness
+        self._known[question] = _likeness(out)
         return out
 
-    def _makes_fresh(self, func: Any) -> bool:
-        """Whether all that the op puts out is new."""
-        known = self._fresh.get(func)
-        if known is None:
-            schema = func._schema
-            parts = (*schema.arguments, *schema.returns)
-            known = self._fresh[func] = func._schema.name in _NORMS or all(part.alias_info is None for part in parts)
-        return known
+
+class _Facts(NamedTuple):
+    """What is known of an op beforehand.
+
+    Attributes:
+        keeps_first: What tells whether it does no more than write into its first argument, and return it.
+        makes_fresh: Whether all that it puts out is new.
+        told: What tells its shapes.
+    """
+
+    keeps_first: Callable[..., bool] | None
+    makes_fresh: bool
+    told: Told | None
+
+    @classmethod
+    def of(cls, func: Any) -> _Facts:
+        schema = func._schema
+        fresh = all(part.alias_info is None for part in (*schema.arguments, *schema.returns))
+        return cls(_IN_PLACE.get(schema.name), fresh or schema.name in _NORMS, _TOLD.get(schema.name))
 
 
 def _key(values: Any) -> tuple[Any, ...]:
@@ -81,7 +90,8 @@ def _key(values: Any) -> tuple[Any, ...]:
 def _likeness(out: Any) -> Likeness | None:
     """What is needed to make such an output again; None where it is not made of new strided tensors alone."""
     if isinstance(out, Tensor):
-        return (out.shape, out.stride(), out.dtype) if out.is_meta and out.layout == torch.strided else None
+        usual = out.is_meta and out.layout == torch.strided
+        return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta") if usual else None
     if isinstance(out, (list, tuple)):
         parts = [_likeness(part) for part in out]
         return None if any(part is None for part in parts) else parts
@@ -89,10 +99,10 @@ def _likeness(out: Any) -> Likeness | None:
 
 
 def _made(likeness: Likeness) -> Any:
+    """Tensors without contents share nothing but their shape with the one that they are aliases of."""
     if isinstance(likeness, list):
-        return tuple(_made(part) for part in likeness)
-    shape, strides, dtype = likeness
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return tuple([_made(part) for part in likeness])
+    return likeness.detach()
 
 
 # -- shapes that are known without asking; None where the arguments are not the ordinary ones ---------------------------
@@ -100,10 +110,7 @@ def _made(likeness: Likeness) -> Any:
 
 def _plain(shape: Sequence[int], dtype: torch.dtype) -> Likeness:
     """A contiguous tensor."""
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 1, 0, -1):
-        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
-    return tuple(shape), tuple(strides), dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _same(x: Tensor, *others: Any) -> Likeness | None:
@@ -123,6 +130,13 @@ def _arithmetic(a: Any, b: Any, *more: Any) -> Likeness | None:
     shape = [m if n == 1 else n for m, n in zip(a.shape, b.shape, strict=True)]
     fits = all(m in (1, s) and n in (1, s) for m, n, s in zip(a.shape, b.shape, shape, strict=True))
     return _plain(shape, a.dtype) if fits else None
+
+
+def _takes(x: Tensor, other: Any, *more: Any) -> bool:
+    """Whether arithmetic in place goes without saying: a number, or a tensor of the same kind."""
+    if isinstance(other, Tensor):
+        return other.shape == x.shape and other.dtype == x.dtype and x.is_floating_point()
+    return x.is_floating_point() or isinstance(other, int)
 
 
 def _batch_norm(x: Tensor, *vectors: Any) -> Likeness | None:
@@ -187,7 +201,10 @@ _NORMS = frozenset(
     for name in ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 )
 _UNARY = "hardtanh hardswish hardsigmoid leaky_relu elu gelu silu mish relu relu6 sigmoid tanh".split()  # noqa: SIM905
-_IN_PLACE = frozenset(f"aten::{name}_" for name in _UNARY)
+_IN_PLACE: dict[str, Callable[..., bool]] = {
+    **{f"aten::{name}_": lambda x, *others: x.is_floating_point() for name in _UNARY},
+    **{f"aten::{name}_": _takes for name in ("add", "sub", "mul")},
+}
 _TOLD: dict[str, Told] = {
     **{f"aten::{name}": _same for name in _UNARY},
     **{f"aten::{name}": _arithmetic for name in ("add", "sub", "mul", "div")},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gflow_pl.channels.book import Nodes
-from gflow_pl.channels.protection import untouched
+from gflow_pl.channels.protection import Kept, untouched
 from gflow_pl.channels.shapes import Shapes
 
 __all__ = ["Stage"]
@@ -44,13 +44,25 @@ class Stage:
         self.inputs: list[Tensor] = []
         self.shapes = Shapes()
         self.modules = dict(self.model.named_modules())
-        self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.tensors = {**self._own("_parameters"), **self._own("_buffers")}
         self._whole: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in self.modules.items()}
         # scripted parts keep their tensors out of Python's reach; they are swapped as they come by
         self.open_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
+        self._kept = [Kept(module) for module in self.open_modules]
         self.args = tree_map(self._prepared, self.args)
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
+
+    def _own(self, kind: str) -> dict[str, Tensor]:
+        """Parameters or buffers, a tied one under its first name: what torch lists, without a walk of its own for each."""
+        seen: dict[int, str] = {}
+        found: dict[str, Tensor] = {}
+        for prefix, module in self.modules.items():
+            for leaf, tensor in getattr(module, kind).items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if tensor is not None and seen.setdefault(id(tensor), name) == name:
+                    found[name] = tensor
+        return found
 
     def _prepared(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -81,14 +93,15 @@ class Stage:
         return made
 
     def _stand_in(self, tensor: Tensor, left: Mapping[int, Nodes] | None = None) -> Tensor:
-        with torch.no_grad():
-            if self.meta:
-                shape = [len(left[d]) if left and d in left else size for d, size in enumerate(tensor.shape)]
-                own = torch.empty(shape, dtype=tensor.dtype, device="meta")
-            else:
-                own = tensor.detach().clone()
-                for dim, index in (left or {}).items():
-                    own = own.index_select(dim, torch.from_numpy(index).to(own.device))
+        if self.meta:
+            shape = list(tensor.shape)
+            for dim, index in (left or {}).items():
+                shape[dim] = len(index)
+            own = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        else:
+            own = tensor.detach().clone()
+            for dim, index in (left or {}).items():
+                own = own.index_select(dim, torch.from_numpy(index).to(own.device))
         return nn.Parameter(own, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
     @contextmanager
@@ -100,7 +113,7 @@ class Stage:
             training: Whether every module is in training mode.
         """
         with ExitStack() as stack:
-            stack.enter_context(untouched(self.open_modules, () if self.meta else tuple(self.model.buffers())))
+            stack.enter_context(untouched(self._kept, () if self.meta else tuple(self.model.buffers())))
             stack.enter_context(_quiet())
             for module in self.open_modules:
                 for own in (module._parameters, module._buffers):
@@ -111,25 +124,27 @@ class Stage:
                 vars(module)["training"] = training and not isinstance(module, nn.SyncBatchNorm)
             yield
 
-    def run(self, mode: Any, enter: Enter, leave: Leave) -> Any:
-        """One forward under `mode`, with a call back before and after every module."""
+    def run(self, mode: Any, enter: Enter | None, leave: Leave | None) -> Any:
+        """One forward under `mode`, with a call back before and after every module where there is one."""
         names = self._names
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if id(module) in names:
-                enter(names[id(module)], module, args)
+            name = names.get(id(module))
+            if name is not None:
+                enter(name, module, args)  # type: ignore[misc]
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return leave(names[id(module)], module, output) if id(module) in names else None
+            name = names.get(id(module))
+            return None if name is None else leave(name, module, output)  # type: ignore[misc]
 
-        first = nn.modules.module.register_module_forward_pre_hook(before)
-        last = nn.modules.module.register_module_forward_hook(after)
+        hooks = [] if enter is None else [nn.modules.module.register_module_forward_pre_hook(before)]
+        hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
                 return self.model(*self.args)
         finally:
-            first.remove()
-            last.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager

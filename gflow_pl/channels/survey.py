@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -84,12 +84,18 @@ def is_channel_norm(module: nn.Module) -> bool:
     return {"weight", "bias", "running_mean", "running_var"} <= own.keys()
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return is_channel_norm(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+class _Kind(NamedTuple):
+    """What a module is, as far as a survey asks."""
 
+    layer: bool
+    norm: bool
+    channel_norm: bool
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear))
+    @classmethod
+    def of(cls, module: nn.Module) -> _Kind:
+        channel_norm = is_channel_norm(module)
+        norm = channel_norm or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+        return cls(isinstance(module, (_ConvNd, nn.Linear)), norm, channel_norm)
 
 
 def _weight_of(name: str, module: nn.Module, first_names: Mapping[int, str]) -> str | None:
@@ -105,6 +111,7 @@ class _Surveyor:
     """The call backs around every module: the stack, the boundaries, the facts of the layers."""
 
     def __init__(self, found: Survey, recorder: Recorder, stage: Stage, names: dict[int, str], training: bool) -> None:
+        self.kinds = {name: _Kind.of(module) for name, module in stage.modules.items()}
         self.found, self.t, self.stage, self.names, self.training = found, recorder, stage, names, training
         self.inputs = {id(x) for x in stage.inputs}
         self.by_start: dict[int, LayerFacts] = {}
@@ -114,7 +121,7 @@ class _Surveyor:
         self.t.stack.append((name, module))
         x = args[0] if args and isinstance(args[0], Tensor) else None
         self.t.entered.append(x)
-        if x is not None and _is_norm(module):
+        if x is not None and self.kinds[name].norm:
             self._reads(name, module, x)
 
     def _reads(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -128,17 +135,18 @@ class _Surveyor:
             if facts.norm is None:
                 facts.norm = name
             made = self.made.get(id(x))
-            if made is not None and is_channel_norm(module):
+            if made is not None and self.kinds[name].channel_norm:
                 made[1].norm = name
             return
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
         x = self.t.entered.pop()
         self.t.stack.pop()
-        if isinstance(output, Tensor) and output.ndim:
-            if _is_layer(module):
+        kind = self.kinds[name]
+        if (kind.layer or kind.channel_norm) and isinstance(output, Tensor) and output.ndim:
+            if kind.layer:
                 self._layer(name, module, x, output)
-            elif is_channel_norm(module) and output.ndim > 1:
+            elif output.ndim > 1:
                 self._boundary(name, output, 1)
 
     def _boundary(self, name: str, output: Tensor, dim: int) -> Boundary | None:
@@ -157,12 +165,12 @@ class _Surveyor:
         return boundary
 
     def _layer(self, name: str, module: Any, x: Tensor | None, output: Tensor) -> None:
-        weight = _weight_of(name, module, self.names)
+        facts = self.found.layers.get(name)
+        weight = _weight_of(name, module, self.names) if facts is None else facts.weight
         if weight is None:
             return
         linear, transposed = isinstance(module, nn.Linear), isinstance(module, _ConvTransposeNd)
         dim = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)
-        facts = self.found.layers.get(name)
         if facts is None:
             depthwise = not linear and module.groups > 1 and module.groups == module.in_channels
             facts = LayerFacts(name, weight, output.shape[dim], not depthwise)

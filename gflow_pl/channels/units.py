@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -101,17 +102,18 @@ def partition(
 
 def _no_strangers(found: Survey, cuts: Cuts, roots: _Roots, table_of: Nodes, real: Nodes) -> None:
     """A filter that is expanded is its layer's (and the norm's behind it) alone."""
+    if not cuts.layers:
+        return
     book, root = found.book, roots.root
     layers = list(found.layers.values())
     owner = roots.expanded[root]
     candidates = np.flatnonzero((owner >= 0) & real[table_of])
-    pairs = np.unique(np.stack([owner[candidates], table_of[candidates]]), axis=1).T
-    for number, table in pairs.tolist():
-        facts, name = layers[number], book.tables[table][0]
+    pairs = owner[candidates] * len(book.tables) + table_of[candidates]
+    for pair in np.unique(pairs).tolist():
+        facts, name = layers[pair // len(book.tables)], book.tables[pair % len(book.tables)][0]
         own = (f"{facts.name}.", f"{cuts.layers[facts.name]}.", f"@attribute:{facts.name}:")
         if name != facts.weight and not name.startswith(own):
-            strange = candidates[(owner[candidates] == number) & (table_of[candidates] == table)]
-            roots.why_frozen[root[strange]] = _reason(roots, "its weight is used elsewhere too")
+            roots.why_frozen[root[candidates[pairs == pair]]] = _reason(roots, "its weight is used elsewhere too")
 
 
 def _reason(roots: _Roots, why: str) -> int:
@@ -143,14 +145,15 @@ class _Grouping:
         self.found, self.cuts, self.roots = found, cuts, roots
         self.layers = list(found.layers.values())
         units = roots.root[nodes]
-        order = np.lexsort((nodes, table_of[nodes], units))
+        order = np.argsort(units, kind="stable")  # within a unit by table and position, as nodes are numbered
         self.nodes, self.units, self.tables = nodes[order], units[order], table_of[nodes][order]
 
     def groups(self) -> list[tuple[ChannelGroup, Nodes]]:
         """Groups in the order of the network, each with the roots of its units."""
         if not len(self.nodes):
             return []
-        roots, unit_of = np.unique(self.units, return_inverse=True)
+        new = np.diff(self.units, prepend=-1) != 0
+        roots, unit_of = self.units[new], np.cumsum(new) - 1
         first_layer, first_channel = self._first_channels(roots)
         _, group_of = np.unique(self._signatures(roots, unit_of, first_layer), return_inverse=True)
         order = np.lexsort((first_channel, group_of))
@@ -171,7 +174,9 @@ class _Grouping:
     def _signatures(self, roots: Nodes, unit_of: Nodes, first_layer: Nodes) -> Nodes:
         """A number per unit that is the same where the units hold as many positions of the same tensors."""
         num_tables = len(self.found.book.tables)
-        pair, counts = np.unique(unit_of * num_tables + self.tables, return_counts=True)
+        pairs = unit_of * num_tables + self.tables
+        bounds = np.flatnonzero(np.diff(pairs, prepend=-1))
+        pair, counts = pairs[bounds], np.diff(bounds, append=len(pairs))
         facts = (pair % num_tables) * 1_000_003 + counts
         signature = np.zeros(len(roots), dtype=np.uint64)
         np.add.at(signature, pair // num_tables, _mixed(facts))
@@ -198,16 +203,16 @@ class _Grouping:
     def _slices(self, place: _Places, unit_of: Nodes) -> list[list[Slice]]:
         """Per group, the part of every tensor that goes with it: a row of positions for every unit."""
         starts = np.array(self.found.book.starts)
-        number, row = place.group[unit_of], place.row[unit_of]
-        order = np.lexsort((self.nodes, row, self.tables, number))
-        number, tables = number[order], self.tables[order]
+        part = place.group[unit_of] * len(self.found.book.tables) + self.tables
+        order = np.argsort(part * (max(place.sizes) + 1) + place.row[unit_of], kind="stable")
+        number, tables = place.group[unit_of[order]], self.tables[order]
         positions = self.nodes[order] - starts[tables]
-        bounds = np.flatnonzero(np.diff(number) | np.diff(tables)) + 1
+        bounds = np.flatnonzero(np.diff(part[order], prepend=-1, append=-1)).tolist()
         slices: list[list[Slice]] = [[] for _ in place.sizes]
-        for index, first in zip(np.split(positions, bounds), [0, *bounds.tolist()], strict=True):
+        for first, last in pairwise(bounds):
             group = int(number[first])
             tensor, dim = self.found.book.tables[int(tables[first])]
-            slices[group].append(Slice(tensor, dim, index.reshape(place.sizes[group], -1)))
+            slices[group].append(Slice(tensor, dim, positions[first:last].reshape(place.sizes[group], -1)))
         return slices
 
     def _layers(self, place: _Places, roots: Nodes) -> list[list[LayerUnits]]:
@@ -297,7 +302,8 @@ def _patches(found: Survey, groups: list[tuple[ChannelGroup, Nodes]]) -> dict[st
                 )
                 entry["base"] -= part.index.size  # type: ignore[operator]
                 entry["per_unit"][group.name] = part.index.shape[1]  # type: ignore[index]
-        groups[i] = (group.with_parts(slices=tensors), unit_roots)
+        if len(tensors) < len(group.slices):
+            groups[i] = (group.with_parts(slices=tensors), unit_roots)
     for name, size in sizes.items():
         _, module, attribute = name.split(":")
         listed = attribute.partition("[")[0] + "["

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 from torch import Tensor
@@ -47,18 +48,18 @@ def decide(graph: ChannelGraph, plan: Mapping[str, Tensor], *, dead: Collection[
     positions: dict[tuple[str, int], Mask] = {}
     channels: dict[str, Mask] = {}
     for group in graph.groups:
-        gone = ~units[group.name]
-        if not gone.any():
+        gone = np.flatnonzero(~units[group.name])
+        if not len(gone):
             continue
         for part in group.slices:
             key = (part.tensor, part.dim)
             if key not in positions:
                 positions[key] = np.ones(graph.shapes[part.tensor][part.dim], dtype=bool)
-            positions[key][part.index[gone]] = False
+            positions[key][part.index.take(gone, axis=0)] = False
         for layer in group.layers:
             if layer.layer not in channels:
                 channels[layer.layer] = np.ones(_num_channels(graph, layer), dtype=bool)
-            channels[layer.layer][layer.index[gone]] = False
+            channels[layer.layer][layer.index.take(gone, axis=0)] = False
     return Decision(units, positions, channels)
 
 
@@ -107,21 +108,29 @@ def renumbered(
     new_channel = {name: _new_places(mask, known) for name, mask in decision.channels.items()}
     groups = []
     for group in graph.groups:
-        keep = decision.units[group.name]
+        stay = np.flatnonzero(decision.units[group.name])
         slices, layers = [], []
-        for part in group.slices:
-            index = _moved(part.index[keep], new_place.get((part.tensor, part.dim)), group, part.tensor)
-            slices.append(Slice(part.tensor, part.dim, index))
-        for layer in group.layers:
-            index = _moved(layer.index[keep], new_channel.get(layer.layer), group, layer.layer)
-            layers.append(LayerUnits(layer.layer, index, layer.votes))
-        kept = tuple(np.asarray(group.kept, dtype=np.int64)[keep].tolist())
+        try:
+            for part in group.slices:
+                index = _moved(part.index, stay, new_place.get((part.tensor, part.dim)))
+                slices.append(Slice(part.tensor, part.dim, index))
+            for layer in group.layers:
+                index = _moved(layer.index, stay, new_channel.get(layer.layer))
+                layers.append(LayerUnits(layer.layer, index, layer.votes))
+        except ValueError as error:
+            raise ValueError(
+                f"Units of group '{group.name}' that stay hold positions that another group takes away: "
+                "the graph contradicts itself, trace the network again."
+            ) from error
+        kept = tuple(compress(group.kept, decision.units[group.name].tolist()))
         groups.append(group.with_parts(kept=kept, slices=tuple(slices), layers=tuple(layers)))
     shapes = {name: list(shape) for name, shape in graph.shapes.items()}
     for (tensor, dim), mask in decision.positions.items():
-        shapes[tensor][dim] = int(mask.sum())
+        shapes[tensor][dim] = int(np.count_nonzero(mask))
     layers_now = {
-        name: replace(layer, num_filters=int(decision.channels[name].sum())) if name in decision.channels else layer
+        name: replace(layer, num_filters=int(np.count_nonzero(decision.channels[name])))
+        if name in decision.channels
+        else layer
         for name, layer in graph.layers.items()
     }
     return groups, {name: tuple(shape) for name, shape in shapes.items()}, layers_now
@@ -135,13 +144,8 @@ def _new_places(kept: Mask, known: dict[bytes, np.ndarray]) -> np.ndarray:
     return known[key]
 
 
-def _moved(index: np.ndarray, new_places: np.ndarray | None, group: ChannelGroup, where: str) -> np.ndarray:
-    if new_places is None:
-        return index
-    moved = new_places[index]
-    if moved.min(initial=0) < 0:
-        raise ValueError(
-            f"Units of group '{group.name}' that stay hold positions of '{where}' that another group takes away: "
-            "the graph contradicts itself, trace the network again."
-        )
+def _moved(index: np.ndarray, stay: np.ndarray, new_places: np.ndarray | None) -> np.ndarray:
+    """A table of positions as it is after the cut; -1 where a position went although its unit stays."""
+    moved = index.take(stay, axis=0) if new_places is None else new_places[index.take(stay, axis=0)]
+    moved.setflags(write=False)
     return moved

@@ -89,9 +89,13 @@ def rewrite(
 
 def _cuts(decision: Decision) -> dict[str, list[Cut]]:
     cuts: dict[str, list[Cut]] = {}
+    known: dict[bytes, Tensor] = {}  # a layer and its norm have the same masks
     for (tensor, dim), mask in decision.positions.items():
-        if not mask.all():
-            cuts.setdefault(tensor, []).append(Cut(dim, mask.nonzero()[0]))
+        key = mask.tobytes()
+        if key not in known:
+            known[key] = torch.from_numpy(mask.nonzero()[0])
+        if len(known[key]) < len(mask):
+            cuts.setdefault(tensor, []).append(Cut(dim, known[key]))
     return cuts
 
 

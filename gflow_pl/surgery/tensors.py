@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,12 +15,15 @@ INDEX = "_gflow_index"
 """Name of the non-persistent buffer that says where an expanded module's outputs go."""
 
 
+_LARGE = 1_000_000  # elements
+
+
 @dataclass(frozen=True, eq=False)
 class Cut:
     """The positions along one dim that stay, ascending."""
 
     dim: int
-    kept: np.ndarray
+    kept: Tensor
 
 
 @dataclass(eq=False)
@@ -131,9 +133,12 @@ def cut_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
         tensor: Any shape.
         cuts: Dims and the positions along them that stay.
     """
-    value = tensor.detach()
-    for cut in cuts:
-        value = value.index_select(cut.dim, torch.from_numpy(cut.kept).to(value.device))
+    value, kept = tensor.detach(), {cut.dim: cut.kept.to(tensor.device) for cut in cuts}
+    if kept.keys() == {0, 1} and value.numel() > _LARGE:
+        value = value[kept[0][:, None], kept[1]]  # at once: a copy cut along one dim only would take as long again
+    else:
+        for dim in sorted(kept):  # whole rows first: they are copied fastest, and leave less to pick from
+            value = value.index_select(dim, kept[dim])
     if value.ndim < 4 or value.stride() == tensor.stride():
         return value
     return empty_like_format(tensor, value.shape).copy_(value)
