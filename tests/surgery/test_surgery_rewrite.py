@@ -20,6 +20,7 @@ from torch import nn
 
 from gflow_pl.surgery import rewrite, structure_of
 from gflow_pl.surgery.expansion import scatter_output
+from gflow_pl.surgery.tensors import Cut, cut_tensor
 from gflow_pl.types import KeepPlan, LayerUnits, Slice
 
 
@@ -285,6 +286,30 @@ def test_all_or_nothing_when_the_last_part_fails():
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
     assert all(s["momentum_buffer"].shape == p.shape for p, s in optimizer.state.items())
     assert model.conv1.out_channels == 8
+
+
+def test_a_graph_that_contradicts_itself_is_refused_and_nothing_changes():
+    model = build("plain")
+    graph, before = model.graph(), build("plain").state_dict()
+    first, second = graph.groups[:2]
+    graph.groups[1] = second.with_parts(
+        slices=(*second.slices, Slice("conv1.weight", 0, np.arange(second.size)[:, None]))
+    )
+    plan = {first.name: torch.arange(first.size) > 2}
+    with pytest.raises(ValueError, match=f"'{second.name}' that stay hold positions that another group takes away"):
+        rewrite(model, graph, plan)
+    assert_equal_states(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("shape", [(1100, 1000, 1), (11, 10, 3)])
+def test_large_and_small_tensors_are_cut_alike(shape, dims):
+    tensor = torch.arange(float(np.prod(shape))).view(shape)
+    kept = {dim: torch.arange(0, shape[dim], 2) for dim in dims}
+    expected = tensor
+    for dim, index in kept.items():
+        expected = torch.stack([expected.select(dim, i) for i in index.tolist()], dim)
+    assert torch.equal(cut_tensor(tensor, [Cut(dim, index) for dim, index in reversed(kept.items())]), expected)
 
 
 def test_hooks_are_registered_once_however_many_rounds():

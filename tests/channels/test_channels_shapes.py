@@ -1,0 +1,119 @@
+"""What is told of an op's outputs without asking torch is what torch says; whatever else is asked."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from gflow_pl.channels import shapes as shapes_module
+from gflow_pl.channels.shapes import Shapes
+
+ATEN = torch.ops.aten
+META = torch.device("meta")
+
+
+def made(*shape, dtype=torch.float32, last=False):
+    x = torch.empty(shape, dtype=dtype, device=META)
+    return x.to(memory_format=torch.channels_last) if last else x
+
+
+def facts(out):
+    parts = out if isinstance(out, (tuple, list)) else [out]
+    return [(tuple(x.shape), x.stride(), x.dtype, x.device.type) for x in parts]
+
+
+IMAGES = [made(2, 6, 5, 7), made(2, 6, 5, 7, dtype=torch.float64), made(2, 6, 5, 7, last=True), made(2, 6, 7)]
+UNARY = [getattr(ATEN, name).default for name in shapes_module._UNARY]
+ARITHMETIC = [getattr(ATEN, name).Tensor for name in ("add", "sub", "mul", "div")]
+ROWS = made(3, 5, 4)
+CALLS = [
+    *((op, (x,)) for op, x in itertools.product(UNARY, IMAGES)),
+    *((op, (x, x)) for op, x in itertools.product(ARITHMETIC, IMAGES)),
+    *((op, (a, b)) for op in ARITHMETIC for a, b in itertools.permutations([made(2, 6, 5, 7), made(2, 6, 1, 1)], 2)),
+    *((op, (made(2, 1, 3), made(1, 6, 1))) for op in ARITHMETIC),
+    *((op, (x, 2.0)) for op, x in itertools.product(ARITHMETIC, IMAGES)),
+    *((op, (made(2, 3, dtype=torch.int64), 2)) for op in ARITHMETIC),
+    *((op, (made(2, 3), made(3))) for op in ARITHMETIC),
+    *((op, (made(2, 3), made(2, 3, dtype=torch.float64))) for op in ARITHMETIC),
+    *(
+        (ATEN.convolution.default, (x, w, bias, [s, s], [p, p], [d, d], False, [0, 0], groups))
+        for x in IMAGES[:1] + IMAGES[2:3]
+        for w, bias, groups in (
+            (made(4, 6, 3, 3), made(4), 1),
+            (made(6, 1, 1, 1), None, 6),
+            (made(9, 2, 2, 3), None, 3),
+        )
+        for s, p, d in ((1, 0, 1), (2, 1, 1), (1, 2, 2))
+    ),
+    (ATEN.convolution.default, (IMAGES[3], made(4, 6, 3), None, [2], [1], [1], False, [0], 1)),
+    (ATEN.convolution.default, (IMAGES[0], made(6, 4, 3, 3), None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)),
+    *(
+        (ATEN.native_batch_norm.default, (x, made(6), made(6), made(6), made(6), training, 0.1, 1e-5))
+        for x in IMAGES[:1]
+        for training in (True,)
+    ),
+    (ATEN.native_layer_norm.default, (ROWS, [4], made(4), made(4), 1e-5)),
+    (ATEN.native_layer_norm.default, (ROWS, [5, 4], None, None, 1e-5)),
+    *((ATEN.mean.dim, (IMAGES[0], dims, keep)) for dims in ([2, 3], [-1], [1]) for keep in (False, True)),
+    (ATEN.addmm.default, (made(4), made(3, 5), made(5, 4))),
+    (ATEN.mm.default, (made(3, 5), made(5, 4))),
+    (ATEN.cat.default, ([made(2, 3), made(2, 4)], 1)),
+    (ATEN.max_pool2d_with_indices.default, (IMAGES[0], [2, 2])),
+]
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS, ids=[f"{op.name()}-{i}" for i, (op, _) in enumerate(CALLS)])
+def test_outputs_are_those_that_torch_gives(op, args) -> None:
+    known = Shapes()
+    expected = facts(op(*args))
+    assert facts(known.computed(op, args, {})) == expected
+    assert facts(known.computed(op, args, {})) == expected  # the second time from memory
+
+
+def test_an_answer_is_a_new_tensor_every_time() -> None:
+    known = Shapes()
+    first, second = (known.computed(ATEN.add.Tensor, (made(2, 3), made(2, 3)), {}) for _ in range(2))
+    assert first is not second
+    first.unsqueeze_(0)
+    assert second.shape == (2, 3)
+
+
+def test_every_op_that_is_told_is_among_the_calls() -> None:
+    told = {name for name in shapes_module._TOLD if not name.startswith("aten::_native_batch_norm")}
+    answered = {
+        op._schema.name
+        for op, args in CALLS
+        if op._schema.name in told and shapes_module._TOLD[op._schema.name](*args) is not None
+    }
+    assert answered == told
+
+
+BAD = [
+    (ATEN.convolution.default, (made(2, 6, 5, 5), made(4, 5, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
+    (ATEN.convolution.default, (made(2, 6, 2, 2), made(4, 6, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
+    (ATEN.addmm.default, (made(4), made(3, 5), made(6, 4))),
+    (ATEN.mm.default, (made(3, 5), made(6, 4))),
+    (ATEN.add.Tensor, (made(2, 3), made(2, 4))),
+    (ATEN.native_layer_norm.default, (ROWS, [5], made(5), made(5), 1e-5)),
+    (ATEN.add_.Tensor, (made(2, 3), made(2, 4))),
+    (ATEN.div_.Scalar, (made(2, dtype=torch.int64), 2)),
+]
+
+
+@pytest.mark.parametrize(("op", "args"), BAD, ids=[f"{op.name()}-{i}" for i, (op, _) in enumerate(BAD)])
+def test_what_does_not_fit_is_refused_as_torch_does(op, args) -> None:
+    with pytest.raises(RuntimeError):
+        op(*args)
+    with pytest.raises(RuntimeError):
+        Shapes().computed(op, args, {})
+
+
+@pytest.mark.parametrize("name", [*shapes_module._IN_PLACE])
+def test_writes_return_their_first_argument(name) -> None:
+    op = getattr(ATEN, name.removeprefix("aten::"))
+    x = made(2, 3)
+    arithmetic = name in ("aten::add_", "aten::sub_", "aten::mul_")
+    out = Shapes().computed(op.Tensor if arithmetic else op.default, (x, made(2, 3)) if arithmetic else (x,), {})
+    assert out is x
