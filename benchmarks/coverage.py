@@ -128,9 +128,9 @@ def table(options):
         "", "## The columns", "",
         "*can go*: share of the filters of conv and linear layers that can be removed or expanded, the model's outputs left out;",
         "*outputs counted*: the same with them. *inexact*: share of these whose removal changes what the rest computes (flagged,",
-        "with the reason). *off twin*: largest difference from the masked twin, relative to its largest output. *change*: what masking",
-        "changes at all. *exact_only*: off twin, and the share of filters that are left to go, where only exact units may. *trains*: \"meta\"",
-        "where shapes alone were run. *rounds*: times that the probe tried. *CPU s*: trace and probe.",
+        "with the reason). *off twin*: largest difference from the masked twin, relative to its largest output. *change*: what",
+        "masking changes at all. *exact_only*: off twin, and the share of filters that are left to go, where only exact units may.",
+        "*trains*: \"meta\" where shapes alone were run. *rounds*: times that the probe tried. *CPU s*: trace and probe.",
     ]  # fmt: skip
     for mode in MODES:
         for library, own in (("torchvision", True), ("timm", False)):

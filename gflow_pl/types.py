@@ -76,11 +76,14 @@ class Expansion:
         module: Name of the module whose output is scattered (the norm behind the layer, or the layer).
         dim: Channel dim of that output.
         width: Width of the output that everything downstream sees.
+        gathers: Whether the layer reads only some channels of what comes in, too: a grouped convolution whose groups go,
+            while its input keeps its width.
     """
 
     module: str
     dim: int
     width: int
+    gathers: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class KeepPlan(Mapping[str, Tensor]):
         return f"KeepPlan({len(self)} groups, {self.num_removed} units go, asked {self.asked}, reached {self.reached})"
 
 
-_STRUCTURE_KEYS = {"version", "shapes", "attributes", "expansions"}
+_STRUCTURE_KEYS = {"version", "shapes", "attributes", "expansions", "gathers"}
 
 
 @dataclass(frozen=True)
@@ -269,17 +272,19 @@ class Structure:
         attributes: Module name to the attributes that follow from the shapes (out_channels, num_heads, ...).
         expansions: Module name to ``{"dim": int, "width": int, "index": [int, ...]}``: the module's outputs are
             scattered to these positions of a zero tensor of that width.
+        gathers: Module name to the same: the module reads these positions of an input of that width.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     expansions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gathers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, shape in self.shapes.items():
             if not isinstance(name, str) or not all(isinstance(n, int) and n >= 0 for n in shape):
                 raise ValueError(f"Structure: the shape of '{name}' must be a list of numbers >= 0, got {shape!r}.")
-        for name, entry in self.expansions.items():
+        for name, entry in [*self.expansions.items(), *self.gathers.items()]:
             index, width = entry.get("index"), entry.get("width")
             if not isinstance(width, int) or not isinstance(entry.get("dim"), int) or not isinstance(index, list):
                 raise ValueError(
@@ -295,6 +300,7 @@ class Structure:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {name: dict(values) for name, values in self.attributes.items()},
             "expansions": {name: dict(entry) for name, entry in self.expansions.items()},
+            "gathers": {name: dict(entry) for name, entry in self.gathers.items()},
         }
 
     @classmethod
@@ -313,4 +319,5 @@ class Structure:
         if missing:
             raise ValueError(f"Structure: the keys {sorted(missing)} are missing.")
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        return cls(shapes=shapes, attributes=dict(data["attributes"]), expansions=dict(data["expansions"]))
+        attributes, expansions, gathers = (dict(data[key]) for key in ("attributes", "expansions", "gathers"))
+        return cls(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)

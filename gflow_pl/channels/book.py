@@ -7,20 +7,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Book", "Boundary", "Nodes"]
+__all__ = ["Book", "Boundary", "Nodes", "input_of"]
 
 Nodes = np.ndarray  # int64 vector, one node per position along a dim
 
 
+def input_of(module: str) -> str:
+    """The name that a module's input goes by among boundaries and cuts."""
+    return f"{module}@input"
+
+
 @dataclass(eq=False)
 class Boundary:
-    """The output of one call of a layer or norm: the place where an expansion may cut.
+    """The output of one call of a layer or norm, or the input of a grouped convolution: where an expansion may cut.
 
     Attributes:
-        module: Name of the module.
-        dim: Channel dim of its output.
-        inner: Nodes of the output's channels as the module made them.
-        outer: Nodes that everything downstream sees; joined to `inner` unless the boundary is cut.
+        module: Name of the module, or `input_of` it.
+        dim: Channel dim of that output or input.
+        inner: Nodes of the channels as the module makes or reads them.
+        outer: Nodes that everything else sees; joined to `inner` unless the boundary is cut.
         norm: Name of the channel-wise norm that alone reads this output, if there is one.
     """
 

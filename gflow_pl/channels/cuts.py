@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gflow_pl.channels.book import Book, Nodes
+from gflow_pl.channels.book import Book, Nodes, input_of
 from gflow_pl.channels.survey import Survey
 
-__all__ = ["Cuts", "connected", "present_cuts", "residual_cuts"]
+__all__ = ["STREAM", "Cuts", "connected", "present_cuts", "residual_cuts"]
 
 STREAM = "the residual stream keeps its width"
 PRESENT = "an expansion keeps its width"
@@ -20,7 +20,8 @@ class Cuts:
     """The layers that are expanded, and where.
 
     Attributes:
-        modules: Module whose output is scattered, to the reason why everything behind it stays as it is.
+        modules: Module whose output is scattered (or `input_of` one whose input is gathered), to the reason why everything
+            on the other side stays as it is.
         layers: Layer to the module whose output is scattered for it.
     """
 
@@ -32,6 +33,19 @@ class Cuts:
         module = found.cuts_at_norm.get(layer) or layer
         self.layers[layer] = module
         self.modules.setdefault(module, why)
+
+    def add_input(self, layer: str, why: str) -> None:
+        """Cuts before a grouped convolution, too."""
+        self.modules.setdefault(input_of(layer), why)
+
+    @property
+    def any_gather(self) -> bool:
+        """Whether any layer picks some channels of its input."""
+        return any(module.endswith(input_of("")) for module in self.modules)
+
+    def gathers(self, layer: str) -> bool:
+        """Whether the layer picks some channels of its input."""
+        return input_of(layer) in self.modules
 
 
 def connected(book: Book, cut: dict[str, str], *, adds: bool = True) -> Nodes:
@@ -50,7 +64,7 @@ def present_cuts(found: Survey) -> Cuts:
             cuts.add(found, layer, PRESENT)
             if norm not in found.expanded:
                 cuts.layers[layer] = layer
-    cuts.modules = dict.fromkeys(found.expanded, PRESENT)
+    cuts.modules = dict.fromkeys([*found.expanded, *map(input_of, found.gathering)], PRESENT)
     return cuts
 
 

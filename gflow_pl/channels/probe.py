@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gflow_pl.channels.attributes import shape_attributes
-from gflow_pl.channels.book import Book, Nodes
+from gflow_pl.channels.book import Book, Boundary, Nodes, input_of
 from gflow_pl.channels.cuts import Cuts
 from gflow_pl.channels.recorder import Call, Watch
 from gflow_pl.channels.stage import Stage
@@ -215,7 +215,8 @@ class Probe:
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
-                    self.stage.run(watcher, None, self._leave if self.cuts.modules else None)
+                    enter = self._enter if self.cuts.any_gather else None
+                    self.stage.run(watcher, enter, self._leave if self.cuts.modules else None)
                 except Exception as error:
                     return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]
@@ -246,12 +247,24 @@ class Probe:
                     self.stage.modules[module_name].__dict__, attribute, stop - start - int(self.gone[start:stop].sum())
                 )
 
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A grouped convolution that is cut off from its input reads the channels of the groups it has left."""
+        boundary = self._cut_at(input_of(name))
+        if boundary is None or name in self.found.gathering or not args or not isinstance(args[0], Tensor):
+            return None
+        with _disable_current_modes():
+            left = torch.from_numpy(np.flatnonzero(~self.gone[boundary.inner])).to(args[0].device)
+            return args[0].index_select(boundary.dim, left), *args[1:]
+
+    def _cut_at(self, place: str) -> Boundary | None:
+        if place not in self.cuts.modules:
+            return None
+        return next((b for b in self.found.book.boundaries if b.module == place), None)
+
     def _leave(self, name: str, module: nn.Module, output: Any) -> Any:
         """Behind a cut everything sees the old width; an expansion that is there already does so by itself."""
-        if name not in self.cuts.modules or name in self.found.expanded or not isinstance(output, Tensor):
-            return None
-        boundary = next((b for b in self.found.book.boundaries if b.module == name), None)
-        if boundary is None:
+        boundary = self._cut_at(name)
+        if boundary is None or name in self.found.expanded or not isinstance(output, Tensor):
             return None
         shape = list(output.shape)
         shape[boundary.dim] = len(boundary.inner)

@@ -303,9 +303,9 @@ def _index_select(t: Recorder, op: Op) -> None:
     tag = t.tag(x)
     dim = op.arg(1, "dim") % x.ndim
     t.book.freeze(tag.labels[dim], "channels are picked by an index")
-    for label in t.labels(op.tensors[1]):
-        t.book.freeze(label, "positions that are looked up")
-    t.put(op.out, [None if d == dim else label for d, label in enumerate(tag.labels)], tag.zero - {dim})
+    # Whoever takes an entry out of the index takes out the position; the gather of an expansion does.
+    picks = t.labels(op.tensors[1])[0] if op.tensors[1].ndim else None
+    t.put(op.out, [picks if d == dim else label for d, label in enumerate(tag.labels)], tag.zero - {dim})
 
 
 def _index_copy(t: Recorder, op: Op) -> None:

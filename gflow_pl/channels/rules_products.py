@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from gflow_pl.channels.book import Nodes
@@ -62,6 +63,8 @@ def _grouped(t: Recorder, source: Nodes | None, kernel: Labels, weight: Tensor, 
         t.book.join_rows(by_source.T)
         t.book.join_rows(by_filter.T)
         t.meet(by_source[0], kernel[1], _INPUT)
+        # Shapes alone would say that whole groups went, where the size left is a multiple of theirs.
+        _module_counts(t, "groups", groups, np.zeros(groups, np.int64))
     _module_counts(t, "in_channels", len(source), source)
     _module_counts(t, "out_channels", len(filters), filters)
     return filters

@@ -17,7 +17,7 @@ from gflow_pl.channels.shapes import Shapes
 
 __all__ = ["Stage"]
 
-Enter = Callable[[str, nn.Module, tuple[Any, ...]], None]
+Enter = Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 Leave = Callable[[str, nn.Module, Any], Any]
 
 
@@ -128,16 +128,15 @@ class Stage:
         """One forward under `mode`, with a call back before and after every module where there is one."""
         names = self._names
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             name = names.get(id(module))
-            if name is not None:
-                enter(name, module, args)  # type: ignore[misc]
+            return None if name is None else enter(name, module, args)  # type: ignore[misc]
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             name = names.get(id(module))
             return None if name is None else leave(name, module, output)  # type: ignore[misc]
 
-        hooks = [] if enter is None else [nn.modules.module.register_module_forward_pre_hook(before)]
+        hooks = [] if enter is None else [nn.modules.module.register_module_forward_pre_hook(before)]  # type: ignore[arg-type]
         hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:

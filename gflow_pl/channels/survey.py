@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from gflow_pl.channels.book import Book, Boundary, Nodes
+from gflow_pl.channels.book import Book, Boundary, Nodes, input_of
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules import RULES
 from gflow_pl.channels.rules_elementwise import pointwise, unknown
@@ -20,6 +22,7 @@ from gflow_pl.channels.stage import Stage
 __all__ = ["LayerFacts", "Survey", "is_channel_norm", "survey"]
 
 INDEX = "_gflow_index"
+INPUT_INDEX = "_input_gflow_index"
 _WEIGHTS = ("weight", "weight_v", "weight_orig")
 _PARAMETRIZED = ("original", "original1")
 
@@ -37,6 +40,7 @@ class LayerFacts:
         positions: Multiply-accumulates of one example per element of the weight, by mode.
         reads_input: Whether it reads the network's input.
         norm: The first norm that reads its output.
+        grouped: Whether it is a convolution of groups that may be cut off from what it reads.
         boundaries: Its outputs, one for every call.
     """
 
@@ -48,6 +52,7 @@ class LayerFacts:
     positions: dict[bool, int] = field(default_factory=dict)
     reads_input: bool = False
     norm: str | None = None
+    grouped: bool = False
     boundaries: list[Boundary] = field(default_factory=list)
 
 
@@ -61,6 +66,7 @@ class Survey:
         layers: Facts of the layers, in the order of their first call.
         outputs: Nodes that are part of the model's outputs.
         expanded: Modules that carry an expansion already, with its dim and width.
+        gathering: Layers that read only some channels of their input already.
         cuts_at_norm: Layer name to the channel-wise norm that alone reads its output.
         torn: Per mode, the error that ended the forward early.
         guessed: Whether a rule had to suppose what a size follows.
@@ -71,6 +77,7 @@ class Survey:
     layers: dict[str, LayerFacts] = field(default_factory=dict)
     outputs: list[Nodes] = field(default_factory=list)
     expanded: dict[str, tuple[int, int]] = field(default_factory=dict)
+    gathering: set[str] = field(default_factory=set)
     cuts_at_norm: dict[str, str | None] = field(default_factory=dict)
     torn: dict[bool, Exception] = field(default_factory=dict)
     guessed: bool = False
@@ -90,12 +97,14 @@ class _Kind(NamedTuple):
     layer: bool
     norm: bool
     channel_norm: bool
+    grouped: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> _Kind:
         channel_norm = is_channel_norm(module)
         norm = channel_norm or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
-        return cls(isinstance(module, (_ConvNd, nn.Linear)), norm, channel_norm)
+        grouped = isinstance(module, _ConvNd) and module.groups > 1 and not module.transposed
+        return cls(isinstance(module, (_ConvNd, nn.Linear)), norm, channel_norm, grouped)
 
 
 def _weight_of(name: str, module: nn.Module, first_names: Mapping[int, str]) -> str | None:
@@ -117,12 +126,33 @@ class _Surveyor:
         self.by_start: dict[int, LayerFacts] = {}
         self.made: dict[int, tuple[LayerFacts, Boundary]] = {}  # layers' outputs by id
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.t.stack.append((name, module))
         x = args[0] if args and isinstance(args[0], Tensor) else None
         self.t.entered.append(x)
         if x is not None and self.kinds[name].norm:
             self._reads(name, module, x)
+        if x is not None and self.kinds[name].grouped and name not in self.found.gathering:
+            return self._input(name, module, x), *args[1:]
+        return None
+
+    def _input(self, name: str, module: Any, x: Tensor) -> Tensor:
+        """What a grouped convolution reads, under nodes of its own."""
+        dim = x.ndim - 1 - len(module.kernel_size)
+        tag = self.t.tag(x)
+        outer = tag.labels[dim]
+        if outer is None:
+            outer = np.zeros(x.shape[dim], np.int64)
+        with _disable_current_modes():
+            own = x.detach()
+        labels = list(tag.labels)
+        labels[dim] = inner = self.t.book.fresh("@boundary", len(outer))
+        self.t.book.boundaries.append(Boundary(input_of(name), dim, inner, outer))
+        self.t.put(own, labels, tag.zero)
+        self.t.tag(own).active = tag.active
+        if id(x) in self.t.readers:
+            self.t.readers[id(x)].append(name)
+        return own
 
     def _reads(self, name: str, module: nn.Module, x: Tensor) -> None:
         """A norm is the norm of the layer whose channels it reads, however many activations lie between."""
@@ -173,7 +203,7 @@ class _Surveyor:
         dim = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)
         if facts is None:
             depthwise = not linear and module.groups > 1 and module.groups == module.in_channels
-            facts = LayerFacts(name, weight, output.shape[dim], not depthwise)
+            facts = LayerFacts(name, weight, output.shape[dim], not depthwise, grouped=self.kinds[name].grouped)
             self.found.layers[name] = facts
         rows = output if not transposed or x is None else x
         channels = module.in_channels if transposed else output.shape[dim]
@@ -231,6 +261,7 @@ def survey(
         for name, module in stage.modules.items()
         if INDEX in module._buffers
     }
+    found.gathering = {name for name, module in stage.model.named_modules() if INPUT_INDEX in module._buffers}
     for training in (True, False):
         recorder = Recorder(
             found.book,

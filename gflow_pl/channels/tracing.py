@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gflow_pl.channels.book import Nodes
-from gflow_pl.channels.cuts import Cuts, present_cuts, residual_cuts
+from gflow_pl.channels.cuts import STREAM, Cuts, present_cuts, residual_cuts
 from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.channels.probe import Probe
 from gflow_pl.channels.protection import uncollected
@@ -20,6 +20,7 @@ __all__ = ["trace_channels"]
 
 _ROUNDS = 24
 _WIDTH = "what reads an expanded layer keeps its width"
+_INPUT = "what an expanded layer reads keeps its width"
 
 
 def trace_channels(
@@ -114,13 +115,20 @@ def _partition(
     if residual == "expand":
         residual_cuts(found, cuts)
     parts = partition(found, cuts, exact_only=exact_only, more_soft=soft)
-    while frozen == "expand":
-        left = [name for name in parts.frozen if name not in parts.outputs and name not in cuts.layers]
-        left = [name for name in left if found.layers[name].outputs is not None and found.layers[name].votes]
-        if not left:
+    while True:
+        left = [found.layers[name] for name in parts.frozen if name not in parts.outputs]
+        if frozen != "expand":
+            # A branch is independent of the stream, also where a grouped convolution leads from one to the other.
+            left = [f for f in left if f.grouped and (f.name in cuts.layers or parts.frozen[f.name] == STREAM)]
+        whole = [facts for facts in left if facts.outputs is not None and facts.name not in cuts.layers]
+        reads = [facts for facts in left if facts.grouped and not cuts.gathers(facts.name)]
+        reads = [facts for facts in reads if not facts.votes or facts.name in cuts.layers]
+        if not whole and not reads:
             break
-        for name in left:
-            cuts.add(found, name, _WIDTH)
+        for facts in whole:
+            cuts.add(found, facts.name, _WIDTH)
+        for facts in reads:
+            cuts.add_input(facts.name, _INPUT)
         parts = partition(found, cuts, exact_only=exact_only, more_soft=soft)
     return cuts, parts
 

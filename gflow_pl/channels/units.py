@@ -54,7 +54,7 @@ class _Roots:
         self.votes = np.zeros(book.num_nodes, dtype=bool)
         self.expanded = np.full(book.num_nodes, -1)
         for number, facts in enumerate(found.layers.values()):
-            if facts.outputs is not None and facts.votes:
+            if facts.outputs is not None and _votes(facts, cuts):
                 self.votes[root[facts.outputs]] = True
                 if facts.name in cuts.layers:
                     self.expanded[root[facts.outputs]] = number
@@ -194,7 +194,7 @@ class _Grouping:
         channel = np.zeros(self.found.book.num_nodes, dtype=np.int64)
         for number in range(len(self.layers) - 1, -1, -1):
             facts = self.layers[number]
-            if facts.votes and facts.outputs is not None:
+            if _votes(facts, self.cuts) and facts.outputs is not None:
                 backwards = facts.outputs[::-1]
                 layer[self.roots.root[backwards]] = number
                 channel[self.roots.root[backwards]] = np.arange(len(backwards))[::-1]
@@ -231,7 +231,7 @@ class _Grouping:
             for part in np.split(order, bounds) if len(order) else []:
                 group = int(number[part[0]])
                 index = channels[part].reshape(place.sizes[group], -1)
-                parts[group].append(LayerUnits(facts.name, index, facts.votes))
+                parts[group].append(LayerUnits(facts.name, index, _votes(facts, self.cuts)))
         return [sorted(part, key=lambda layer: not layer.votes) for part in parts]
 
     def _group(self, name: str, unit_roots: Nodes, layers: list[LayerUnits], slices: list[Slice]) -> ChannelGroup:
@@ -251,11 +251,17 @@ class _Grouping:
 
     def _expansion(self, facts: LayerFacts) -> Expansion:
         module = self.cuts.layers[facts.name]
+        gathers = self.cuts.gathers(facts.name)
         known = self.found.expanded.get(module)
         if known is not None:
-            return Expansion(module, *known)
+            return Expansion(module, *known, gathers=gathers)
         dims = {b.dim for b in self.found.book.boundaries if b.module == module}
-        return Expansion(module, dims.pop() if len(dims) == 1 else -1, facts.num_filters)
+        return Expansion(module, dims.pop() if len(dims) == 1 else -1, facts.num_filters, gathers)
+
+
+def _votes(facts: LayerFacts, cuts: Cuts) -> bool:
+    """A depthwise convolution follows what it reads, unless it is cut off from it."""
+    return facts.votes or cuts.gathers(facts.name)
 
 
 def _mixed(numbers: Nodes) -> Nodes:

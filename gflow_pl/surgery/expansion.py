@@ -1,8 +1,12 @@
-"""Expansion: a layer computes the filters it kept, and downstream sees them among zeros of the old width."""
+"""Expansion: a layer computes the filters it kept, and downstream sees them among zeros of the old width.
+
+A grouped convolution whose groups go, while what it reads keeps its width, picks the channels of the others: a gather.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +14,9 @@ from torch import Tensor, nn
 
 from gflow_pl.surgery.tensors import INDEX
 
-__all__ = ["expansion_of", "scatter_output", "set_expansion"]
+__all__ = ["expansion_of", "gather_input", "gather_of", "scatter_output", "set_expansion", "set_gather"]
 
-_DIM, _WIDTH = "_gflow_dim", "_gflow_width"
+Placed = tuple[int, int, Sequence[int]]
 
 
 def scatter_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -33,46 +37,95 @@ def scatter_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return zeros.index_copy_(dim, module._gflow_index, output)  # type: ignore[arg-type]
 
 
+def gather_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The channels that a grouped convolution still reads; a forward pre-hook, made like `scatter_output`."""
+    if module._input_gflow_index.numel() == 0:  # type: ignore[operator]
+        return None  # Its stand-in looks at nothing but the size.
+    return args[0].index_select(module._input_gflow_dim, module._input_gflow_index), *args[1:]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where a module keeps what its hook reads, and where the hook is kept."""
+
+    prefix: str
+    hook: Callable[..., Any]
+    hooks: str
+    register: str
+
+    def read(self, module: nn.Module) -> dict[str, Any] | None:
+        if self.prefix + INDEX not in module._buffers:  # scripted modules answer nothing else
+            return None
+        index = module._buffers[self.prefix + INDEX]
+        assert index is not None
+        dim, width = (getattr(module, name) for name in self._numbers())
+        return {"dim": dim, "width": width, "index": index.tolist()}
+
+    def put(self, module: nn.Module, placed: Placed | None) -> None:
+        if placed is None or len(placed[2]) == placed[1]:
+            self._take_away(module)
+            return
+        dim, width, index = placed
+        name = self.prefix + INDEX
+        present = module._buffers.get(name)
+        device = present.device if present is not None else _device_of(module)
+        if present is None:
+            module.register_buffer(name, None, persistent=False)
+        if present is None or present.tolist() != list(index):
+            module._buffers[name] = torch.tensor(list(index), dtype=torch.int64, device=device)
+        for number, value in zip(self._numbers(), (dim, width), strict=True):
+            setattr(module, number, value)
+        if not any(hook is self.hook for hook in getattr(module, self.hooks).values()):
+            getattr(module, self.register)(self.hook)
+
+    def _numbers(self) -> tuple[str, str]:
+        return f"{self.prefix}_gflow_dim", f"{self.prefix}_gflow_width"
+
+    def _take_away(self, module: nn.Module) -> None:
+        if self.prefix + INDEX not in module._buffers:
+            return
+        module._buffers.pop(self.prefix + INDEX, None)
+        module._non_persistent_buffers_set.discard(self.prefix + INDEX)
+        for name in self._numbers():
+            module.__dict__.pop(name, None)
+        hooks = getattr(module, self.hooks)
+        for key, hook in list(hooks.items()):
+            if hook is self.hook:
+                del hooks[key]
+
+
+_SCATTER = _Side("", scatter_output, "_forward_hooks", "register_forward_hook")
+_GATHER = _Side("_input", gather_input, "_forward_pre_hooks", "register_forward_pre_hook")
+
+
 def expansion_of(module: nn.Module) -> dict[str, Any] | None:
     """``{"dim", "width", "index"}`` of the module's expansion, None if it has none."""
-    if INDEX not in module._buffers:
-        return None
-    index = module._buffers[INDEX]
-    assert index is not None
-    return {"dim": getattr(module, _DIM), "width": getattr(module, _WIDTH), "index": index.tolist()}
+    return _SCATTER.read(module)
 
 
-def set_expansion(module: nn.Module, expansion: tuple[int, int, Sequence[int]] | None) -> None:
+def gather_of(module: nn.Module) -> dict[str, Any] | None:
+    """``{"dim", "width", "index"}`` of what the module picks of its input, None if it reads all."""
+    return _GATHER.read(module)
+
+
+def set_expansion(module: nn.Module, expansion: Placed | None) -> None:
     """Gives the module this expansion and no other.
 
     Args:
         module: The module whose output is scattered.
         expansion: ``(dim, width, index)``; None, or an index of the full width, takes the expansion away.
     """
-    if expansion is None or len(expansion[2]) == expansion[1]:
-        _take_away(module)
-        return
-    dim, width, index = expansion
-    present = module._buffers.get(INDEX)
-    device = present.device if present is not None else _device_of(module)
-    if present is None:
-        module.register_buffer(INDEX, None, persistent=False)
-    if present is None or present.tolist() != list(index):
-        module._buffers[INDEX] = torch.tensor(list(index), dtype=torch.int64, device=device)
-    setattr(module, _DIM, dim)
-    setattr(module, _WIDTH, width)
-    if not any(hook is scatter_output for hook in module._forward_hooks.values()):
-        module.register_forward_hook(scatter_output)
+    _SCATTER.put(module, expansion)
 
 
-def _take_away(module: nn.Module) -> None:
-    module._buffers.pop(INDEX, None)
-    module._non_persistent_buffers_set.discard(INDEX)
-    for name in (_DIM, _WIDTH):
-        module.__dict__.pop(name, None)
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is scatter_output:
-            del module._forward_hooks[key]
+def set_gather(module: nn.Module, gather: Placed | None) -> None:
+    """Gives the module this gather and no other.
+
+    Args:
+        module: The grouped convolution whose input is picked from.
+        gather: ``(dim, width, index)``; None, or an index of the full width, takes the gather away.
+    """
+    _GATHER.put(module, gather)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -16,7 +16,7 @@ from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.surgery.attributes import conv_groups, follow_shapes, local_shapes, set_attribute
 from gflow_pl.surgery.decisions import Decision, decide, renumbered
 from gflow_pl.surgery.emptied import dead_groups, drop_empty_parameters, follow_emptiness
-from gflow_pl.surgery.expansion import expansion_of, set_expansion
+from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
 from gflow_pl.surgery.optimizer_state import cut_state
 from gflow_pl.surgery.structure import structure_from
 from gflow_pl.surgery.tensors import Cut, TensorTable, cut_tensor
@@ -134,7 +134,10 @@ def _cut_network(
         known = follow_shapes(module, all_local.get(module_name, {}))
         for name, value in patches.items():
             commits.append(_setting(module, name, _filled(module, name, value), remember=name not in known))
-    commits += [_expanding(modules, old, decision) for old in graph.groups if old.kind == "expand"]
+    for old in (group for group in graph.groups if group.expansion is not None):
+        commits.append(_expanding(modules, old, decision))
+        if old.expansion.gathers:  # type: ignore[union-attr]
+            commits.append(_gathering(modules, old, decision))
     if any(group.size == 0 for group in after.groups):
         commits += [lambda module=module: follow_emptiness(module) for module in modules.values()]  # type: ignore[misc]
     return commits
@@ -181,6 +184,22 @@ def _expanding(modules: Mapping[str, nn.Module], group: ChannelGroup, decision: 
             )
         index = index[mask]
     return lambda: set_expansion(module, (expansion.dim, expansion.width, index.tolist()))
+
+
+def _gathering(modules: Mapping[str, nn.Module], group: ChannelGroup, decision: Decision) -> Commit:
+    """The new gather of an "expand" group's grouped convolution: the channels of the groups that it still has."""
+    name = group.layers[0].layer
+    module, kept = modules[name], decision.channels.get(name)
+    assert isinstance(module, _ConvNd)
+    present = gather_of(module)
+    width = module.in_channels if present is None else present["width"]
+    index = np.arange(width) if present is None else np.asarray(present["index"])
+    if kept is not None and len(kept):
+        groups = kept.reshape(module.groups, -1).any(1)
+        index = index[np.repeat(groups, len(index) // module.groups)]
+    assert group.expansion is not None
+    dim = group.expansion.dim
+    return lambda: set_gather(module, (dim, width, index.tolist()))
 
 
 def _cut_dict(

@@ -17,7 +17,7 @@ from gflow_pl.surgery.attributes import (
     set_attribute,
 )
 from gflow_pl.surgery.emptied import follow_emptiness
-from gflow_pl.surgery.expansion import expansion_of, set_expansion
+from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
 from gflow_pl.surgery.tensors import TensorTable, empty_like_format
 from gflow_pl.types import Structure
 
@@ -41,6 +41,7 @@ def structure_from(table: TensorTable) -> Structure:
     local = local_shapes(table, {})
     attributes: dict[str, dict[str, Any]] = {}
     expansions: dict[str, dict[str, Any]] = {}
+    gathers: dict[str, dict[str, Any]] = {}
     first_name = {id(module): name for name, module in reversed(table.modules.items())}
     for name, module in table.modules.items():
         if first_name[id(module)] != name:
@@ -52,7 +53,10 @@ def structure_from(table: TensorTable) -> Structure:
         expansion = expansion_of(module)
         if expansion is not None:
             expansions[name] = expansion
-    return Structure(shapes=shapes, attributes=attributes, expansions=expansions)
+        gather = gather_of(module)
+        if gather is not None:
+            gathers[name] = gather
+    return Structure(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)
 
 
 def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> None:
@@ -88,11 +92,15 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
         changed = _resize(table, shapes)
         emptied = any(not entry["index"] for entry in wanted.expansions.values())
         for name, module in modules.items():
-            entry = wanted.expansions.get(name)
-            set_expansion(module, None if entry is None else (entry["dim"], entry["width"], entry["index"]))
+            set_expansion(module, _placed(wanted.expansions.get(name)))
+            set_gather(module, _placed(wanted.gathers.get(name)))
             follow_emptiness(module, emptied=emptied)
     if changed:
         model.zero_grad(set_to_none=True)
+
+
+def _placed(entry: Mapping[str, Any] | None) -> tuple[int, int, list[int]] | None:
+    return None if entry is None else (entry["dim"], entry["width"], entry["index"])
 
 
 def _resize(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -123,7 +131,8 @@ def _below(structure: Structure, prefix: str) -> Structure:
         # The part itself is a module too, and its name there is empty here.
         return {f"{name}."[len(prefix) : -1]: value for name, value in entries.items() if f"{name}.".startswith(prefix)}
 
-    return Structure(cut(structure.shapes), cut(structure.attributes), cut(structure.expansions))
+    fields = (structure.shapes, structure.attributes, structure.expansions, structure.gathers)
+    return Structure(*(cut(entries) for entries in fields))
 
 
 def _check(table: TensorTable, modules: Mapping[str, nn.Module], structure: Structure) -> None:
@@ -139,7 +148,8 @@ def _check(table: TensorTable, modules: Mapping[str, nn.Module], structure: Stru
             problems.append(f"no module '{name}'")
         else:
             problems += [f"module '{name}' has no '{key}'" for key in values if not hasattr(modules[name], key)]
-    problems += [f"no module '{name}' to expand" for name in structure.expansions if name not in modules]
+    placed = [*structure.expansions, *structure.gathers]
+    problems += [f"no module '{name}' to expand" for name in placed if name not in modules]
     if problems:
         more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         raise ValueError(

@@ -105,7 +105,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         if parameter is not None and not is_lazy(parameter):
             yield leaf, parameter, True
     for leaf, buffer in module._buffers.items():
-        if buffer is not None and leaf != INDEX and not is_lazy(buffer):
+        if buffer is not None and not leaf.endswith(INDEX) and not is_lazy(buffer):
             yield leaf, buffer, False
 
 

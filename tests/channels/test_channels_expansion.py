@@ -1,15 +1,17 @@
 """Layers that lose filters while the stream that they write into keeps its width."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from channel_twins import deviation, random_plan, randomised
+from channel_twins import deviation, masked_twin, random_plan, randomised
 from torch import nn
 
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
-from gflow_pl.surgery import rewrite
+from gflow_pl.surgery import apply_structure, rewrite, structure_of
+from gflow_pl.types import Expansion
 
 
 class PreActivation(nn.Module):
@@ -177,3 +179,74 @@ def test_inexact_units_are_expanded_on_demand_where_only_exact_ones_may_go():
     off, change, graph, _ = deviation(model, (x,), frozen="expand", exact_only=True)
     assert off < 1e-12 < 1e-3 < change
     assert [(group.name, group.kind, group.inexact) for group in graph.groups] == [("0", "expand", None)]
+
+
+class DepthwiseOnStream(nn.Module):
+    """A depthwise convolution (or one of small groups) reads the stream, and something mixes its channels."""
+
+    def __init__(self, groups=8, filters=8):
+        super().__init__()
+        self.dw, self.norm = nn.Conv2d(8, filters, 3, padding=1, groups=groups), nn.GroupNorm(1, filters)
+        self.up, self.down = nn.Conv2d(filters, 12, 1), nn.Conv2d(12, 8, 1)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(self.dw(x))).relu())
+
+
+@pytest.mark.parametrize(("groups", "filters"), [(8, 8), (8, 16), (4, 8), (2, 8)])
+def test_grouped_convolutions_pick_what_they_read_out_of_the_stream(groups, filters):
+    def block():
+        return DepthwiseOnStream(groups, filters)
+
+    x = torch.randn(2, 3, 6, 6)
+    off, change, graph, small = deviation(network(block), (x,))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.coverage() == 1.0
+    group = graph.group("3.dw")
+    if groups < 8 // groups:  # few large groups lose the same position of each, and read on what they read
+        assert group.kind == "remove"
+        return
+    assert (group.kind, [part.votes for part in group.layers]) == ("expand", [True])
+    assert group.expansion == Expansion("3.dw", dim=1, width=filters, gathers=True)
+    assert (small[3].dw.groups, small[3].dw.in_channels, small[3].dw.out_channels) == (groups // 2, 4, filters // 2)
+    together = trace_channels(network(block), x, residual="remove")
+    assert [(part.layer, part.votes) for part in together.group("0").layers if "dw" in part.layer] == [
+        ("3.dw", filters == 8 > groups),
+        ("4.dw", filters == 8 > groups),
+    ]
+
+
+def test_a_network_that_gathers_goes_on_like_any_other(tmp_path):
+    model, x = randomised(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    graph = trace_channels(model, x)
+    rewrite(model, graph, random_plan(graph, 0.3))
+    again = trace_channels(model, x)
+    for new, old in zip(again.groups, graph.groups, strict=True):
+        assert (new.name, new.kind, new.size, new.expansion) == (old.name, old.kind, old.size, old.expansion)
+        tables = [{(s.tensor, s.dim): s.index.tolist() for s in group.slices} for group in (new, old)]
+        assert tables[0] == tables[1]
+    off, change, _, small = deviation(copy.deepcopy(model), (x,), seed=1)
+    assert off < 1e-12 < 1e-3 < change
+    torch.save({"structure": structure_of(small).as_dict(), "state": small.state_dict()}, tmp_path / "net.pt")
+    saved = torch.load(tmp_path / "net.pt", weights_only=True)
+    fresh = network(DepthwiseOnStream).double().eval()
+    apply_structure(fresh, saved["structure"])
+    fresh.load_state_dict(saved["state"])
+    assert torch.equal(fresh(x), small(x))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(small)))
+    assert torch.equal(copied(x), small(x))
+    whole = structure_of(network(DepthwiseOnStream))
+    apply_structure(fresh, whole)
+    assert structure_of(fresh) == whole
+    assert not fresh[3].dw._forward_pre_hooks
+
+
+def test_a_gathering_convolution_may_be_emptied():
+    model, x = randomised(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    graph = trace_channels(model, x)
+    plan = {"3.dw": torch.zeros(8, dtype=torch.bool)}
+    everything = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
+    masked = masked_twin(model, graph, {**everything, **plan})(x)
+    rewrite(model, graph, plan)
+    assert model[3].dw.weight.numel() == 0
+    assert (model(x) - masked).abs().max() < 1e-12 * masked.abs().max()
