@@ -13,6 +13,7 @@ from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
 __all__ = ["LAYOUT"]
 
 _SINGLE = "a single channel"
+_UNCOUNTED = "a split with sizes that do not follow the channels"
 
 
 def _moved(t: Recorder, op: Op, order: list[int]) -> None:
@@ -196,7 +197,7 @@ def _cut(t: Recorder, op: Op, pieces: list[Nodes]) -> None:
     sizes = [len(piece) for piece in pieces]
     ways: list[Any] = []
     if "with_sizes" in op.name:
-        ways += [names for names in (_listed(t, sizes), _counted(t, sizes)) if names]
+        ways += [names for names in (_listed(t, sizes), *_counted(t, sizes)) if names]
     equal = len(set(sizes)) == 1
     if equal:
         ways.append("equal")
@@ -206,15 +207,18 @@ def _cut(t: Recorder, op: Op, pieces: list[Nodes]) -> None:
     way = t.choose(len(ways) + 1)
     if way == len(ways):
         for piece in pieces:
-            t.book.freeze(piece, "a split with sizes that do not follow the channels")
+            t.book.freeze(piece, _UNCOUNTED)
         return
     if equal and (ways[way] == "equal" or "with_sizes" not in op.name):
         t.book.join_rows(np.stack(pieces, axis=1))
     if ways[way][0] == "whole":
         t.follows(ways[way][1][0], ways[way][1][1], np.concatenate(pieces))
     elif ways[way] != "equal":
-        for (module, attribute), piece in zip(ways[way], pieces, strict=False):
-            t.follows(module, attribute, piece)
+        for name, piece in zip(ways[way], pieces, strict=False):
+            if name is None:
+                t.book.freeze(piece, _UNCOUNTED)
+            else:
+                t.follows(name[0], name[1], piece)
 
 
 def _listed(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
@@ -228,16 +232,16 @@ def _listed(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
     return []
 
 
-def _counted(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
-    """The running module keeps every size in an attribute of its own."""
-    found: list[tuple[str, str]] = []
+def _counted(t: Recorder, sizes: list[int]) -> list[list[tuple[str, str] | None]]:
+    """The running module keeps sizes in attributes of their own: all that it keeps follow, or those of one attribute."""
+    found: list[tuple[str, str] | None] = []
     for size in sizes:
-        known = t.attributes_like(size)
-        if not known:
-            return []
+        known: list[tuple[str, str]] = t.attributes_like(size)
         free = [name for name in known if name not in found]
-        found.append(free[0] if free else known[0])
-    return found
+        found.append(next(iter(free or known), None))
+    names = list(dict.fromkeys(name for name in found if name is not None))
+    alone = [[name if name == one else None for name in found] for one in names]
+    return [found, *(alone if len(names) > 1 else [])] if names else []
 
 
 def _slice(t: Recorder, op: Op) -> None:

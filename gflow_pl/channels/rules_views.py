@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gflow_pl.channels.book import Nodes
 from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
@@ -35,6 +37,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[Dims, Dims
 def _view(t: Recorder, op: Op) -> None:
     x, out = op.tensors[0], op.out
     tag = t.tag(x)
+    before = _without_kernel(t, tag.labels, x.shape)
     labels: Labels = [None] * out.ndim
     if 0 in x.shape:
         for label in tag.labels:
@@ -44,20 +47,20 @@ def _view(t: Recorder, op: Op) -> None:
     zero: set[int] = set()
     for olds, news in _blocks(x.shape, out.shape):
         if len(olds) == len(news) == 1:
-            labels[news[0]] = _whole(t, tag.labels[olds[0]], news[0])
+            labels[news[0]] = _whole(t, before[olds[0]], news[0])
             zero |= {news[0]} if olds[0] in tag.zero else set()
             continue
-        tracked = [dim for dim in olds if tag.labels[dim] is not None]
+        tracked = [dim for dim in olds if before[dim] is not None]
         for dim in tracked:
             if x.shape[dim] == 1:
-                t.book.freeze(tag.labels[dim], "a single channel")
+                t.book.freeze(before[dim], "a single channel")
         tracked = [dim for dim in tracked if x.shape[dim] > 1]
         for dim in tracked[:-1]:
-            t.book.freeze(tag.labels[dim], "merged with another dim whose channels move")
+            t.book.freeze(before[dim], "merged with another dim whose channels move")
         if tracked:
             dim = tracked[-1]
             kept = _through_block(
-                t, tag.labels[dim], olds.index(dim), [x.shape[d] for d in olds], [out.shape[d] for d in news]
+                t, before[dim], olds.index(dim), [x.shape[d] for d in olds], [out.shape[d] for d in news]
             )
             if kept is not None:
                 labels[news[0] + kept[0]] = kept[1]
@@ -65,13 +68,42 @@ def _view(t: Recorder, op: Op) -> None:
     t.put(out, labels, zero, tag.uniform)
 
 
+def _in_convolution(t: Recorder) -> bool:
+    return bool(t.stack) and isinstance(t.stack[-1][1], _ConvNd)
+
+
+def _without_kernel(t: Recorder, labels: Labels, shape: Sequence[int]) -> Labels:
+    """The dims of a convolution's kernel never move; so its inputs may be merged with them."""
+    if not _in_convolution(t) or tuple(shape[2:]) != tuple(t.stack[-1][1].kernel_size):  # type: ignore[arg-type]
+        return labels
+    for label in labels[2:]:
+        t.book.freeze(label, "a spatial dim of a kernel")
+    return [*labels[:2], *[None] * len(labels[2:])]
+
+
 def _whole(t: Recorder, label: Nodes | None, dim: int) -> Nodes | None:
     """A dim that stays one dim: its size may be one that the module keeps."""
-    attributes = t.attributes_like(len(label)) if label is not None else []
+    attributes: list[tuple[str, str]] = []
+    if label is not None and not (t.stack and type(t.stack[-1][1]) is nn.Linear):  # torch's own views ask the tensor
+        attributes = [*t.attributes_like(len(label)), *_in_a_list(t, len(label))]
     choice = t.choose(len(attributes) + 1, part=dim, plain=True) if attributes else 0
     if choice and label is not None:
         t.follows(*attributes[choice - 1], label)
     return label
+
+
+def _in_a_list(t: Recorder, size: int) -> list[tuple[str, str]]:
+    """(module, attribute[place]) of sizes that the running module keeps in a tuple or list, such as a shape."""
+    if not t.stack or size < 2:
+        return []
+    name, module = t.stack[-1]
+    lists = [(key, value) for key, value in vars(module).items() if isinstance(value, (list, tuple))]
+    return [
+        (name, f"{key}[{i}]")
+        for key, value in lists
+        for i, item in enumerate(value)
+        if type(item) is int and item == size
+    ]
 
 
 def _through_block(
@@ -81,7 +113,8 @@ def _through_block(
     assert label is not None
     shape = [1] * len(old)
     shape[dim] = old[dim]
-    positions = np.broadcast_to(np.arange(old[dim]).reshape(shape), old).reshape(new)
+    numbers = _first_alike(label) if _in_convolution(t) else np.arange(old[dim])
+    positions = np.broadcast_to(numbers.reshape(shape), old).reshape(new)
     varying = [d for d in range(len(new)) if (positions != positions.take([0], axis=d)).any()]
     for d in range(len(new)):
         if d not in varying:
@@ -101,6 +134,12 @@ def _through_block(
         for column in way.stream.T:
             t.book.join(own, column)
     return way.kept, own
+
+
+def _first_alike(label: Nodes) -> Nodes:
+    """Per position, the first one of the same node: weights that were merged with the kernel come apart again."""
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,6 +125,9 @@ def net(name):
         "buffers": lambda: Net(
             lambda m, x: m.h(pooled(m.a(x) * m.table)), a=conv(3, 8), table=nn.Buffer(torch.rand(8, 1, 1)), h=head
         ),
+        "scale_of_a_kept_shape": lambda: Net(
+            lambda m, x: m.h(pooled(m.s(m.a(x)).relu())), a=conv(3, 8), s=Scale(), h=head
+        ),
         "lstm_neighbours": lambda: LSTMNet(),
     }
     return nets[name]() if name else sorted(nets)
@@ -141,6 +144,38 @@ class SplitSizes(nn.Module):
     def forward(self, x):
         left, right = torch.split(self.a(x), self.splits, 1)
         return self.h(pooled(torch.cat([self.b(left), right], 1)))
+
+
+class PartlyCounted(SplitSizes):
+    """The module keeps the size of one part only."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = 6
+
+    def forward(self, x):
+        left, right = torch.split(self.a(x), [2, self.tail], 1)
+        return self.h(pooled(torch.cat([self.b(left), right], 1)))
+
+
+class Scale(nn.Module):
+    """A factor per channel, made to fit by a shape that the module keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape, self.scale = (8, 1, 1), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x * self.scale.view(self.shape)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Every filter's weights have mean 0 and variance 1: its inputs are merged with the kernel on the way."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class LSTMNet(nn.Module):
@@ -249,6 +284,28 @@ def test_heads_only_present_in_training_are_traced_too():
     graph = trace_channels(Auxiliary(), torch.randn(2, 3, 6, 6))
     assert {part.tensor for part in graph.group("a").slices} == {"a.weight", "a.bias", "h.weight", "aux.weight"}
     assert graph.layers["aux"].is_output
+
+
+def test_of_a_split_that_is_partly_counted_that_part_may_go():
+    off, change, graph, small = deviation(PartlyCounted(), (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert {group.name: group.size for group in graph.groups} == {"a": 6, "b": 4}
+    assert "split" in graph.frozen["a"]
+    assert small.tail == 3
+
+
+def test_standardised_weights_let_filters_go_and_say_so_of_inputs():
+    make = lambda: Net(  # noqa: E731
+        lambda m, x: m.h(pooled(m.b(m.a(x)).relu())),
+        a=StandardisedConv(3, 8, 3),
+        b=StandardisedConv(8, 6, 3),
+        h=nn.Linear(6, 3),
+    )
+    off, change, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.coverage() == 1.0
+    assert "batch norm" in graph.group("a").inexact
+    assert graph.group("b").inexact is None
 
 
 def test_tied_weights_move_together():
