@@ -42,10 +42,7 @@ def structure_from(table: TensorTable) -> Structure:
     attributes: dict[str, dict[str, Any]] = {}
     expansions: dict[str, dict[str, Any]] = {}
     gathers: dict[str, dict[str, Any]] = {}
-    first_name = {id(module): name for name, module in reversed(table.modules.items())}
-    for name, module in table.modules.items():
-        if first_name[id(module)] != name:
-            continue
+    for name, module in _once(table.modules).items():
         follow = follow_shapes(module, local[name]) if name in local else {}
         values = {key: read_attribute(module, key) for key in [*follow, *remembered(module)]}
         if values:
@@ -57,6 +54,12 @@ def structure_from(table: TensorTable) -> Structure:
         if gather is not None:
             gathers[name] = gather
     return Structure(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)
+
+
+def _once(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module under its first name, the one that a structure speaks of, where a network has it in several places."""
+    first = {module: name for name, module in reversed(modules.items())}
+    return {name: module for name, module in modules.items() if first[module] == name}
 
 
 def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> None:
@@ -77,8 +80,8 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
     wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
     table = TensorTable(model)
     wanted = _part_that_fits(table, wanted)
-    modules = table.modules
-    _check(table, modules, wanted)
+    _check(table, table.modules, wanted)
+    modules = _once(table.modules)
     shapes = {table.aliases[name]: tuple(shape) for name, shape in wanted.shapes.items()}
     with torch.inference_mode(False), torch.no_grad():
         local = local_shapes(table, shapes)

@@ -250,3 +250,16 @@ def test_a_gathering_convolution_may_be_emptied():
     rewrite(model, graph, plan)
     assert model[3].dw.weight.numel() == 0
     assert (model(x) - masked).abs().max() < 1e-12 * masked.abs().max()
+
+
+def test_a_block_that_stands_in_two_places_keeps_its_expansion():
+    model, x = randomised(network(PreActivation).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    model[4] = model[3]
+    graph = trace_channels(model, x)
+    structure = rewrite(model, graph, random_plan(graph))
+    fresh = network(PreActivation).double().eval()
+    fresh[4] = fresh[3]
+    apply_structure(fresh, structure)
+    fresh.load_state_dict(model.state_dict())
+    assert "3.c2" in structure.expansions
+    assert torch.equal(fresh(x), model(x))
