@@ -9,7 +9,7 @@ rounds in a row against one by the product of their plans, to the bit.
 One line of JSON per model and mode goes to a file, small models first, so that a run that was stopped goes on; the table is
 made of it.
 
-    python benchmarks/coverage.py run --results coverage.jsonl [--modes expand remove frozen] [model ...]
+    python benchmarks/coverage.py run --results coverage.jsonl [--modes expand remove frozen] [--shapes_only] [model ...]
     python benchmarks/coverage.py table --results coverage.jsonl --output docs/coverage.md
 """
 
@@ -44,16 +44,19 @@ def in_order():
     return [*turns, *large]
 
 
+def read(path):
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
 def run(options):
     path = Path(options.results)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["model"], row["mode"]) for row in rows}
-    for name in options.models or in_order():
-        for mode in options.modes:
+    done = {(row["model"], row["mode"]) for row in read(path)}
+    for mode in options.modes:
+        for name in options.models or in_order():
             if (name, mode) in done:
                 continue
             try:
-                row = measure(name, mode)
+                row = measure(name, mode, compare=not options.shapes_only)
             except Exception as error:
                 row = {"model": name, "mode": mode, "error": f"{type(error).__name__}: {error}"[:300]}
             with path.open("a") as file:
@@ -108,7 +111,8 @@ def summary(rows):
 
 
 def table(options):
-    rows = [json.loads(text) for text in Path(options.results).read_text().splitlines()]
+    found = [row for path in (*options.shapes, options.results) for row in read(Path(path))]
+    rows = list({(row["model"], row["mode"]): row for row in found}.values())  # what was compared, where it was
     good = [row for row in rows if "error" not in row]
     wrong = [(row, fault) for row in rows for fault in faults(row)]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
@@ -146,6 +150,12 @@ def main():
     parser.add_argument("models", nargs="*", help="tv:NAME or a timm name; all where none is named")
     parser.add_argument("--results", default="coverage.jsonl")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument(
+        "--shapes_only", action="store_true", help="trace, and run the pruned network on meta tensors only"
+    )
+    parser.add_argument(
+        "--shapes", nargs="*", default=[], help="table: results of such runs, for what was not compared"
+    )
     parser.add_argument("--output", default="docs/coverage.md")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)

@@ -182,21 +182,18 @@ def exact(group):
     return group.inexact is None
 
 
-def measure(name, mode):
-    """Everything that is to be known of one model in one mode."""
+def measure(name, mode, compare=True):
+    """Everything that is to be known of one model in one mode; shapes alone, if nothing is to be compared."""
     model, native = build(name)
     row = {"model": name, "mode": mode, "params": sum(p.numel() for p in model.parameters())}
-    if row["params"] > COMPUTED:
-        model = model.to("meta")
+    row["on_meta"] = row["params"] > COMPUTED or not compare
     graph = traced(model, native, mode, row)
     size = row["side"] = side(model, native)
-    compared = row["params"] <= COMPARED
+    compared = compare and row["params"] <= COMPARED
     small = copy.deepcopy(model) if compared else model
     rewrite(small, graph.copy(), random_plan(graph))
     row["params_after"] = sum(p.numel() for p in small.parameters())
-    if mode != "frozen" or not compared:
-        row["trains"] = trained(small, size)
-    row["on_meta"] = row["params"] > COMPUTED
+    row["trains"] = trained(small.to("meta") if row["on_meta"] else small, size)
     del small
     if not compared:
         return row

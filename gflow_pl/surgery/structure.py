@@ -56,7 +56,7 @@ def structure_from(table: TensorTable) -> Structure:
     return Structure(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)
 
 
-def _once(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _once(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Every module under its first name, the one that a structure speaks of, where a network has it in several places."""
     first = {module: name for name, module in reversed(modules.items())}
     return {name: module for name, module in modules.items() if first[module] == name}
