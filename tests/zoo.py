@@ -62,11 +62,12 @@ def build(name, seed=0):
 
 
 def side(model, native):
-    """The smallest images that the network takes: the channels are the same, and the check is quicker."""
-    meta = copy.deepcopy(model).to("meta").eval()
+    """The smallest images that the network takes in both modes: the channels are the same, and the check is quicker."""
+    meta = copy.deepcopy(model).to("meta")
     for size in _SMALLER:
         with contextlib.suppress(Exception), torch.no_grad():
-            meta(torch.zeros(1, 3, size, size, device="meta"))
+            for training in (True, False):
+                meta.train(training)(torch.zeros(2, 3, size, size, device="meta"))
             return size
     return native
 
