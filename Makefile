@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint test-slow clean
+.PHONY: demo test lint test-slow zoo clean
 
 demo: $(STAMP)
 	$(BIN)/gflow prune --config configs/demo.yaml --name $(RUN)
@@ -22,7 +22,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/channels/test_channels_zoo.py
+
+# Every network of docs/coverage.md; hours.
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/channels/test_channels_zoo.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gflow_pl needs Python >= 3.11: make PYTHON=python3.11 ...')"
