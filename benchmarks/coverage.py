@@ -139,6 +139,8 @@ def table(options):
     for mode in MODES:
         for library, own in (("torchvision", True), ("timm", False)):
             part = [row for row in good if row["mode"] == mode and row["model"].startswith("tv:") == own]
+            if not part:
+                continue
             lines += ["", f"## {HEADINGS[mode]}, {library}", "", "| " + " | ".join(COLUMNS) + " |", "| --- " * 12 + "|"]
             lines += [line(row) for row in sorted(part, key=lambda row: row["params"])]
     Path(options.output).write_text("\n".join(lines) + "\n")
