@@ -105,7 +105,7 @@ def summary(rows):
                 f"| {HEADINGS[mode]} | {library} | {len(part)} | {share(statistics.median(r['coverage'] for r in part))} "
                 f"| {share(statistics.median(r['coverage_all'] for r in part))} "
                 f"| {share(worst['coverage'])} ({worst['model'].removeprefix('tv:')}) | {len(compared)} "
-                f"| {max(compared, default=0):.1e} |"
+                f"| {f'{max(compared):.1e}' if compared else '-'} |"
             )
     return lines
 
