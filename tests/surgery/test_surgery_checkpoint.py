@@ -1,6 +1,5 @@
 import inspect
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,6 @@ from gflow_pl.surgery import (
     StructureMixin,
     add_structure,
     apply_from_checkpoint,
-    atomic_save,
     load_from_checkpoint,
     load_pruned,
     rewrite,
@@ -185,79 +183,3 @@ def test_a_fresh_process_rebuilds_the_network(tmp_path):
     assert torch.equal(load_from_checkpoint(Plainest, {str(path)!r}).eval()(x), y)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-
-
-class Killer:
-    """Ends its process by SIGKILL when it is pickled."""
-
-    def __reduce__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-KILLED_AT_RANDOM = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-from gflow_pl.surgery import atomic_save
-folder, target = sys.argv[1], sys.argv[1] + "/x.ckpt"
-random.seed(0)
-inside = files = 0
-for kill in range(12):
-    child = os.fork()
-    if child == 0:
-        for step in range(10**6):
-            atomic_save({"step": step, "a": torch.full((2**19,), float(step))}, target)
-    while not os.path.exists(target):
-        time.sleep(0.001)
-    time.sleep(random.uniform(0.01, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    contents = torch.load(target, weights_only=True)
-    assert torch.equal(contents["a"], torch.full((2**19,), float(contents["step"])))
-    inside += os.path.exists(folder + "/.x.ckpt.part")
-    files += 1
-atomic_save({"step": -1}, target)
-assert os.listdir(folder) == ["x.ckpt"], os.listdir(folder)
-print(files, inside)
-"""
-
-
-def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
-    folder, temporary = tmp_path / "run", tmp_path / "tmp"
-    folder.mkdir()
-    temporary.mkdir()
-    # Another file system where there is one, else another folder.
-    environment = {**os.environ, "TMPDIR": "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(temporary)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_RANDOM, str(folder)],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    files, inside = map(int, done.stdout.split())
-    assert files == 12
-    assert inside >= 3
-
-
-def test_a_process_killed_in_the_middle_of_the_pickle_leaves_the_old_file(tmp_path):
-    target = tmp_path / "x.ckpt"
-    atomic_save({"old": torch.ones(3)}, target)
-    child = os.fork()
-    if child == 0:
-        atomic_save({"new": torch.zeros(3), "then": Killer()}, target)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert (tmp_path / ".x.ckpt.part").exists()
-    assert torch.load(target, weights_only=True)["old"].sum() == 3
-    atomic_save({"new": torch.zeros(3)}, target)
-    assert os.listdir(tmp_path) == ["x.ckpt"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path):
-    target = tmp_path / "x.ckpt"
-    atomic_save({"old": 1}, target)
-    with pytest.raises((AttributeError, TypeError)):
-        atomic_save({"new": lambda: 0, "open": open(os.devnull)}, target)  # noqa: SIM115
-    assert os.listdir(tmp_path) == ["x.ckpt"]
-    assert torch.load(target, weights_only=True) == {"old": 1}
