@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
@@ -82,9 +83,16 @@ def _copy_of(loader: DataLoader[Any], trainer: pl.Trainer, seed: int | None) -> 
     }
     if isinstance(loader.dataset, IterableDataset):
         return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **shared)
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     sampler = _RankShare(len(loader.dataset), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
-    return DataLoader(loader.dataset, batch_size=batch_size, sampler=sampler, **shared)
+    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **shared)
+
+
+def _batch_size(loader: DataLoader[Any]) -> int | None:
+    """Examples in a batch; of batches that somebody's own sampler makes, on average; None if nothing makes batches."""
+    if loader.batch_sampler is None:
+        return None
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return size or math.ceil(len(loader.dataset) / len(loader))  # type: ignore[arg-type]
 
 
 class _Moved:

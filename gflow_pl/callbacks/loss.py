@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["classifies", "default_logits", "evaluating", "first_input", "quiet", "training_loss"]
+__all__ = ["classifies", "default_logits", "evaluating", "first_input", "gives_a_loss", "quiet", "training_loss"]
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -22,7 +23,8 @@ def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
     Raises:
         ValueError: The step returns no loss.
     """
-    output = module.training_step(batch, 0)
+    # As Lightning calls it: the index is left out where the step does not take it.
+    output = module.training_step(batch, 0) if _num_arguments(module) > 1 else module.training_step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -30,6 +32,18 @@ def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
             "give the PruningCallback a `loss_fn(module, batch)` that returns the scalar loss."
         )
     return loss
+
+
+def gives_a_loss(module: pl.LightningModule) -> bool:
+    """Whether `training_step` can be asked for the loss of a batch: it does not optimize, nor fetch batches, by itself."""
+    return module.automatic_optimization and "dataloader_iter" not in inspect.signature(module.training_step).parameters
+
+
+def _num_arguments(module: pl.LightningModule) -> float:
+    parameters = inspect.signature(module.training_step).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return float("inf")
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def default_logits(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,8 @@
-"""One round on one network: score, decide, rewrite, and tell what it did."""
+"""The steps of a round on one network: trace it, measure it, rewrite it and everything of its shape."""
 
 from __future__ import annotations
 
-import json
-import logging
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,25 +10,21 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import evaluating, first_input, training_loss
+from gflow_pl.callbacks.loss import first_input, training_loss
 from gflow_pl.callbacks.ranks import rebuild_wrapper
-from gflow_pl.callbacks.twins import callbacks_of, is_a
+from gflow_pl.callbacks.twins import averages_of, callbacks_of, is_a
 from gflow_pl.channels import ChannelGraph, trace_channels
+from gflow_pl.selection import cost_after
 from gflow_pl.surgery import drop_state, rewrite
-from gflow_pl.types import ChannelGroup, KeepPlan
+from gflow_pl.types import KeepPlan
 
 __all__ = [
-    "Stopwatch",
     "apply_plan",
-    "count_accuracy",
-    "loss_and_gradient_norm",
+    "costs_of",
     "reset_best",
     "stem_groups",
     "trace_module",
-    "units_gone",
 ]
-
-log = logging.getLogger(__name__)
 
 
 class _Step(nn.Module):
@@ -88,14 +81,11 @@ def apply_plan(
 ) -> None:
     """Rewrite the module and everything of the Trainer that has its shape."""
     optimizers = list(trainer.strategy.optimizers)
-    averages = [
-        c._average_model.module for c in callbacks_of(trainer) if is_a(c, "WeightAveraging") and c._average_model
-    ]
     if not keep_momentum:
         drop_state(optimizers)
     # Other callbacks may hold tensors of the parameters' shapes, and say so by this method.
     held = [c.tensors_by_name() for c in callbacks_of(trainer) if hasattr(c, "tensors_by_name")]
-    rewrite(module, graph, plan, optimizers=optimizers, copies=[*averages, *copies, *held])
+    rewrite(module, graph, plan, optimizers=optimizers, copies=[*averages_of(trainer), *copies, *held])
     if _is_compiled(module):
         # One recompilation a round would soon reach dynamo's limit, after which it silently stops compiling.
         torch._dynamo.reset()
@@ -110,13 +100,20 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def reset_best(trainer: pl.Trainer) -> list[str]:
-    """Make monitored ModelCheckpoints start anew: what was best before the cut is another network."""
+    """Make monitored ModelCheckpoints and EarlyStopping start anew: what was best before the cut is another network.
+
+    Returns:
+        The files that were best until now.
+    """
     forgotten = []
     for checkpoint in callbacks_of(trainer):
         if is_a(checkpoint, "ModelCheckpoint") and getattr(checkpoint, "monitor", None) is not None:
             if checkpoint.best_model_path:
                 forgotten.append(checkpoint.best_model_path)
             _forget(checkpoint)
+        elif is_a(checkpoint, "EarlyStopping"):
+            checkpoint.wait_count = 0
+            checkpoint.best_score = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
     return forgotten
 
 
@@ -128,47 +125,7 @@ def _forget(checkpoint: ModelCheckpoint) -> None:
     checkpoint.kth_value = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
 
 
-def loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
-    """(2,) loss and L2 norm of its gradient on one batch, in evaluation mode; `.grad` is not touched."""
-    parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    with evaluating(module), torch.enable_grad():
-        loss = loss_fn(module, batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
-    norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
-    return torch.stack([loss.detach().float(), norm.float()])
-
-
-def count_accuracy(
-    module: pl.LightningModule, batches: Iterable[Any], logits_fn: Callable[[Any, Any], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """(2,) number of right answers and of examples, in evaluation mode; float64."""
-    device = next(module.parameters()).device
-    right, total = torch.zeros((), device=device, dtype=torch.float64), 0
-    with evaluating(module), torch.no_grad():
-        for batch in batches:
-            logits, labels = logits_fn(module, batch)
-            right += (logits.argmax(dim=1) == labels).sum()
-            total += len(labels)
-    return torch.stack([right, torch.full_like(right, total)])
-
-
-def units_gone(before: Iterable[ChannelGroup], after: Iterable[ChannelGroup]) -> str:
-    """JSON: layer name to the filters that a round took from it."""
-    left: dict[str, int] = {}
-    for groups, sign in ((before, 1), (after, -1)):
-        for group in groups:
-            for part in group.layers:
-                left[part.layer] = left.get(part.layer, 0) + sign * part.index.size
-    return json.dumps({layer: count for layer, count in left.items() if count})
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds, to the millisecond."""
-        return round(time.perf_counter() - self._start, 3)
+def costs_of(graph: ChannelGraph) -> dict[str, int]:
+    """Filters, parameters and multiply-accumulates of the network as it is now."""
+    parameters, macs = cost_after(graph)
+    return {"filters": graph.num_filters, "parameters": parameters, "macs": macs}

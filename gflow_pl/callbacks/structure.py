@@ -1,7 +1,7 @@
 """Every checkpoint carries the shape of its network, and is loaded into that shape.
 
 Lightning loads a model before it calls a callback's load hook, so the module itself must do it: the instance's two
-checkpoint hooks are wrapped. A module that is a `StructureMixin` does it by itself.
+checkpoint hooks are wrapped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from typing_extensions import override
 
 from gflow_pl.callbacks.checkpoint_io import use_atomic_files
+from gflow_pl.callbacks.twins import averages_of
 from gflow_pl.surgery import (
-    StructureMixin,
     add_structure,
     apply_from_checkpoint,
     apply_structure,
@@ -38,8 +38,10 @@ def on_save_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -
 
 
 def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Takes the file's shape, then does what the class does."""
-    apply_from_checkpoint(module, checkpoint)
+    """Takes the file's shape, with the copies that are averaged, then does what the class does."""
+    trainer = getattr(module, "_trainer", None)
+    for network in (module, *(averages_of(trainer) if trainer is not None else ())):
+        apply_from_checkpoint(network, checkpoint)
     type(module).on_load_checkpoint(module, checkpoint)
 
 
@@ -58,8 +60,6 @@ class CarriesStructure(Callback):
         """Wraps the module's checkpoint hooks, and has files written whole or not at all."""
         use_atomic_files(trainer)
         self._structure = structure_of(pl_module)
-        if isinstance(pl_module, StructureMixin):
-            return
         for hook in (on_save_checkpoint, on_load_checkpoint):
             # Bound: WeightAveraging deep-copies the module, and a copy must speak of itself.
             pl_module.__dict__[hook.__name__] = MethodType(hook, pl_module)

@@ -1,18 +1,21 @@
-"""Feeds a `Tracker` with the gradients of the training's own steps."""
+"""Scores from the gradients of the training's own steps: feeds a `Tracker` with them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gflow_pl.importance import Tracker
+from gflow_pl.types import Scores
 
-__all__ = ["StepGradients", "TrackOrder", "in_window"]
+__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window"]
 
 TrackOrder = Literal["formula", "published"]
 
@@ -74,6 +77,87 @@ class StepGradients:
         if self._kept is not None:
             kept, self._kept = self._kept, None
             self.tracker.update(module, kept, batch=batch)
+
+
+class Tracking:
+    """The average over the last steps of the epoch in hand; it begins anew in every epoch.
+
+    Args:
+        num_steps: Steps at the end of each epoch that are tracked.
+        order: As in `StepGradients`.
+        new_tracker: Makes a `Tracker` for the module as it is now, on a batch of its training.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        order: TrackOrder,
+        new_tracker: Callable[[pl.Trainer, pl.LightningModule, Any], Tracker],
+    ) -> None:
+        self._num_steps, self._order, self._new_tracker = num_steps, order, new_tracker
+        self._steps: StepGradients | None = None
+        self._batch: Any = None
+        self._epoch: int | None = None
+        self._saved: dict[str, Tensor] | None = None
+
+    @property
+    def is_in_a_step(self) -> bool:
+        """Whether the batch in hand is of a step that is tracked."""
+        return self._batch is not None
+
+    def begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the batch that is about to be trained on, if its step is to be tracked."""
+        self.end()
+        if not in_window(trainer, batch_idx, self._num_steps):
+            return
+        if self._epoch != trainer.current_epoch:
+            self._steps, self._saved = None, None
+        if self._steps is None:
+            self._steps = self._begun_or_resumed(trainer, module, batch)
+            self._epoch = trainer.current_epoch
+        self._batch = (batch,)
+
+    def end(self) -> None:
+        """Lets go of the batch."""
+        self._batch = None
+
+    def before_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Takes in the gradients that an optimizer is about to use."""
+        assert self._steps is not None
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._steps.before_step(module, optimizer, self._batch[0], may_overflow=scales)
+
+    def after_step(self, module: pl.LightningModule) -> None:
+        """In the published order, takes in the weights after the step."""
+        assert self._steps is not None
+        self._steps.after_step(module, self._batch[0])
+
+    def scores(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Scores | None:
+        """The average, which ends with it; None, with a warning, if no step was tracked."""
+        if self._saved is not None and self._steps is None:
+            self._steps = self._begun_or_resumed(trainer, module, batch)
+        steps, self._steps, self._saved = self._steps, None, None
+        if steps is None or steps.tracker.num_updates == 0:
+            rank_zero_warn(
+                "PruningCallback: no step was tracked before this round, so it is scored by passes of its own."
+            )
+            return None
+        return steps.tracker.scores()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the epoch that it is of."""
+        return {"tracker": None if self._steps is None else self._steps.tracker.state_dict(), "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the average of a checkpoint."""
+        self._steps, self._saved, self._epoch = None, state["tracker"], state["epoch"]
+
+    def _begun_or_resumed(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:
+        tracker = self._new_tracker(trainer, module, batch)
+        if self._saved is not None:
+            tracker.load_state_dict({name: value.to(module.device) for name, value in self._saved.items()})
+            self._saved = None
+        return StepGradients(tracker, self._order)
 
 
 def _are_finite(optimizer: Optimizer) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import nn
 
-__all__ = ["callbacks_of", "is_a"]
+__all__ = ["averages_of", "callbacks_of", "is_a"]
 
 
 def is_a(thing: Any, *class_names: str) -> bool:
@@ -17,3 +18,9 @@ def is_a(thing: Any, *class_names: str) -> bool:
 def callbacks_of(trainer: pl.Trainer) -> list[Any]:
     """The callbacks of a Trainer of either package."""
     return list(getattr(trainer, "callbacks", []))
+
+
+def averages_of(trainer: pl.Trainer) -> list[nn.Module]:
+    """The copies of the module whose weights WeightAveraging callbacks average."""
+    averages = [c._average_model for c in callbacks_of(trainer) if is_a(c, "WeightAveraging")]
+    return [average.module for average in averages if average is not None]

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import (
     EarlyStopping,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -122,6 +123,19 @@ def test_a_subclass_decides_when_and_who(tmp_path) -> None:
     assert [row["epoch"] for row in pruning.rows] == [2]
 
 
+def test_a_subclass_is_asked_once_an_epoch_until_all_rounds_are_done(tmp_path) -> None:
+    asked = []
+
+    class Mine(PruningCallback):
+        def should_prune(self, epoch):
+            asked.append(epoch)
+            return epoch in (0, 2, 4)
+
+    _, pruning, _ = fit(tmp_path, pruning=Mine("magnitude", fraction=0.5, rounds=2), max_epochs=6)
+    assert [row["epoch"] for row in pruning.rows] == [0, 2]
+    assert asked == [0, 1, 2]
+
+
 @pytest.mark.parametrize("target", ["parameters", "macs"])
 def test_a_target_in_parameters_or_multiply_accumulates_is_reached(target, tmp_path) -> None:
     _, pruning, _ = fit(tmp_path, pruning=callback(target=target, fraction=0.5, rounds=2))
@@ -186,6 +200,62 @@ def test_a_schedule_that_contradicts_the_rounds_done_is_refused_and_a_changed_on
     assert [row["measure"] for row in pruning.rows] == ["loss", "magnitude"]
 
 
+def test_random_numbers_of_another_number_of_processes_are_not_restored_and_that_is_said(tmp_path) -> None:
+    _, _, run = fit(tmp_path, max_epochs=3)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    contents = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    contents["callbacks"]["PruningCallback"]["rng"] *= 2
+    torch.save(contents, tmp_path / "two.ckpt")
+    with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1"):
+        fit(tmp_path, ckpt_path=tmp_path / "two.ckpt")
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "ReduceLROnPlateau", "CosineAnnealingWarmRestarts", "LambdaLR"])
+def test_a_schedule_goes_on_as_if_no_rate_had_been_held_and_so_does_a_resumed_one(name, tmp_path) -> None:
+    class Module(SmallModule):
+        rates: list
+
+        def configure_optimizers(self):
+            self.rates = []
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            scheduler = {
+                "OneCycleLR": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=24),
+                "ReduceLROnPlateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+                "CosineAnnealingWarmRestarts": lambda: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+                    optimizer, 5
+                ),
+                "LambdaLR": lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch),
+            }[name]()
+            interval = "step" if name == "OneCycleLR" else "epoch"
+            settings = {"scheduler": scheduler, "interval": interval, "monitor": "rising"}
+            return {"optimizer": optimizer, "lr_scheduler": settings}
+
+        def on_train_batch_end(self, *_):
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.rates.append((group["lr"], group["momentum"]))
+
+        def on_train_epoch_end(self):
+            self.log("rising", float(self.current_epoch))
+
+    def settings(prune_lr):
+        return {"pruning": callback(prune_lr=prune_lr, keep_momentum=True), "max_epochs": 6}
+
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    held, _, run = fit(tmp_path, Module(), callbacks=[keep], **settings(0.001))
+    free, _, _ = fit(tmp_path, Module(), **settings(None))
+    assert held.rates == free.rates
+    assert len(set(held.rates)) > 3
+    assert not torch.equal(held.net[0].weight, free.net[0].weight)
+    # Lightning leaves the step that ReduceLROnPlateau takes after a checkpoint out when it resumes, with pruning or without.
+    for epoch in (0, 2) if name != "ReduceLROnPlateau" else ():  # while it is held, and afterwards
+        again, _, resumed = fit(tmp_path, Module(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **settings(0.001))
+        assert again.rates == held.rates[4 * (epoch + 1) :]
+        assert_equal(state_of(held), state_of(again))
+        assert (
+            run.lr_scheduler_configs[0].scheduler.state_dict() == resumed.lr_scheduler_configs[0].scheduler.state_dict()
+        )
+
+
 # Checkpoints
 
 RELOAD = """
@@ -237,6 +307,39 @@ def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_
     assert sum(p.numel() for p in module.parameters()) == small
 
 
+def test_a_network_that_was_used_from_a_bigger_file_trains_on_from_there(tmp_path) -> None:
+    """Tensors of a shape taken in `test` or `predict` are no inference tensors."""
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    module, _, run = fit(tmp_path, callbacks=[keep])
+    small = sum(p.numel() for p in module.parameters())
+    inputs = DataLoader(images(16).tensors[0], batch_size=8)
+    outputs = run.predict(module, inputs, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert sum(p.numel() for p in module.parameters()) > small
+    assert not any(t.is_inference() for t in (*module.parameters(), *module.buffers()))
+    saved = gflow_pl.load_from_checkpoint(SmallModule, tmp_path / "epoch=0.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(torch.cat(outputs), torch.cat([saved(x) for x in inputs]))
+    _, pruning, _ = fit(tmp_path, module)
+    assert (
+        sum(p.numel() for p in module.parameters()) == pruning.rows[-1]["parameters"] < saved.net[4].weight.numel() * 4
+    )
+
+
+def test_a_file_that_is_saved_on_an_exception_carries_the_shape(tmp_path) -> None:
+    class Fails(SmallModule):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 2 and batch_idx == 1:
+                raise RuntimeError("the network failed")
+            return super().training_step(batch, batch_idx)
+
+    module, pruning = Fails(), callback()
+    with pytest.raises(RuntimeError, match="the network failed"):
+        fit(tmp_path, module, pruning, callbacks=[OnExceptionCheckpoint(tmp_path, filename="failed")])
+    again = gflow_pl.load_from_checkpoint(SmallModule, tmp_path / "failed.ckpt")
+    assert sum(p.numel() for p in again.parameters()) == pruning.rows[-1]["parameters"]
+    assert_equal(state_of(module), state_of(again))
+
+
 def test_nothing_but_the_checkpoint_hooks_is_left_on_the_module(tmp_path) -> None:
     before = set(vars(SmallModule()))
     module, _, run = fit(tmp_path, pruning=callback(prune_lr=0.01))
@@ -272,6 +375,25 @@ def test_an_averaged_model_is_pruned_alike(first, tmp_path) -> None:
     assert again.net[4].weight.shape == module.net[4].weight.shape
 
 
+@pytest.mark.parametrize("first", ["pruning", "average"])
+def test_a_run_with_an_averaged_model_is_resumed_to_the_bit(first, tmp_path) -> None:
+    """Before, between and after the cuts: the average takes the file's shape as well."""
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    def train(seed, ckpt_path=None, **options):
+        pl.seed_everything(seed)
+        both = [callback(keep_momentum=True), EMAWeightAveraging(decay=0.9)]
+        run = trainer(tmp_path, callbacks=[*(both if first == "pruning" else both[::-1]), *options.pop("more", [])])
+        module = SmallModule(dropout=0.2)
+        run.fit(module, shuffled(), ckpt_path=ckpt_path, weights_only=True)
+        return state_of(module)
+
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = train(0, more=[keep])
+    for epoch in (0, 1, 2):
+        assert_equal(whole, train(99, tmp_path / f"epoch={epoch}.ckpt"))
+
+
 @pytest.mark.parametrize(
     "options", [{"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"gradient_clip_val": 0.5}]
 )
@@ -290,6 +412,8 @@ def test_precision_clipping_and_accumulation(options, accumulate, tmp_path) -> N
         {"check_val_every_n_epoch": 2},
         {"limit_val_batches": 0},
         {"max_time": "00:01:00:00"},
+        {"max_epochs": -1, "max_steps": 15},
+        {"val_check_interval": 0.5},
     ],
     ids=str,
 )
@@ -320,6 +444,27 @@ def test_rounds_that_early_stopping_left_undone_are_a_warning(tmp_path) -> None:
     stop = EarlyStopping("val_loss", patience=1)
     with pytest.warns(UserWarning, match=r"after 1 of 3 rounds; the others were due at epochs \[5, 6\]"):
         fit(tmp_path, Flat(), callback(rounds=3, epochs=[1, 5, 6]), callbacks=[stop], val=shuffled(16), max_epochs=8)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_early_stopping_starts_anew_at_each_round_unless_asked_not_to(reset, tmp_path) -> None:
+    """What a pruned network does is not measured by the best that the unpruned one did."""
+
+    class Worse(SmallModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", [1.0, 3.0, 5.0, 4.0, 3.0, 2.0][self.current_epoch])
+
+    pruning = callback(epochs=[1, 2], reset_best=reset)
+    _, pruning, run = fit(
+        tmp_path,
+        Worse(),
+        pruning,
+        callbacks=[EarlyStopping("val_loss", patience=2)],
+        val=shuffled(16),
+        max_epochs=6,
+    )
+    assert pruning.finished
+    assert run.current_epoch == (6 if reset else 3)
 
 
 @pytest.mark.parametrize("collection", ["dict", "list"])
@@ -391,7 +536,21 @@ def test_nine_rounds_of_a_compiled_network(tmp_path) -> None:
     assert compiled.frame_count >= 10, "dynamo must not have given up compiling"
 
 
+def test_a_compiled_module_is_pruned(tmp_path) -> None:
+    """`Trainer.fit(torch.compile(module))`."""
+    compiled = CompileCounter()
+    pl.seed_everything(0)
+    module, pruning = SmallModule(), callback(evaluate_cuts=False)
+    trainer(tmp_path, callbacks=[pruning]).fit(torch.compile(module, backend=compiled), shuffled())
+    assert pruning.finished
+    assert compiled.frame_count >= 3, "once before the rounds and once after each"
+
+
 # What is refused
+
+
+def scalar_loss(module, batch):
+    return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 def refused(tmp_path, *, module=None, **options) -> str:
@@ -402,10 +561,11 @@ def refused(tmp_path, *, module=None, **options) -> str:
 
 def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path) -> None:
     assert "WeightAveraging" in refused(tmp_path, callbacks=[StochasticWeightAveraging(0.1)])
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruningCallback`"):
-        fit(tmp_path, callbacks=[callback()])
-    with pytest.raises(MisconfigurationException, match="use strategy='ddp'"):
-        refuse_what_cannot_work(trainer(tmp_path, strategy="ddp_spawn", devices=2), SmallModule(), callback())
+    assert "two of these callbacks in the Trainer: keep one" in refused(tmp_path, callbacks=[callback()])
+    for strategy in ("ddp_spawn", "ddp_fork"):
+        # Our own modules as well: the main process loads the workers' weights past every hook of ours.
+        with pytest.raises(MisconfigurationException, match="use strategy='ddp'"):
+            refuse_what_cannot_work(trainer(tmp_path, strategy=strategy, devices=2), callback())
     assert "set max_epochs to at least 6" in refused(tmp_path, pruning=callback(rounds=5))
 
     class Manual(SmallModule):
@@ -414,6 +574,15 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
             self.automatic_optimization = False
 
     assert "loss_fn(module, batch)" in refused(tmp_path, module=Manual())
+
+    class Fetches(SmallModule):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return scalar_loss(self, batch)
+
+    assert "fetches its batches itself" in refused(tmp_path, module=Fetches())
+    _, pruning, _ = fit(tmp_path, Fetches(), callback(loss_fn=scalar_loss))
+    assert pruning.finished
 
 
 @pytest.mark.parametrize(
@@ -435,6 +604,29 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
         ({"prune_lr": -0.1}, "`prune_lr`"),
         ({"warmup_epochs": -1}, "`warmup_epochs`"),
         ({"seed": -1}, "`seed`"),
+        ({"seed": True}, "`seed`"),
+        ({"track_batches": 0}, "`track_batches`"),
+        ({"alpha": 0.0}, "`alpha` must be in (0, 1]"),
+        ({"min_kept": "half"}, "`min_kept`"),
+        ({"epochs": 3}, "`epochs` must be a list of epochs"),
+        ({"epochs": [1, 2.5]}, "`epochs` must be whole numbers"),
+        ({"every_n_epochs": 1.5}, "`every_n_epochs`"),
+        ({"ignore": "net.4"}, "`ignore` must be a list of names"),
+        ({"ignore": [4]}, "`ignore` must be a list of names"),
+        ({"keep_momentum": "False"}, "`keep_momentum` must be true or false, got 'False'"),
+        ({"track": 1}, "`track` must be true or false"),
+        ({"exact_only": None}, "`exact_only` must be true or false"),
+        ({"protect_stem": "no"}, "`protect_stem`"),
+        ({"published_truncation": 0}, "`published_truncation`"),
+        ({"reset_best": "yes"}, "`reset_best`"),
+        ({"evaluate_cuts": []}, "`evaluate_cuts`"),
+        ({"scope": "all"}, "global, layer"),
+        ({"unit_score": "median"}, "mean, sum, max"),
+        ({"track_order": "after"}, "formula, published"),
+        ({"loss_fn": "mse"}, "`loss_fn` must be a function"),
+        ({"logits_fn": 3}, "`logits_fn` must be a function"),
+        ({"unpruned_path": 7}, "`unpruned_path`"),
+        ({"measure": 3}, "measure"),
     ],
 )
 def test_every_argument_is_checked_at_construction(options, told) -> None:

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from small_nets import SmallModule, images, trainer
 from torch.utils.data import DataLoader
 
 import gflow_pl
 from gflow_pl.callbacks import CarriesStructure, PruningCallback
+from gflow_pl.callbacks.checkpoint_io import AtomicCheckpointIO
 
 
 def pruned_module(folder) -> SmallModule:
@@ -72,6 +75,61 @@ def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
     except Exception as refusal:
         pytest.fail(f"neither works nor is refused in a sentence: {refusal}")
     assert sum(p.numel() for p in module.parameters()) < before
+    assert isinstance(run.strategy.checkpoint_io, AtomicCheckpointIO), "its files are never torn either"
     run.save_checkpoint(tmp_path / "file.ckpt")
     saved = torch.load(tmp_path / "file.ckpt", weights_only=True)
     assert saved["gflow_pl"]["structure"]["shapes"]["net.4.weight"] == list(module.net[4].weight.shape)
+    assert saved["callbacks"]["PruningCallback"]["rows"] == callback.rows
+
+    # It resumes and refuses like its twin.
+    callback = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=16)
+    run = twin.Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, callbacks=[callback], **quiet)
+    run.fit(again := TwinModule(), DataLoader(images(32), batch_size=16), ckpt_path=tmp_path / "file.ckpt")
+    assert callback.rounds_done == 1
+    assert again.net[4].weight.shape == module.net[4].weight.shape
+    averaging = twin.callbacks.StochasticWeightAveraging(0.1)
+    callbacks = [PruningCallback("loss", fraction=0.5, rounds=1), averaging]
+    run = twin.Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, **quiet)
+    with pytest.raises(MisconfigurationException, match="use WeightAveraging"):
+        run.fit(TwinModule(), DataLoader(images(32), batch_size=16))
+
+
+def test_a_checkpoint_io_that_somebody_chose_stays(tmp_path) -> None:
+    class Theirs(TorchCheckpointIO):
+        pass
+
+    run = trainer(tmp_path, max_epochs=2, plugins=[Theirs()], callbacks=[PruningCallback("magnitude", fraction=0.5)])
+    run.fit(SmallModule(), DataLoader(images(32), batch_size=16))
+    assert type(run.strategy.checkpoint_io) is Theirs
+
+
+@pytest.mark.parametrize("first", ["pruning", "average"])
+def test_averaged_models_of_the_twin_package_are_pruned_alike(first, tmp_path) -> None:
+    twin = pytest.importorskip("lightning.pytorch")
+    average, callback = twin.callbacks.EMAWeightAveraging(decay=0.5), PruningCallback("magnitude", fraction=0.5)
+
+    class TwinModule(twin.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = SmallModule().net
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    run = twin.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[callback, average] if first == "pruning" else [average, callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(module := TwinModule(), DataLoader(images(32), batch_size=16))
+    assert sum(p.numel() for p in module.parameters()) == callback.rows[-1]["parameters"]

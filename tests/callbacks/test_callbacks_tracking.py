@@ -202,9 +202,11 @@ def test_an_average_that_a_checkpoint_cut_in_two_goes_on(tmp_path) -> None:
     class Count(PruningCallback):
         updates = None
 
-        def _tracked_scores(self, trainer, module, batch):
-            self.updates = self._gradients.tracker.num_updates
-            return super()._tracked_scores(trainer, module, batch)
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                self.on_save_checkpoint(trainer, pl_module, saved := {})
+                self.updates = saved["callbacks"][self.state_key]["tracker"]["num_updates"]
+            super().on_train_epoch_start(trainer, pl_module)
 
     def fit(ckpt_path=None) -> int:
         pruning = Count("loss", fraction=0.5, epochs=[2], track=True)

@@ -1,0 +1,157 @@
+"""Training steps, loaders and metrics as users have them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_nets import SmallModule, images, trainer
+
+from gflow_pl import PruningCallback
+
+
+def train(folder, module, data, *, seed: int = 0, prunes: bool = True, **options) -> PruningCallback:
+    pl.seed_everything(seed)
+    callback = PruningCallback(**{"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32, **options})
+    trainer(folder, callbacks=[callback] if prunes else []).fit(module, data)
+    return callback
+
+
+def shuffled(**options) -> DataLoader:
+    return DataLoader(images(64), batch_size=16, shuffle=True, **options)
+
+
+def step_of_one(self, batch):
+    return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def step_of_any(self, *arguments):
+    batch, _ = arguments
+    return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def step_with_other_names(self, x, i):
+    return {"loss": F.cross_entropy(self(x[0]), x[1]), "more": i}
+
+
+def step_with_a_default(self, batch, batch_idx=None, scale=1.0):
+    assert batch_idx is not None
+    return scale * F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("step", [step_of_one, step_of_any, step_with_other_names, step_with_a_default])
+def test_a_training_step_is_called_as_lightning_calls_it(step, tmp_path) -> None:
+    module = type("Module", (SmallModule,), {"training_step": step})
+    assert train(tmp_path, module(), shuffled()).finished
+
+
+def test_a_training_step_without_a_loss_is_told_what_to_do(tmp_path) -> None:
+    class Skips(SmallModule):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(
+        ValueError, match=r"`training_step` of Skips returned NoneType.*give the PruningCallback a `loss_fn"
+    ):
+        train(tmp_path, Skips(), shuffled())
+
+
+class ByHand(Sampler[list[int]]):
+    """Batches of a size that it does not tell."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        return iter(torch.randperm(64).view(4, 16).tolist())
+
+
+class Bundles(Dataset):
+    """Whose examples are batches already."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        return images(64)[16 * index : 16 * index + 16]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: DataLoader(images(64), batch_sampler=ByHand()),
+        lambda: DataLoader(Bundles(), batch_size=None),
+        lambda: DataLoader(images(64), batch_size=24, drop_last=True, shuffle=True),
+    ],
+    ids=["batch sampler", "batches", "drop last"],
+)
+def test_batches_to_score_on_are_made_as_those_to_train_on(data, tmp_path) -> None:
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+
+    class Watches(SmallModule):
+        def training_step(self, batch, batch_idx):
+            sizes[self.training].add(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    callback = train(tmp_path, Watches(), data(), num_samples=32)
+    assert callback.finished
+    assert sizes[False] == sizes[True]
+
+
+def test_workers_that_live_on_are_not_disturbed(tmp_path) -> None:
+    """The train loader's own iterator, which would begin anew, is never asked for."""
+
+    def weights(prunes: bool) -> dict[str, torch.Tensor]:
+        pl.seed_everything(1)
+        module = SmallModule(dropout=0.2)
+        callback = train(
+            tmp_path,
+            module,
+            shuffled(num_workers=1, persistent_workers=True),
+            prunes=prunes,
+            fraction=0.001,
+            keep_momentum=True,
+        )
+        assert callback.rounds_done == 2 * prunes
+        return module.state_dict()
+
+    with_rounds, without = weights(True), weights(False)
+    assert all(torch.equal(value, without[name]) for name, value in with_rounds.items())
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_metrics_of_training_are_those_of_training(logged, tmp_path) -> None:
+    """Also in a collection whose members share their state."""
+
+    class Counts(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            metrics = [MulticlassAccuracy(4, average="micro"), MulticlassPrecision(4), MulticlassRecall(4)]
+            self.metrics, self.seen = MetricCollection(metrics), []
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            self.metrics.update(logits, batch[1])
+            if logged:
+                self.log_dict(self.metrics, on_epoch=True, on_step=False)
+            return F.cross_entropy(logits, batch[1])
+
+        def on_train_epoch_end(self):
+            values = self.trainer.callback_metrics if logged else self.metrics.compute()
+            self.seen.append({name: float(value) for name, value in values.items()})
+            if not logged:
+                self.metrics.reset()
+
+    one, two = Counts(), Counts()
+    two.load_state_dict(one.state_dict())
+    train(tmp_path, one, shuffled(), fraction=0.001, keep_momentum=True)
+    train(tmp_path, two, shuffled(), prunes=False)
+    assert one.seen == two.seen
+    assert len(one.seen[-1]) >= 3
