@@ -19,7 +19,7 @@ class Data(pl.LightningDataModule):
         digits = load_digits()
         images = torch.from_numpy(digits.images[:, None]).float() / 8 - 1
         data = TensorDataset(images, torch.from_numpy(digits.target).long())
-        self.train, self.held_out = torch.utils.data.random_split(data, [1437, 360], torch.Generator().manual_seed(0))
+        self.train, self.held_out = torch.utils.data.random_split(data, [1438, 359], torch.Generator().manual_seed(0))
 
     def train_dataloader(self):
         return DataLoader(self.train, self.batch_size, shuffle=True)
@@ -50,10 +50,10 @@ class Module(pl.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
+        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), sync_dist=True, prog_bar=True)
 
     def test_step(self, batch, batch_idx):
-        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)

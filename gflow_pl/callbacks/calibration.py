@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-__all__ = ["calibration_batches", "evaluation_batches", "has_length"]
+__all__ = ["calibration_batches", "evaluation_batches", "has_length", "loader_like"]
 
 
 class _RankShare(Sampler[int]):
@@ -72,6 +72,14 @@ def evaluation_batches(
 
 def _copy_of(loader: DataLoader[Any], trainer: pl.Trainer, seed: int | None) -> DataLoader[Any]:
     """A loader over the same data with an order and random numbers of its own."""
+    if isinstance(loader.dataset, IterableDataset):
+        return loader_like(loader, seed or 0, batch_size=loader.batch_size, drop_last=loader.drop_last)
+    sampler = _RankShare(len(loader.dataset), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
+    return loader_like(loader, seed or 0, batch_size=_batch_size(loader), sampler=sampler)
+
+
+def loader_like(loader: DataLoader[Any], seed: int = 0, **options: Any) -> DataLoader[Any]:
+    """A loader over the same data, that reads it like another, in batches of its own (`options`)."""
     shared = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
@@ -79,12 +87,9 @@ def _copy_of(loader: DataLoader[Any], trainer: pl.Trainer, seed: int | None) -> 
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
-        "generator": torch.Generator().manual_seed(0 if seed is None else seed),
+        "generator": torch.Generator().manual_seed(seed),
     }
-    if isinstance(loader.dataset, IterableDataset):
-        return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **shared)
-    sampler = _RankShare(len(loader.dataset), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
-    return DataLoader(loader.dataset, batch_size=_batch_size(loader), sampler=sampler, **shared)
+    return DataLoader(loader.dataset, **shared, **options)
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:

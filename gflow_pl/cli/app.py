@@ -23,6 +23,7 @@ from gflow_pl.cli import outcome
 from gflow_pl.cli.folder import claim_folder, is_first_process
 from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.trainer import GflowTrainer
+from gflow_pl.files import write_bytes
 from gflow_pl.models import check_image_size
 from gflow_pl.tasks import ImageClassifier, load_pretrained
 from gflow_pl.tasks.network import check_classifies
@@ -32,6 +33,7 @@ __all__ = ["GflowCLI"]
 
 _TRAINING = ("fit", "prune", "finetune")
 _CLASSIFIER = f"{ImageClassifier.__module__}.{ImageClassifier.__qualname__}"
+_DEFAULT_CLASSES = {"model": "gflow_pl.ImageClassifier", "data": "gflow_pl.data.Digits"}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -84,7 +86,24 @@ class GflowCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data may be any class; ours are the defaults."""
         super().add_core_arguments_to_parser(parser)
-        parser.set_defaults({"model": {"class_path": _CLASSIFIER}, "data": {"class_path": "gflow_pl.data.Digits"}})
+        parser.set_defaults({name: {"class_path": path} for name, path in _DEFAULT_CLASSES.items()})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads the settings; another class than ours starts from its own defaults, not from ours of the same name."""
+        everything = sys.argv
+        # Settings are printed, with the right defaults, by the second pass.
+        sys.argv = given = [argument for argument in everything if not argument.startswith("--print_config")]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = everything
+        config = self.config[self._command]
+        chosen = {name: getattr(config[name], "class_path", path) for name, path in _DEFAULT_CLASSES.items()}
+        if chosen != _DEFAULT_CLASSES:
+            self._parser(self._command).set_defaults({name: {"class_path": path} for name, path in chosen.items()})
+        if chosen != _DEFAULT_CLASSES or len(given) < len(everything):
+            super().parse_arguments(parser, args)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -175,6 +194,7 @@ class GflowCLI(LightningCLI):
             kwargs["logger"] = self._logger()
         trainer = super().instantiate_trainer(**kwargs)
         self._fill_in_pruning_settings(trainer)
+        self._take_over_the_unpruned_network()
         return trainer
 
     def _check_before_the_start(self) -> None:
@@ -246,6 +266,17 @@ class GflowCLI(LightningCLI):
             for name in list(settings.keys()):
                 if settings[name] is None and name != "unpruned_path" and getattr(callback, name, None) is not None:
                     settings[name] = getattr(callback, name)
+
+    def _take_over_the_unpruned_network(self) -> None:
+        """The folder of a run that is resumed after its first cut holds the network before it, too."""
+        ckpt_path = self._get(self.config, "ckpt_path")
+        if self._command not in _TRAINING or ckpt_path is None or self.folder is None or not is_first_process():
+            return
+        unpruned = Path(ckpt_path).with_name("unpruned.ckpt")
+        rounds = read_file(ckpt_path).get("callbacks", {}).get("PruningCallback", {}).get("rows", [])
+        # Of this very run, not only beside its checkpoint: it was saved in the epoch of the first cut.
+        if rounds and unpruned.is_file() and read_file(unpruned).get("epoch") == rounds[0]["epoch"]:
+            write_bytes(self.folder / unpruned.name, unpruned.read_bytes())
 
     def _run_name(self) -> str:
         network = self._model_setting("network")

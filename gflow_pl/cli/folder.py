@@ -14,14 +14,16 @@ _HANDED_DOWN = "GFLOW_RUN_FOLDER"
 
 def is_first_process() -> bool:
     """Whether this is the process that writes: of rank 0, or the only one."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    # Of processes that a user starts by hand, one a node, Lightning knows the rank only later.
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def claim_folder(root: str, name: str) -> Path:
     """Make a new folder for a run: `name`, or the first of name-2, name-3, ... that is free.
 
     Processes that Lightning starts for further ranks use the folder of the first; those that somebody else starts
-    (torchrun, SLURM) write nothing by themselves, so their answer does not matter.
+    (torchrun, SLURM, a command a node) write nothing by themselves, so their answer does not matter.
 
     Raises:
         ValueError: Nothing can be written there, or the name is more than a name.

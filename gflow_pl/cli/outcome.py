@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gflow_pl.callbacks.loss import first_input
 from gflow_pl.channels import trace_channels
+from gflow_pl.cli.evaluation import undivided_test_images
 from gflow_pl.cli.folder import is_first_process
 from gflow_pl.files import write_text
 from gflow_pl.reports import (
@@ -181,8 +182,9 @@ def report(cli: GflowCLI, source: str | None, ckpt_path: str | None, base: str |
 
 def _accuracies(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float | None]:
     """Accuracy on the test data and, where the data module gives them, on the plain training data."""
-    test = trainer.test(module, datamodule=data)
-    results: dict[str, float | None] = {"test_accuracy": _accuracy_in(test)}
+    with undivided_test_images(data, trainer):
+        test = trainer.test(module, datamodule=data)
+    results = {"test_accuracy": _accuracy_in(test)}
     if hasattr(data, "plain_train_dataloader"):
         train = trainer.test(module, dataloaders=data.plain_train_dataloader())
         results["train_accuracy"] = _accuracy_in(train)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 THEIRS = Path(__file__).parent.parent.parent / "examples" / "lightning_cli"
 CLASSES = ["--model", "their_pkg.Module", "--data", "their_pkg.Data"]
@@ -97,6 +98,53 @@ def test_test_reports_on_the_pruned_file_beside_the_network_as_it_was(folder) ->
     assert report["unpruned"]["macs"] == positions * 9 * (16 + 16 * 32 + 32 * 16) + 160
     assert report["pruned"]["macs"] == int(rows_of(pruned / "pruning.csv")[-1]["macs"])
     assert (report["unpruned"]["filters"], report["pruned"]["filters"]) == (64, 32)
+
+
+def test_another_class_starts_from_its_own_defaults_and_not_from_ours_of_the_same_name(folder) -> None:
+    """`lr` and `batch_size` are names of our module and our data as well."""
+    settings = yaml.safe_load((folder / "work" / "checkpoints" / "pruned" / "config.yaml").read_text())
+    assert settings["model"] == {"class_path": "their_pkg.Module", "init_args": {"width": 16, "lr": 0.01}}
+    assert settings["data"] == {"class_path": "their_pkg.Data", "init_args": {"batch_size": 64}}
+    told = yaml.safe_load(gflow(folder, "prune", "--model.lr", "0.3", "--print_config"))
+    assert told["model"]["init_args"] == {"width": 16, "lr": 0.3}
+    assert told["data"]["init_args"] == {"batch_size": 64}
+
+
+RANKS = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def accuracy_of(folder: Path, name: str) -> float:
+    report = json.loads((folder / "work" / "checkpoints" / name / "report.json").read_text())
+    return report["networks"]["pruned"]["test_accuracy"]
+
+
+def test_an_accuracy_by_two_processes_is_that_of_one_to_the_last_image(folder) -> None:
+    """Of an odd number of images, by a module that does not think of several processes."""
+    theirs = (folder / "theirs" / "their_pkg.py").read_text()
+    assert theirs.count(", sync_dist=True") == 2
+    (folder / "theirs" / "careless.py").write_text(theirs.replace(", sync_dist=True", ""))
+    careless = ["--model", "careless.Module", "--data", "careless.Data", "--trainer.accelerator", "cpu"]
+    file = ["--ckpt_path", "checkpoints/pruned/last.ckpt", "--data.batch_size", "50"]
+    run(folder, "-m", "gflow_pl", "test", *careless, *file, "--name", "one")
+    run(folder, "-m", "gflow_pl", "test", *careless, *file, "--name", "two", *RANKS)
+    right = 359 * accuracy_of(folder, "one")
+    assert round(right) == pytest.approx(right, abs=1e-3)
+    assert accuracy_of(folder, "two") == accuracy_of(folder, "one")
+
+
+@pytest.mark.slow
+def test_prune_and_finetune_by_two_processes(folder) -> None:
+    pruning = ["--pruning.measure", "loss", "--pruning.fraction", "0.5", "--pruning.rounds", "2"]
+    gflow(folder, "prune", *pruning, *RANKS, "--trainer.max_epochs", "4", "--name", "by_two")
+    place = folder / "work" / "checkpoints"
+    assert [row["filters_left"] for row in rows_of(place / "by_two" / "pruning.csv")] == ["43", "32"]
+    file = ["--pretrained", "checkpoints/by_two/best.ckpt"]
+    gflow(folder, "finetune", *file, *RANKS, "--trainer.max_epochs", "2", "--name", "tuned_by_two")
+    assert [row["epoch"] for row in rows_of(place / "tuned_by_two" / "metrics.csv")] == ["0", "1"]
+    assert shapes_of(place / "tuned_by_two" / "last.ckpt") == shapes_of(place / "by_two" / "best.ckpt")
+    gflow(folder, "test", "--ckpt_path", "checkpoints/tuned_by_two/last.ckpt", *RANKS, "--name", "measured_by_two")
+    gflow(folder, "test", "--ckpt_path", "checkpoints/tuned_by_two/last.ckpt", "--name", "measured_by_one")
+    assert accuracy_of(folder, "measured_by_two") == accuracy_of(folder, "measured_by_one")
 
 
 @pytest.mark.slow
