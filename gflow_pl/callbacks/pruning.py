@@ -30,6 +30,7 @@ from gflow_pl.channels import ChannelGraph
 from gflow_pl.channels.plain import graph_from_plain, graph_to_plain
 from gflow_pl.importance import Importance, Tracker, resolve_measure
 from gflow_pl.selection import PruningSchedule, select_units
+from gflow_pl.selection.protection import groups_named
 from gflow_pl.types import KeepPlan, Scores
 
 __all__ = ["PruningCallback"]
@@ -320,6 +321,7 @@ class PruningCallback(CarriesStructure):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the optimizers."""
+        super().teardown(trainer, pl_module, stage)
         if self._held_rate is not None:
             self._held_rate.remove()
             self._held_rate = None
@@ -428,6 +430,7 @@ class PruningCallback(CarriesStructure):
                     f"PruningCallback: no layer of {type(module).__name__} can be pruned: "
                     + "; ".join(f"{name}: {why}" for name, why in list(self.graph.frozen.items())[:3])
                 )
+            groups_named(self.graph.groups, self.graph.layers, self.ignore)  # refuses names that mean nothing
         return self.graph
 
     def _asked_and_reached(self, before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["all_gather_objects", "broadcast", "mean_over_ranks", "num_ranks", "rebuild_wrapper", "share_buffers"]
+__all__ = [
+    "all_gather_objects",
+    "broadcast",
+    "mean_over_ranks",
+    "num_ranks",
+    "rebuild_wrapper",
+    "share_buffers",
+    "without_sync_batch_norm",
+]
 
 
 def num_ranks(trainer: pl.Trainer) -> int:
@@ -66,3 +74,10 @@ def rebuild_wrapper(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     strategy._register_ddp_hooks()
     if hasattr(strategy, "_pl_static_graph_delay_done"):
         strategy._pl_static_graph_delay_done = False
+
+
+def without_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Turn SyncBatchNorm back into ordinary norms now, in place, as Lightning does when its work is over."""
+    sync: Any = getattr(trainer.strategy, "_layer_sync", None)
+    if sync is not None:
+        sync.revert(module)

@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from gflow_pl.callbacks.checkpoint_io import use_atomic_files
+from gflow_pl.callbacks.ranks import without_sync_batch_norm
 from gflow_pl.callbacks.twins import averages_of
 from gflow_pl.surgery import (
     add_structure,
@@ -74,7 +75,24 @@ class CarriesStructure(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings back what a conversion to SyncBatchNorm lost, and leaves emptied parameters out of the optimizers."""
-        if self._structure is not None and any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+        if self._structure is not None and _has_sync_batch_norm(pl_module):
             # The conversion makes new modules, between setup and here, and drops their hooks and buffers.
             apply_structure(pl_module, self._structure)
         drop_empty_parameters(trainer.strategy.optimizers)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Brings back what Lightning's conversion of SyncBatchNorm into ordinary norms would lose after this."""
+        if _has_sync_batch_norm(pl_module):
+            structure = structure_of(pl_module)
+            without_sync_batch_norm(trainer, pl_module)
+            apply_structure(pl_module, structure)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which is then left out."""
+        CarriesStructure.teardown(self, trainer, pl_module, "fit")
+
+
+def _has_sync_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())

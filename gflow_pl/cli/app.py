@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from gflow_pl import data  # noqa: F401 - so that the data modules are known by their short names
 from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, PruningCallback, RunRecorder
+from gflow_pl.callbacks.refusals import refuse_what_cannot_work
 from gflow_pl.callbacks.twins import callbacks_of
 from gflow_pl.cli import outcome
 from gflow_pl.cli.folder import claim_folder, is_first_process
@@ -193,6 +194,9 @@ class GflowCLI(LightningCLI):
         if config.get("logger") is None:
             kwargs["logger"] = self._logger()
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, PruningCallback):
+                refuse_what_cannot_work(trainer, callback)  # here: processes that are spawned would bury the sentence
         self._fill_in_pruning_settings(trainer)
         self._take_over_the_unpruned_network()
         return trainer

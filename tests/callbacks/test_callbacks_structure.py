@@ -38,6 +38,24 @@ def test_expansions_come_back_after_a_conversion_to_sync_batch_norm(tmp_path) ->
     assert torch.equal(converted(inputs), expected)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_expansions_stay_when_lightning_converts_back_after_training(fails, tmp_path) -> None:
+    module = pruned_module(tmp_path).eval()
+    inputs = torch.randn(2, 3, 8, 8)
+    expected = module(inputs)
+    run, carries = trainer(tmp_path, strategy="ddp", sync_batchnorm=True), CarriesStructure()
+    carries.setup(run, module, "fit")
+    run.strategy._layer_sync.apply(module)
+    carries.on_fit_start(run, module)
+    if fails:
+        carries.on_exception(run, module, KeyboardInterrupt())
+    else:
+        carries.teardown(run, module, "fit")
+    run.strategy._layer_sync.revert(module)  # what the strategy does next
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+    assert torch.equal(module.eval()(inputs), expected)
+
+
 def test_a_pruned_foreign_module_is_trained_on_without_a_pruning_callback(tmp_path) -> None:
     module = pruned_module(tmp_path)
     run = trainer(tmp_path, max_epochs=1, callbacks=[CarriesStructure()])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from small_nets import SmallModule, images, loader, trainer
+from torch.distributed.nn.functional import all_reduce
 
 from gflow_pl import PruningCallback
 from gflow_pl.models import MODELS
@@ -31,12 +33,42 @@ class Data(pl.LightningDataModule):
         return loader(data, 16 // self.devices, rank=rank, world_size=self.devices)
 
 
+class WithValidation(Data):
+    """Fewer images than ranks."""
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(images(1, self.dtype), batch_size=4)
+
+
 class Recorder(PruningCallback):
-    """Keeps the scores of the last round."""
+    """Keeps the scores of the last round, and the buffers that they are taken with."""
+
+    def setup(self, trainer, pl_module, stage):
+        super().setup(trainer, pl_module, stage)
+        self.module = pl_module
 
     def select(self, graph, scores):
         self.scores = {name: vector.clone() for name, vector in scores.items()}
+        self.sync_batch_norms = sum(isinstance(m, torch.nn.SyncBatchNorm) for m in self.module.modules())
+        self.scored_with = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         return super().select(graph, scores)
+
+
+def sync_batch_norm_on_the_cpu(self, x):
+    """What torch's own does on a GPU, and refuses to do here: statistics of the global batch, gradients through them."""
+    if not self.training:
+        return torch.nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+    number = x.numel() // x.shape[1] * dist.get_world_size()
+    sums = all_reduce(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))
+    mean, variance = sums[0] / number, sums[1] / number - (sums[0] / number).square()
+    with torch.no_grad():
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * number / (number - 1), self.momentum)
+    scaled = (x - mean[:, None, None]) * (self.weight / (variance + self.eps).sqrt())[:, None, None]
+    return scaled + self.bias[:, None, None]
 
 
 def main() -> None:
@@ -49,26 +81,37 @@ def main() -> None:
         module: pl.LightningModule = ImageClassifier(network, num_classes=4, lr=0.01)
     else:
         module = SmallModule(options.get("optimizer", "SGD"), norm=options.get("norm", False))
+    if double:
+        module = module.double()  # Lightning would load a checkpoint into float32 first
     if options.get("seed_differs"):
         import os
 
         pl.seed_everything(10 + int(os.environ.get("LOCAL_RANK", 0)))
+    torch.nn.SyncBatchNorm.forward = sync_batch_norm_on_the_cpu
+    torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # which asks for a GPU
     callback = Recorder(**{"min_kept": 0.1, **options["callback"]})
     strategy = (
         pl.strategies.DDPStrategy(process_group_backend="gloo", **options.get("ddp", {})) if devices > 1 else "auto"
     )
     run = trainer(
         folder,
-        callbacks=[callback],
+        callbacks=[callback, pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)],
         devices=devices,
         strategy=strategy,
         precision="64-true" if double else "32-true",
         use_distributed_sampler=False,
-        enable_checkpointing=False,
         **options.get("trainer", {}),
     )
     dtype = torch.float64 if double else torch.float32
-    run.fit(module, Data(devices, dtype, options.get("data_differs", False), 32 if network else 8))
+    data = (WithValidation if options.get("validates") else Data)(
+        devices, dtype, options.get("data_differs", False), 32 if network else 8
+    )
+    run.fit(module, data, ckpt_path=options.get("ckpt_path"), weights_only=True)
+    norms = callback.sync_batch_norms
+    side = 32 if network else 8
+    module.eval()(
+        torch.zeros(2, 3, side, side, dtype=dtype)
+    )  # it is whole, whatever the strategy has done to it at the end
     optimizer = run.optimizers[0]
     momenta = {
         f"{name}/{key}": value
@@ -80,7 +123,8 @@ def main() -> None:
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     torch.save(
         {"parameters": parameters, "buffers": dict(module.named_buffers()), "momenta": momenta, "plans": plans,
-         "kept": {g.name: list(g.kept) for g in callback.graph.groups}, "scores": callback.scores},
+         "kept": {g.name: list(g.kept) for g in callback.graph.groups}, "scores": callback.scores,
+         "scored_with": callback.scored_with, "norms": norms},
         folder / f"rank{run.global_rank}_of_{devices}.pt",
     )  # fmt: skip
 

@@ -76,12 +76,21 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             ["Linear does not run on images of 3x32x32"],
         ),
         ([*SMALL, "--out", "/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
+        ([*SMALL, "--trainer.callbacks", "gflow_pl.PruningCallback"], ["two of these callbacks", "keep one"]),
+        ([*SMALL, "--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"], ["use strategy='ddp'"]),
+        ([*SMALL, "--pruning.ignore", "[features.99]"], ["'features.99'", "Did you mean"]),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(options, told, folder, capsys) -> None:
     sentence = refused(["prune", *options], capsys)
     for part in told:
         assert part in sentence
+
+
+def test_predictions_by_two_processes_are_refused(folder, capsys) -> None:
+    ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    sentence = refused(["predict", "--model.network", "vgg13", *ranks], capsys)
+    assert "set --trainer.devices 1" in sentence
 
 
 def test_an_image_folder_without_test_is_refused(folder, capsys) -> None:

@@ -196,6 +196,9 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one_and_carries_its_rows(tmp_
     assert main(["prune", *options, *TINY, *resume, "--trainer.max_epochs", "4", "--name", "resumed"]) == 0
     whole, resumed = weights_of("checkpoints/whole/last.ckpt"), weights_of("checkpoints/resumed/last.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # The folder of a run that was resumed after its first cut lacks nothing; of the network before it there is no other.
+    whole, resumed = weights_of("checkpoints/whole/unpruned.ckpt"), weights_of("checkpoints/resumed/unpruned.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     one, two = (rows_of(Path(f"checkpoints/{name}/metrics.csv")) for name in ("whole", "resumed"))
     assert one == two
     assert len(one) == 4
