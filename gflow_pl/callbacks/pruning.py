@@ -216,7 +216,7 @@ class PruningCallback(CarriesStructure):
 
     def should_prune(self, epoch: int) -> bool:
         """Whether the next round is to be cut at the start of this epoch; asked once an epoch until all rounds are done."""
-        return epoch >= self.cut_epochs[self.rounds_done]
+        return not self.finished and epoch >= self.cut_epochs[self.rounds_done]
 
     def select(self, graph: ChannelGraph, scores: Scores) -> KeepPlan:
         """Which units stay in the next round, by their scores."""

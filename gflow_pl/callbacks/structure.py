@@ -55,6 +55,7 @@ class CarriesStructure(Callback):
     """
 
     _structure: Structure | None = None
+    _converted = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -75,24 +76,29 @@ class CarriesStructure(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings back what a conversion to SyncBatchNorm lost, and leaves emptied parameters out of the optimizers."""
-        if self._structure is not None and _has_sync_batch_norm(pl_module):
+        self._converted = any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules())
+        if self._structure is not None and self._converted:
             # The conversion makes new modules, between setup and here, and drops their hooks and buffers.
             apply_structure(pl_module, self._structure)
         drop_empty_parameters(trainer.strategy.optimizers)
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the shape; next, Lightning converts SyncBatchNorm back, to new modules once more."""
+        self._structure = structure_of(pl_module)
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Brings back what Lightning's conversion of SyncBatchNorm into ordinary norms would lose after this."""
-        if _has_sync_batch_norm(pl_module):
-            structure = structure_of(pl_module)
-            without_sync_batch_norm(trainer, pl_module)
-            apply_structure(pl_module, structure)
+        """Brings back what was lost when SyncBatchNorm was converted back."""
+        if self._converted and self._structure is not None:
+            apply_structure(pl_module, self._structure)
+        self._converted = False
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which is then left out."""
-        CarriesStructure.teardown(self, trainer, pl_module, "fit")
-
-
-def _has_sync_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+        """Has SyncBatchNorm converted back now: `teardown` is left out."""
+        if self._converted:
+            structure = structure_of(pl_module)
+            without_sync_batch_norm(trainer, pl_module)
+            apply_structure(pl_module, structure)
+        self._converted = False

@@ -118,12 +118,10 @@ def test_ranks_agree_to_the_bit_with_batch_norm_and_momentum(network, measure, t
 
 def test_ranks_with_other_data_and_seeds_still_agree_on_every_plan(tmp_path) -> None:
     callback = {"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32}
-    options = {"norm": True, "data_differs": True, "seed_differs": True, "callback": callback, "validates": True}
+    options = {"norm": True, "data_differs": True, "seed_differs": True, "callback": callback}
     first, second = run(tmp_path, 2, **options)
     assert_same(first, second, ("parameters", "scored_with"))
     assert any(not torch.equal(value, second["buffers"][name]) for name, value in first["buffers"].items())
-    # The one validation image is of one rank; the other waits for nothing.
-    assert {row["accuracy_after_cut"] for row in first["plans"]} <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
@@ -137,5 +135,8 @@ def test_ranks_with_other_data_and_seeds_still_agree_on_every_plan(tmp_path) -> 
 )
 def test_every_kind_of_wrapper_is_rebuilt(ddp, tmp_path) -> None:
     callback = {"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32, "keep_momentum": True}
-    first, second = run(tmp_path, 2, callback=callback, ddp=ddp, norm=True)
+    validates = "static_graph" in ddp
+    first, second = run(tmp_path, 2, callback=callback, ddp=ddp, norm=True, validates=validates)
     assert_same(first, second, ("parameters", "momenta", "scored_with"))
+    # The one validation image is of one rank; neither waits for the other for ever.
+    assert {row["accuracy_after_cut"] for row in first["plans"]} <= ({0.0, 1.0} if validates else {""})
