@@ -260,7 +260,7 @@ class KeepPlan(Mapping[str, Tensor]):
         return f"KeepPlan({len(self)} groups, {self.num_removed} units go, asked {self.asked}, reached {self.reached})"
 
 
-_STRUCTURE_KEYS = {"version", "shapes", "attributes", "expansions", "gathers"}
+_STRUCTURE_KEYS = {"version", "shapes", "attributes", "expansions"}  # files from before there were gathers have none
 
 
 @dataclass(frozen=True)
@@ -319,5 +319,5 @@ class Structure:
         if missing:
             raise ValueError(f"Structure: the keys {sorted(missing)} are missing.")
         shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        attributes, expansions, gathers = (dict(data[key]) for key in ("attributes", "expansions", "gathers"))
+        attributes, expansions, gathers = (dict(data.get(key, {})) for key in ("attributes", "expansions", "gathers"))
         return cls(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)

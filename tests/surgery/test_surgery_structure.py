@@ -198,3 +198,11 @@ def test_after_syncbatchnorm_conversion_the_structure_is_applied_again():
     assert isinstance(converted.bn2, nn.SyncBatchNorm)
     x = example(model)
     assert torch.equal(converted.eval()(x), model(x))
+
+
+def test_plain_data_from_before_there_were_gathers_is_read():
+    model = build("residual")
+    data = structure_of(model).as_dict()
+    assert data.pop("gathers") == {}
+    apply_structure(build("residual"), data)
+    assert structure_of(model).as_dict() == {**data, "gathers": {}}
