@@ -1,4 +1,4 @@
-"""Hessian-gradient products: two ways, their fallbacks and what is refused."""
+"""Hessian-gradient products: three ways, their fallbacks and what is refused."""
 
 import logging
 
@@ -9,14 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gflow_pl.importance import measure_names, resolve_measure, score_filters
+from gflow_pl import models, rewrite, select_units, trace_channels
+from gflow_pl.importance import measure_names, resolve_measure, score_filters, ways
 from gflow_pl.importance.evaluation import scoring_mode
-from gflow_pl.importance.gradients import loss_function
+from gflow_pl.importance.gradients import graph_nodes, loss_function
 from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
 from gflow_pl.importance.layers import find_layers, unique_refs
 from gflow_pl.importance.ranks import Ranks
 
-WAYS = ("forward_over_reverse", "double_backward")
+WAYS = ("reverse_over_forward", "forward_over_reverse", "double_backward")
 
 
 def products(net, batches, way=None):
@@ -64,20 +65,200 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.reshape(len(x), 5, 10))[0].mean(1))
 
 
-@pytest.mark.parametrize("make", [mixed, lambda: Checkpointed(False), Attention])
-def test_both_ways_agree(make):
-    net, batches = make(), class_batches()
-    found = {way: products(net, batches, way) for way in WAYS}
-    assert all(found[way][0] == way for way in WAYS)
-    one, other = (found[way][1] for way in WAYS)
-    assert all(largest_difference(one[name], other[name]) < 1e-10 for name in other)
+class Several(nn.Module):
+    """Operators that `Mixed` lacks: in-place activations, pooling, other norms, bare parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.body = nn.Sequential(
+            nn.GroupNorm(2, 6), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(6, 6, 1, groups=6)
+        )
+        self.places = nn.Parameter(torch.randn(1, 4, 6))
+        self.mix, self.head = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        x = self.body(self.conv(x)).flatten(2).transpose(1, 2) + self.places
+        return self.head(F.hardswish(x + self.mix(x)).mean(1))
+
+
+# The gradient of a group norm, which `Several` holds, has no forward derivative: there the second way is closed.
+@pytest.mark.parametrize(("make", "way"), [*((mixed, way) for way in WAYS), (Several, WAYS[0])])
+def test_all_ways_agree(make, way):
+    found, ours = products(make(), class_batches(), way)
+    _, theirs = products(make(), class_batches(), "double_backward")
+    assert found == way
+    assert all(largest_difference(ours[name], theirs[name]) < 1e-10 for name in theirs)
+
+
+def pairs(h):
+    """Matrices from activations (examples, 4, 5, 5)."""
+    return h.flatten(2).transpose(1, 2)
+
+
+# For every operator that the first way is taken for, a function of activations in which it stands.
+OPERATORS = {
+    "torch::autograd::AccumulateGrad": lambda h: h,
+    "Convolution": lambda h: h,
+    "Addmm": lambda h: F.linear(h.flatten(1), h.flatten(1)[:1].expand(7, -1), h[0, 0, 0, :1]),
+    "Mm": lambda h: h[0].flatten(1) @ h[-1].flatten(1).T,
+    "T": lambda h: h[0, 0].t() ** 2,
+    "NativeBatchNorm": lambda h: F.batch_norm(h, h.new_full((4,), 0.3), h.new_full((4,), 0.7), h[0, :, 0, 0]),
+    "NativeGroupNorm": lambda h: F.group_norm(h, 2, h[0, :, 0, 0], h[0, :, 0, 1]),
+    "Relu": F.relu,
+    "Hardtanh": F.relu6,
+    "LeakyRelu": F.leaky_relu,
+    "Elu": F.elu,
+    "Gelu": lambda h: F.gelu(h) + F.gelu(h, approximate="tanh"),
+    "Silu": F.silu,
+    "Mish": F.mish,
+    "Hardswish": lambda h: F.hardswish(h * 3),
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+    "Softplus": F.softplus,
+    "Softmax": lambda h: h.softmax(1),
+    "Add": lambda h: h + h**2,
+    "Sub": lambda h: h - h**2,
+    "Mul": lambda h: h * h,
+    "Div": lambda h: h / (h**2 + 1),
+    "Neg": lambda h: -h,
+    "Pow": lambda h: h**3,
+    "Exp": torch.exp,
+    "Abs": torch.abs,
+    "Sum": lambda h: h.sum((2, 3)) ** 2 + h.sum(),
+    "Mean": lambda h: h.mean((2, 3)) ** 2 + h.mean(),
+    "MaxPool2DWithIndices": lambda h: F.max_pool2d(h, 2),
+    "AvgPool2D": lambda h: F.avg_pool2d(h, 2),
+    "AdaptiveAvgPool2D": lambda h: F.adaptive_avg_pool2d(h, 2),
+    "UpsampleNearest2D": lambda h: F.interpolate(h, scale_factor=2.0),
+    "UpsampleBilinear2D": lambda h: F.interpolate(h, scale_factor=2.0, mode="bilinear"),
+    "ConstantPadNd": lambda h: F.pad(h, (1, 2)),
+    "View": lambda h: h.view(len(h), 2, -1) ** 2,
+    "UnsafeView": lambda h: h.transpose(1, 3) @ h[0, 0, :4, :4],
+    "ReshapeAlias": lambda h: F.linear(pairs(h[:1]), h[0, 0, :3, :4]),
+    "Unsqueeze": lambda h: h.unsqueeze(1) ** 2,
+    "Squeeze": lambda h: h[:, :1].squeeze(1) ** 2,
+    "Transpose": lambda h: h.transpose(2, 3) * h,
+    "Permute": lambda h: h.permute(0, 1, 3, 2) * h,
+    "Expand": lambda h: h[:, :1].expand(-1, 4, -1, -1) * h,
+    "Slice": lambda h: h[:, 1:] * h[:, :-1],
+    "Select": lambda h: h[:, 1] * h[:, 0],
+    "Split": lambda h: h.split(2, 1)[0] * h.split(2, 1)[1],
+    "Cat": lambda h: torch.cat([h, h**2], 1),
+    "Stack": lambda h: torch.stack([h, h**2], 1),
+    "Clone": lambda h: h.clone() ** 2,
+    "Index": lambda h: h[:, torch.tensor([2, 0, 2])] ** 2,
+    "IndexSelect": lambda h: h.index_select(1, torch.tensor([2, 0, 2])) ** 2,
+    "IndexCopy": lambda h: h.new_zeros(len(h), 6, 5, 5).index_copy(1, torch.tensor([4, 1, 0, 2]), h) ** 2,
+    "LogSoftmax": lambda h: h.log_softmax(1),
+    "NllLoss": lambda h: F.nll_loss(h.flatten(1).log_softmax(1), torch.arange(len(h))),
+    "MseLoss": lambda h: F.mse_loss(h, torch.ones_like(h)),
+}
+
+
+def test_every_operator_of_the_first_way_is_shown_to_allow_it():
+    assert set(OPERATORS) == ways._FORWARD_TWICE
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_first_way_is_right_for_an_operator(operator):
+    torch.manual_seed(0)
+    net, batch = nn.Conv2d(2, 4, 3, padding=1).double(), class_batches(1)[0]
+    seen = set()
+
+    def loss(model, batch):
+        value = OPERATORS[operator](model(batch[0])).pow(3).mean()
+        seen.update(node.name().split("Backward")[0] for node in graph_nodes(value))
+        return value
+
+    layers = find_layers(net)
+    found = {}
+    for way in WAYS[0], WAYS[2]:
+        with scoring_mode(net), second_order_kernels():
+            made = HessianProducts(net, layers, unique_refs(layers, "weight"), loss, batch, way)
+            found[made.way] = made.of([batch], Ranks())["weight"]
+    assert operator in seen
+    assert largest_difference(found["reverse_over_forward"], found["double_backward"]) < 1e-10
+    assert found["double_backward"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda h: F.layer_norm(h, (5,)),
+        lambda h: F.batch_norm(h, None, None, training=True),
+        lambda h: F.instance_norm(h),
+        lambda h: Detached.apply(h),
+    ],
+)
+def test_the_first_way_is_not_taken_where_it_would_be_wrong(operator):
+    torch.manual_seed(0)
+    net, batch = nn.Conv2d(2, 4, 3, padding=1).double(), class_batches(1)[0]
+    layers = find_layers(net)
+    found = []
+    for way in WAYS[0], WAYS[2]:
+        with scoring_mode(net), second_order_kernels():
+            made = HessianProducts(
+                net, layers, unique_refs(layers, "weight"), lambda m, b: operator(m(b[0])).pow(3).mean(), batch, way
+            )
+            found.append(made.of([batch], Ranks())["weight"])
+            assert made.way != "reverse_over_forward"
+    assert largest_difference(*found) < 1e-9
+
+
+@pytest.mark.parametrize("make", [lambda: Checkpointed(False), Attention, Recurrent])
+def test_where_the_first_way_is_closed_the_others_give_the_same(make):
+    found, ours = products(make(), class_batches())
+    assert found != "reverse_over_forward"
+    _, theirs = products(make(), class_batches(), "double_backward")
+    assert all(largest_difference(ours[name], theirs[name]) < 1e-9 for name in theirs)
+
+
+def test_fused_transformer_layers_are_back_after_scoring():
+    score_filters(Attention(), "grasp", class_batches())
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_way_follows_from_facts_of_the_model():
     net = mixed()
-    assert products(net, class_batches())[0] == "forward_over_reverse"
+    assert products(net, class_batches())[0] == "reverse_over_forward"
     nn.utils.parametrizations.weight_norm(net.hidden)
     assert products(net, class_batches())[0] == "double_backward"
+
+
+def test_a_network_whose_filters_were_cut_out_is_still_differentiated_the_cheapest_way():
+    torch.manual_seed(0)
+    net = models.resnet56(num_classes=3).double()
+    graph = trace_channels(net, torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    rewrite(net, graph, select_units(graph, score_filters(net, "random"), 0.5))
+    batches = [(torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.arange(3))]
+    found, ours = products(net, batches)
+    _, theirs = products(net, batches, "double_backward")
+    assert found == "reverse_over_forward"
+    assert all(largest_difference(ours[name], theirs[name]) < 1e-10 for name in theirs)
+
+
+class Detached(torch.autograd.Function):
+    """x^3 whose forward derivative hides from autograd that it depends on x, which nothing forbids."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.x = inputs[0].detach()
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * ctx.x**2 * t
 
 
 class Cube(torch.autograd.Function):
@@ -127,16 +308,9 @@ class Held(nn.Module):
 
 def test_weights_that_dual_numbers_do_not_reach_get_their_share_of_the_product(caplog):
     with caplog.at_level(logging.INFO, logger="gflow_pl"):
-        way, _ = products(Held(), class_batches(), "forward_over_reverse")
+        way, _ = products(Held(), class_batches())
     assert way == "double_backward"
-    assert "do not reach the weight 'first.weight'" in caplog.text
-
-
-def test_recurrent_weights_get_their_share_of_the_product():
-    net, batches = Recurrent(), class_batches()
-    _, ours = products(net, batches, "forward_over_reverse")
-    _, theirs = products(net, batches, "double_backward")
-    assert largest_difference(ours["head.weight"], theirs["head.weight"]) < 1e-9
+    assert caplog.text.count("do not reach the weight 'first.weight'") == 2
 
 
 @pytest.mark.parametrize("measure", [name for name in measure_names() if resolve_measure(name).needs_gradients])
