@@ -8,7 +8,8 @@ from golden_recipe import GOLDEN_NAMES, golden, golden_images, golden_labels, go
 from torch import nn
 
 from gflow_pl import models
-from gflow_pl.importance import Importance, Tracker, score_filters
+from gflow_pl.importance import Importance, Tracker, resolve_measure, score_filters
+from gflow_pl.importance.gradients import loss_function
 
 NUM_FILTERS = {"vgg13": 2944, "resnet56": 2128}
 FIRST_ORDER = ["loss_based", "biased_loss", "biased_loss_init", "tfo", "fisher", "nvidia"]
@@ -146,20 +147,36 @@ def test_tracked_scores_equal_the_published_ones(name):
     compare(name, "tracking__ema_nol2__tfo__T5", tracked(name, "tfo", [0, 1]), **LOOSE)
 
 
-@pytest.mark.parametrize(
-    ("measure", "published"), [("fisher", "tracking__fisher__T5"), ("nvidia", "tracking__nvidia__T5")]
-)
-def test_tracked_squares_are_squares_where_the_published_code_forgets_them(measure, published):
-    class Unsquared(Importance):
-        name = "unsquared"
+@pytest.mark.parametrize("temperature", [1, 5])
+@pytest.mark.parametrize("measure", ["fisher", "nvidia"])
+@pytest.mark.parametrize("name", NUM_FILTERS)
+def test_tracked_squares_are_squares_where_the_published_code_forgets_them(name, measure, temperature):
+    """The same measure without its square is the published one to the last digit; ours is the formula."""
+
+    class Unsquared(type(resolve_measure(measure))):
         statistic = "gradient"
-        reads = "norm" if measure == "nvidia" else "weight"
-        is_signed = True
 
-        def summand(self, theta, flow):
-            return theta.square() * flow
+    key, once = f"tracking__{measure}__T{temperature}", 0.8
+    compare(name, key, tracked(name, Unsquared(), [0], temperature), factor=once)
+    record = golden(f"importance_f64_{GOLDEN_NAMES[name]}")
+    assert record[f"{key}__f64"].min() < 0
 
-    recorded = golden("importance_f64_vgg")[f"{published}__f64"]
-    ours = tracked("vgg13", measure, [0])
-    assert recorded.min() < 0
-    assert all((ours[layer] >= 0).all() for layer in ours)
+    ours, gradients = tracked(name, measure, [0], temperature), training_gradients(name, 0, temperature)
+    compared = 0
+    for layer, norm in zip(record["layer_conv_names"].tolist(), record["layer_bn_names"].tolist(), strict=True):
+        tensors = [f"{layer}.weight"] if measure == "fisher" else [f"{norm}.weight", f"{norm}.bias"]
+        products = [network(name).get_parameter(tensor).detach() * gradients[tensor] for tensor in tensors]
+        expected = once * sum(product.square().reshape(len(product), -1).sum(1) for product in products)
+        assert (ours[layer] - expected).abs().max() <= 1e-9 * expected.abs().max()
+        compared += len(expected)
+    assert compared == NUM_FILTERS[name]
+
+
+@pytest.mark.parametrize("temperature", [1, 5])
+@pytest.mark.parametrize("name", NUM_FILTERS)
+def test_the_loss_behind_the_tracked_scores_is_the_published_one(name, temperature):
+    net = load_golden_weights(getattr(models, name)(num_classes=10), name).train()
+    images, labels = loader(16)[0]
+    loss = loss_function(None, None, float(temperature))(net, (images, labels))
+    recorded = golden(f"importance_f64_{GOLDEN_NAMES[name]}")[f"tracking_loss__T{temperature}__f64"]
+    assert float(loss) == pytest.approx(float(recorded), rel=1e-9)

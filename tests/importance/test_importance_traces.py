@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from importance_nets import class_batches, mixed
+from importance_nets import Mixed, class_batches, mixed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from gflow_pl.importance import Tracker, measure_names, score_filters
+from gflow_pl.importance import Tracker, measure_names, resolve_measure, score_filters
 
 BY_NAME = pytest.mark.parametrize("measure", measure_names())
 
@@ -131,6 +131,28 @@ def test_a_loss_that_is_not_finite_is_refused(measure):
         return
     with pytest.raises(ValueError, match=f"by measure '{measure}' hold NaN or infinity"):
         score_filters(mixed(), measure, batches)
+
+
+@BY_NAME
+def test_examples_of_one_class_only_give_scores_or_a_clear_error(measure):
+    batches = [(images, torch.zeros_like(labels)) for images, labels in class_batches()]
+    if resolve_measure(measure).needs_labels:
+        with pytest.raises(ValueError, match=r"each of 3 classes needs 1 images, .* class 1 has 0, class 2 has 0"):
+            score_filters(mixed(), measure, batches)
+    scores = score_filters(mixed(), measure, batches, balanced=False)
+    assert all(vector.isfinite().all() for vector in scores.values())
+
+
+@BY_NAME
+def test_a_network_of_one_class_has_scores_of_zero(measure):
+    """The loss is zero whatever the weights: no gradient, no curvature, and no NaN."""
+    batches = [(images, torch.zeros_like(labels)) for images, labels in class_batches()]
+    with torch.random.fork_rng():
+        net = Mixed(num_classes=1).double()
+    scores = score_filters(net, measure, batches)
+    assert all(vector.isfinite().all() for vector in scores.values())
+    if resolve_measure(measure).needs_gradients:
+        assert all((vector == 0).all() for vector in scores.values())
 
 
 @BY_NAME
