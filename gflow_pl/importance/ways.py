@@ -100,8 +100,16 @@ def _with_weights(
     model: nn.Module, refs: list[TensorRef], weights: Sequence[Tensor], compute: Callable[..., Any], *args: Any
 ) -> Any:
     """``compute(model, *args)`` while other weights stand in the model."""
-    named = {f"model.{ref.name}": weight for ref, weight in zip(refs, weights, strict=True)}
-    return torch.func.functional_call(_Bound(model, compute), named, args)
+    lent = {id(ref.value): weight for ref, weight in zip(refs, weights, strict=True)}
+    bound = _Bound(model, compute)
+    # Each place once, tied ones included: a module that stands under two names would else not get its own weight back.
+    named = {
+        f"{name}.{attribute}": lent[id(parameter)]
+        for name, module in bound.named_modules()
+        for attribute, parameter in module._parameters.items()
+        if id(parameter) in lent
+    }
+    return torch.func.functional_call(bound, named, args, tie_weights=False)
 
 
 def _rate_of_loss(

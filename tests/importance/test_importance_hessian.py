@@ -13,7 +13,7 @@ from gflow_pl import models, rewrite, select_units, trace_channels
 from gflow_pl.importance import measure_names, resolve_measure, score_filters, ways
 from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.gradients import graph_nodes, loss_function
-from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
+from gflow_pl.importance.hessian import HessianProducts, flow_tensors, second_order_kernels
 from gflow_pl.importance.layers import find_layers, unique_refs
 from gflow_pl.importance.ranks import Ranks
 
@@ -226,6 +226,13 @@ def test_the_way_follows_from_facts_of_the_model():
     assert products(net, class_batches())[0] == "reverse_over_forward"
     nn.utils.parametrizations.weight_norm(net.hidden)
     assert products(net, class_batches())[0] == "double_backward"
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_network_of_ours_goes_the_cheapest_way(name):
+    net = getattr(models, name)(num_classes=10).eval()
+    loss = loss_function(None, None, 5.0)(net, (torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)))
+    assert ways.possible_ways(flow_tensors(net, find_layers(net)), loss)[0] == "reverse_over_forward"
 
 
 def test_a_network_whose_filters_were_cut_out_is_still_differentiated_the_cheapest_way():

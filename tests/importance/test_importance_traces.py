@@ -97,7 +97,9 @@ def test_a_tied_weight_is_scored_in_each_layer_by_its_whole_gradient(measure):
         assert torch.equal(scores["first"], scores["second"])
     # One layer called twice is the same function of the same weight.
     net.second = net.first
+    before = list(net.parameters())
     once = score_filters(net, measure, class_batches(), initial_state=start)
+    assert all(now is then for now, then in zip(net.parameters(), before, strict=True))
     assert torch.allclose(once["first"], scores["first"], rtol=1e-9)
 
 
