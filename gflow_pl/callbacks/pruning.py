@@ -163,16 +163,6 @@ class PruningCallback(CarriesStructure):
         self.graph: ChannelGraph | None = None
         self._original_costs: dict[str, int] = {}
         self._initial: dict[str, Tensor] | None = None
-        self._scoring = Scoring(
-            self.measure,
-            num_samples=num_samples,
-            batches=batches,
-            temperature=temperature,
-            bias=self.bias,
-            loss_fn=loss_fn,
-            logits_fn=logits_fn,
-            seed=seed,
-        )
         self._tracking = Tracking(track_batches, track_order, self._new_tracker)
         self._held_rate: HeldRate | None = None
         self._rng_to_restore: list[Any] | None = None
@@ -243,6 +233,17 @@ class PruningCallback(CarriesStructure):
                     "`training_step` cannot be asked for a loss: give `loss_fn(module, batch)`, which returns the scalar loss "
                     "to score by."
                 )
+            # Only here: until now the settings are plain attributes, and may be set anew.
+            self._scoring = Scoring(
+                self.measure,
+                num_samples=self.num_samples,
+                batches=self.batches,
+                temperature=self.temperature,
+                bias=self.bias,
+                loss_fn=self.loss_fn,
+                logits_fn=self.logits_fn,
+                seed=self.seed,
+            )
         super().setup(trainer, pl_module, stage)
 
     @override
