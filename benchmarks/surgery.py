@@ -98,7 +98,7 @@ def against_torch_pruning(name: str) -> dict[str, float]:
 
         return work
 
-    return least_seconds({"torch_pruning": theirs, "ours": ours, "rewrite": ours_again}, repeats=3)
+    return least_seconds({"torch_pruning": theirs, "ours": ours, "rewrite": ours_again}, repeats=5)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
