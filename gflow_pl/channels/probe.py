@@ -317,4 +317,4 @@ def _set(attributes: dict[str, Any], attribute: str, value: int) -> None:
         return
     parts = list(attributes[name])
     parts[int(place[:-1])] = value
-    attributes[name] = parts
+    attributes[name] = tuple(parts) if type(attributes[name]) is tuple else parts

@@ -40,10 +40,10 @@ class Shapes:
             return args[0]
         if not facts.makes_fresh:
             return func(*args, **kwargs)
-        question = (func, _key(args), _key(kwargs.values()) if kwargs else None)
         try:
+            question = (func, _key(args), _key(kwargs.items()) if kwargs else None)
             known = self._known.get(question)
-        except TypeError:  # an argument that cannot be compared
+        except (TypeError, RuntimeError):  # an argument that cannot be compared, a tensor without strides
             return func(*args, **kwargs)
         if known is None and facts.told is not None and not kwargs:
             known = self._known[question] = facts.told(*args)
@@ -124,7 +124,7 @@ def _arithmetic(a: Any, b: Any, *more: Any) -> Likeness | None:
     if not isinstance(a, Tensor) or not a.is_floating_point() or not a.is_contiguous():
         return None
     if not isinstance(b, Tensor):
-        return _plain(a.shape, a.dtype)
+        return None if isinstance(b, complex) else _plain(a.shape, a.dtype)
     if a.ndim != b.ndim or a.dtype != b.dtype or not b.is_contiguous():
         return None
     shape = [m if n == 1 else n for m, n in zip(a.shape, b.shape, strict=True)]
@@ -136,7 +136,9 @@ def _takes(x: Tensor, other: Any, *more: Any) -> bool:
     """Whether arithmetic in place goes without saying: a number, or a tensor of the same kind."""
     if isinstance(other, Tensor):
         return other.shape == x.shape and other.dtype == x.dtype and x.is_floating_point()
-    return x.is_floating_point() or isinstance(other, int)
+    return (
+        isinstance(other, (int, float)) if x.is_floating_point() else x.dtype == torch.int64 and isinstance(other, int)
+    )
 
 
 def _batch_norm(x: Tensor, *vectors: Any) -> Likeness | None:
@@ -156,7 +158,7 @@ def _layer_norm(x: Tensor, shape: Sequence[int], *vectors: Any) -> Likeness | No
     return [_plain(x.shape, x.dtype), moments, moments]
 
 
-def _mean(x: Tensor, dims: Sequence[int] | None, keep: bool = False) -> Likeness | None:
+def _mean(x: Tensor, dims: Sequence[int] | None = None, keep: bool = False) -> Likeness | None:
     if not dims or not x.is_floating_point() or not x.is_contiguous():
         return None
     gone = {dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim}
@@ -189,8 +191,8 @@ def _convolution(
     return _plain([x.shape[0], weight.shape[0], *moved], x.dtype) if min(moved) > 0 else None
 
 
-def _product(bias: Tensor | None, a: Tensor, b: Tensor) -> Likeness | None:
-    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
+def _product(bias: Tensor | None, a: Tensor, b: Tensor, *more: Any) -> Likeness | None:
+    fits = not more and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
     if not fits or (bias is not None and (bias.shape != b.shape[1:] or bias.dtype != a.dtype)):
         return None
     return _plain([a.shape[0], b.shape[1]], a.dtype)
@@ -213,5 +215,5 @@ _TOLD: dict[str, Told] = {
     "aten::mean": _mean,
     "aten::convolution": _convolution,
     "aten::addmm": _product,
-    "aten::mm": lambda a, b: _product(None, a, b),
+    "aten::mm": lambda a, b, *more: _product(None, a, b, *more),
 }

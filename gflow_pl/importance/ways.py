@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from gflow_pl.importance.batches import batch_size, map_tensors
 from gflow_pl.importance.evaluation import one_weight_a_pass
@@ -172,6 +173,18 @@ WAYS: dict[Way, _Product] = {
 }
 
 
+class _Stops(TorchFunctionMode):
+    """Sees whether anything is computed while no graph is made, or read out of it as ``.data``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= not torch.is_grad_enabled() or func == torch.Tensor.data.__get__  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
 def choose_way(
     model: nn.Module,
     refs: list[TensorRef],
@@ -181,6 +194,9 @@ def choose_way(
     prefer: Way | None = None,
 ) -> Way:
     """The way to take, tried on one example before anything is spent on the others.
+
+    Where a forward computes something outside of the graph, by ``torch.no_grad()`` or ``.data``, double backward is taken:
+    dual numbers do not stop there.
 
     Args:
         model: The model, in evaluation mode.
@@ -196,13 +212,18 @@ def choose_way(
     size = batch_size(batch)
     one = map_tensors(batch, lambda t: t[:1] if t.ndim and len(t) == size else t)
     with one_weight_a_pass():
-        value = scalar_loss(loss, model, one)
+        with _Stops() as stops:
+            value = scalar_loss(loss, model, one)
         refuse_reentrant(value)
-        ways = possible_ways(refs, value)
+        ways: tuple[Way, ...] = ("double_backward",) if stops.seen else possible_ways(refs, value)
         custom = sorted({type(node).__name__ for node in graph_nodes(value) if _is_custom(node)})
         tensors = [ref.value for ref in refs]
         gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     direction = [gradient.detach() for gradient in without_gaps(tensors, gradients)]
+    if stops.seen:
+        log.info(
+            "Hessian-gradient products by double backward, since the forward computes something outside of the graph"
+        )
     errors: list[str] = []
     for way in sorted(ways, key=lambda way: way != prefer):
         try:

@@ -57,6 +57,8 @@ CALLS = [
     (ATEN.native_layer_norm.default, (ROWS, [4], made(4), made(4), 1e-5)),
     (ATEN.native_layer_norm.default, (ROWS, [5, 4], None, None, 1e-5)),
     *((ATEN.mean.dim, (IMAGES[0], dims, keep)) for dims in ([2, 3], [-1], [1]) for keep in (False, True)),
+    (ATEN.mean.default, (IMAGES[0],)),
+    (ATEN.add.Tensor, (IMAGES[0], 1j)),
     (ATEN.addmm.default, (made(4), made(3, 5), made(5, 4))),
     (ATEN.mm.default, (made(3, 5), made(5, 4))),
     (ATEN.cat.default, ([made(2, 3), made(2, 4)], 1)),
@@ -90,6 +92,13 @@ def test_every_op_that_is_told_is_among_the_calls() -> None:
     assert answered == told
 
 
+def test_the_names_of_arguments_are_part_of_the_question() -> None:
+    known, edges = Shapes(), made(4)
+    first = known.computed(ATEN.bucketize.Tensor, (made(3), edges), {"out_int32": True})
+    second = known.computed(ATEN.bucketize.Tensor, (made(3), edges), {"right": True})
+    assert (first.dtype, second.dtype) == (torch.int32, torch.int64)
+
+
 BAD = [
     (ATEN.convolution.default, (made(2, 6, 5, 5), made(4, 5, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
     (ATEN.convolution.default, (made(2, 6, 2, 2), made(4, 6, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
@@ -99,6 +108,7 @@ BAD = [
     (ATEN.native_layer_norm.default, (ROWS, [5], made(5), made(5), 1e-5)),
     (ATEN.add_.Tensor, (made(2, 3), made(2, 4))),
     (ATEN.div_.Scalar, (made(2, dtype=torch.int64), 2)),
+    (ATEN.add_.Tensor, (made(2, dtype=torch.int64), made(2))),
 ]
 
 
