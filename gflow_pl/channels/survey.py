@@ -261,7 +261,7 @@ def survey(
         for name, module in stage.modules.items()
         if INDEX in module._buffers
     }
-    found.gathering = {name for name, module in stage.model.named_modules() if INPUT_INDEX in module._buffers}
+    found.gathering = {name for name, module in stage.modules.items() if INPUT_INDEX in module._buffers}
     for training in (True, False):
         recorder = Recorder(
             found.book,

@@ -69,8 +69,8 @@ def test_a_pruned_foreign_module_is_trained_on_without_a_pruning_callback(tmp_pa
     assert torch.equal(again.eval()(inputs), module.eval()(inputs))
 
 
-def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
-    twin = pytest.importorskip("lightning.pytorch")
+def twin_module(twin):
+    """A module of the twin package."""
 
     class TwinModule(twin.LightningModule):
         def __init__(self):
@@ -86,7 +86,13 @@ def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05)
 
-    module = TwinModule()
+    return TwinModule()
+
+
+def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
+    twin = pytest.importorskip("lightning.pytorch")
+
+    module = twin_module(twin)
     before = sum(p.numel() for p in module.parameters())
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     callback = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=16)
@@ -105,14 +111,14 @@ def test_a_trainer_and_module_of_the_twin_package(tmp_path) -> None:
     # It resumes and refuses like its twin.
     callback = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=16)
     run = twin.Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, callbacks=[callback], **quiet)
-    run.fit(again := TwinModule(), DataLoader(images(32), batch_size=16), ckpt_path=tmp_path / "file.ckpt")
+    run.fit(again := twin_module(twin), DataLoader(images(32), batch_size=16), ckpt_path=tmp_path / "file.ckpt")
     assert callback.rounds_done == 1
     assert again.net[4].weight.shape == module.net[4].weight.shape
     averaging = twin.callbacks.StochasticWeightAveraging(0.1)
     callbacks = [PruningCallback("loss", fraction=0.5, rounds=1), averaging]
     run = twin.Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, callbacks=callbacks, **quiet)
     with pytest.raises(MisconfigurationException, match="use WeightAveraging"):
-        run.fit(TwinModule(), DataLoader(images(32), batch_size=16))
+        run.fit(twin_module(twin), DataLoader(images(32), batch_size=16))
 
 
 def test_a_checkpoint_io_that_somebody_chose_stays(tmp_path) -> None:
@@ -129,20 +135,6 @@ def test_averaged_models_of_the_twin_package_are_pruned_alike(first, tmp_path) -
     twin = pytest.importorskip("lightning.pytorch")
     average, callback = twin.callbacks.EMAWeightAveraging(decay=0.5), PruningCallback("magnitude", fraction=0.5)
 
-    class TwinModule(twin.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = SmallModule().net
-
-        def forward(self, x):
-            return self.net(x)
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05)
-
     run = twin.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -152,5 +144,5 @@ def test_averaged_models_of_the_twin_package_are_pruned_alike(first, tmp_path) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    run.fit(module := TwinModule(), DataLoader(images(32), batch_size=16))
+    run.fit(module := twin_module(twin), DataLoader(images(32), batch_size=16))
     assert sum(p.numel() for p in module.parameters()) == callback.rows[-1]["parameters"]
