@@ -68,9 +68,12 @@ class _Watcher(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        args, kwargs, seen = self.staged(args, kwargs or {})
+        if name not in _SILENT and self._was_taken_apart(func, name):
+            with self:
+                return func.decompose(*args, **kwargs)
         self.inside = True
         call = None if name in _SILENT else self._next(name)
-        args, kwargs, seen = self.staged(args, kwargs or {})
         out = self.computed(func, args, kwargs)
         self.alive.append(out)
         if call is not None:
@@ -82,15 +85,26 @@ class _Watcher(Watch):
     @property
     def failed_at(self) -> int:
         """Number of the op that failed; the next one, where an error came up between two ops."""
+        following = self._following()
+        return self.at if self.inside or following == len(self.calls) else following
+
+    def _following(self) -> int:
+        """Number of the next recorded op that memory layouts do not bring."""
         following = range(self.at + 1, len(self.calls))
-        between = next((i for i in following if self.calls[i].name not in _SILENT), self.at)
-        return self.at if self.inside else between
+        return next((i for i in following if self.calls[i].name not in _SILENT), len(self.calls))
+
+    def _is_next(self, name: str) -> bool:
+        at = self._following()
+        return at < len(self.calls) and _plain(self.calls[at].name) == _plain(name)
+
+    def _was_taken_apart(self, func: Any, name: str) -> bool:
+        """Whether the recorder saw this op as the ones that it is made of; in inference mode ops arrive whole."""
+        return not self._is_next(name) and func._can_decompose()
 
     def _next(self, name: str) -> Call:
-        self.at += 1
-        while self.at < len(self.calls) and self.calls[self.at].name in _SILENT:
-            self.at += 1
-        if self.at >= len(self.calls) or _plain(self.calls[self.at].name) != _plain(name):
+        found = self._is_next(name)
+        self.at = self._following()
+        if not found:
             raise _Mismatch("the forward takes another path at smaller shapes")
         return self.calls[self.at]
 

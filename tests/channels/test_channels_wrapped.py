@@ -77,6 +77,18 @@ class Compiled(nn.Module):
         return self.net(x)
 
 
+class Inference(nn.Module):
+    """Runs in inference mode inside, where operators arrive as they were called and not as their parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = plain()
+
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.net(x)
+
+
 def facts(graph, prefix=""):
     return [
         (group.name, group.kind, group.size, {(part.tensor, part.dim) for part in group.slices})
@@ -93,8 +105,8 @@ def expected(prefix):
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: Checkpointed(False), lambda: Checkpointed(True), Autocast, Module, Compiled],
-    ids=["checkpoint", "reentrant", "autocast", "lightning", "compiled"],
+    [lambda: Checkpointed(False), lambda: Checkpointed(True), Autocast, Module, Compiled, Inference],
+    ids=["checkpoint", "reentrant", "autocast", "lightning", "compiled", "inference"],
 )
 def test_wrapping_changes_no_group(build):
     assert facts(trace_channels(build(), torch.zeros(2, 3, 6, 6))) == expected("net.")
