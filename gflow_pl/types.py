@@ -21,14 +21,15 @@ Kind = Literal["remove", "expand"]
 
 def _frozen_index(index: Any, what: str, name: str) -> np.ndarray:
     """A read-only int64 (units, width) table of positions; what nobody can write into is not copied."""
-    taken = isinstance(index, np.ndarray) and index.flags.owndata and not index.flags.writeable
-    taken = taken and index.dtype == np.int64
+    flags = index.flags if isinstance(index, np.ndarray) else None
+    taken = flags is not None and flags.owndata and not flags.writeable and index.dtype == np.int64
     table = index if taken else np.array(index, dtype=np.int64)
     if table.ndim != 2 or (table.size and np.minimum.reduce(table, axis=None) < 0):
         raise ValueError(
             f"{what} '{name}': positions must be a (units, width) table of numbers >= 0, got shape {table.shape}."
         )
-    table.setflags(write=False)
+    if not taken:
+        table.setflags(write=False)
     return table
 
 

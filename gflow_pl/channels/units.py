@@ -160,6 +160,7 @@ class _Grouping:
         members = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
         members.sort(key=lambda units: (int(first_layer[units[0]]), int(first_channel[units[0]])))
         place = _Places(members, len(roots))
+        self.known_tables: dict[tuple[tuple[int, ...], bytes], np.ndarray] = {}
         slices = self._slices(place, unit_of)
         layers = self._layers(place, roots)
         taken: dict[str, int] = {}
@@ -212,8 +213,17 @@ class _Grouping:
         for first, last in pairwise(bounds):
             group = int(number[first])
             tensor, dim = self.found.book.tables[int(tables[first])]
-            slices[group].append(Slice(tensor, dim, positions[first:last].reshape(place.sizes[group], -1)))
+            index = self._shared(positions[first:last].reshape(place.sizes[group], -1))
+            slices[group].append(Slice(tensor, dim, index))
         return slices
+
+    def _shared(self, index: np.ndarray) -> np.ndarray:
+        """One read-only table for all that are equal: most of a group's are, and surgery then moves them once."""
+        key = (index.shape, index.tobytes())
+        if key not in self.known_tables:
+            table = self.known_tables[key] = np.array(index, dtype=np.int64)
+            table.setflags(write=False)
+        return self.known_tables[key]
 
     def _layers(self, place: _Places, roots: Nodes) -> list[list[LayerUnits]]:
         """Per group, the filters of every layer that go with it; those that vote first."""
@@ -230,7 +240,7 @@ class _Grouping:
             bounds = np.flatnonzero(np.diff(number[order])) + 1
             for part in np.split(order, bounds) if len(order) else []:
                 group = int(number[part[0]])
-                index = channels[part].reshape(place.sizes[group], -1)
+                index = self._shared(channels[part].reshape(place.sizes[group], -1))
                 parts[group].append(LayerUnits(facts.name, index, _votes(facts, self.cuts)))
         return [sorted(part, key=lambda layer: not layer.votes) for part in parts]
 

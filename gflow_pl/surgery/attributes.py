@@ -34,11 +34,10 @@ def local_shapes(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> d
     """Module name to the shapes of its own tensors by local name; a parametrized module owns its originals too."""
     local: dict[str, dict[str, tuple[int, ...]]] = {}
     for alias, name in table.aliases.items():
-        shape = tuple(shapes.get(name, tuple(table[name].tensor.shape)))
+        shape = tuple(shapes[name] if name in shapes else table[name].tensor.shape)
         owner, _, leaf = alias.rpartition(".")
         local.setdefault(owner, {})[leaf] = shape
-        parts = alias.split(".")
-        if "parametrizations" in parts:
+        if "parametrizations" in alias and "parametrizations" in (parts := alias.split(".")):
             at = parts.index("parametrizations")
             local.setdefault(".".join(parts[:at]), {})[".".join(parts[at:])] = shape
     return local

@@ -19,7 +19,7 @@ Mask = np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A plan, spelt out.
+    """A plan, spelt out; equal masks are mostly one and the same, and nobody writes into them.
 
     Attributes:
         units: Group name to (units,) bool, for every group.
@@ -51,16 +51,24 @@ def decide(graph: ChannelGraph, plan: Mapping[str, Tensor], *, dead: Collection[
         gone = np.flatnonzero(~units[group.name])
         if not len(gone):
             continue
+        known: dict[tuple[int, int], Mask] = {}
         for part in group.slices:
-            key = (part.tensor, part.dim)
-            if key not in positions:
-                positions[key] = np.ones(graph.shapes[part.tensor][part.dim], dtype=bool)
-            positions[key][part.index.take(gone, axis=0)] = False
+            key, size = (part.tensor, part.dim), graph.shapes[part.tensor][part.dim]
+            mask = _without(gone, part.index, size, known)
+            positions[key] = positions[key] & mask if key in positions else mask
         for layer in group.layers:
-            if layer.layer not in channels:
-                channels[layer.layer] = np.ones(_num_channels(graph, layer), dtype=bool)
-            channels[layer.layer][layer.index.take(gone, axis=0)] = False
+            mask = _without(gone, layer.index, _num_channels(graph, layer), known)
+            channels[layer.layer] = channels[layer.layer] & mask if layer.layer in channels else mask
     return Decision(units, positions, channels)
+
+
+def _without(gone: np.ndarray, index: np.ndarray, size: int, known: dict[tuple[int, int], Mask]) -> Mask:
+    """Which of `size` positions stay when some units go; one mask for all slices that share their table."""
+    key = (id(index), size)
+    if key not in known:
+        known[key] = np.ones(size, dtype=bool)
+        known[key][index.take(gone, axis=0)] = False
+    return known[key]
 
 
 def _num_channels(graph: ChannelGraph, part: LayerUnits) -> int:
@@ -103,19 +111,20 @@ def renumbered(
     Raises:
         ValueError: A unit that stays holds a position that goes with another group: the graph contradicts itself.
     """
-    known: dict[bytes, np.ndarray] = {}
+    known: dict[int, np.ndarray] = {}
     new_place = {key: _new_places(mask, known) for key, mask in decision.positions.items()}
     new_channel = {name: _new_places(mask, known) for name, mask in decision.channels.items()}
     groups = []
     for group in graph.groups:
         stay = np.flatnonzero(decision.units[group.name])
         slices, layers = [], []
+        moved: dict[tuple[int, int], np.ndarray] = {}
         try:
             for part in group.slices:
-                index = _moved(part.index, stay, new_place.get((part.tensor, part.dim)))
+                index = _moved(part.index, stay, new_place.get((part.tensor, part.dim)), moved)
                 slices.append(Slice(part.tensor, part.dim, index))
             for layer in group.layers:
-                index = _moved(layer.index, stay, new_channel.get(layer.layer))
+                index = _moved(layer.index, stay, new_channel.get(layer.layer), moved)
                 layers.append(LayerUnits(layer.layer, index, layer.votes))
         except ValueError as error:
             raise ValueError(
@@ -136,16 +145,20 @@ def renumbered(
     return groups, {name: tuple(shape) for name, shape in shapes.items()}, layers_now
 
 
-def _new_places(kept: Mask, known: dict[bytes, np.ndarray]) -> np.ndarray:
-    """Old position to new position, -1 where it is gone; a layer and its norm have the same, found once."""
-    key = kept.tobytes()
+def _new_places(kept: Mask, known: dict[int, np.ndarray]) -> np.ndarray:
+    """Old position to new position, -1 where it is gone; found once for every mask."""
+    if id(kept) not in known:
+        known[id(kept)] = np.where(kept, kept.cumsum() - 1, -1)
+    return known[id(kept)]
+
+
+def _moved(
+    index: np.ndarray, stay: np.ndarray, new_places: np.ndarray | None, known: dict[tuple[int, int], np.ndarray]
+) -> np.ndarray:
+    """A table of positions as it is after the cut, shared as before; -1 where a position went although its unit stays."""
+    key = (id(index), id(new_places))
     if key not in known:
-        known[key] = np.where(kept, kept.cumsum() - 1, -1)
+        rows = index.take(stay, axis=0)
+        known[key] = rows if new_places is None else new_places[rows]
+        known[key].setflags(write=False)
     return known[key]
-
-
-def _moved(index: np.ndarray, stay: np.ndarray, new_places: np.ndarray | None) -> np.ndarray:
-    """A table of positions as it is after the cut; -1 where a position went although its unit stays."""
-    moved = index.take(stay, axis=0) if new_places is None else new_places[index.take(stay, axis=0)]
-    moved.setflags(write=False)
-    return moved

@@ -89,13 +89,12 @@ def rewrite(
 
 def _cuts(decision: Decision) -> dict[str, list[Cut]]:
     cuts: dict[str, list[Cut]] = {}
-    known: dict[bytes, Tensor] = {}  # a layer and its norm have the same masks
+    known: dict[int, Tensor] = {}  # a layer and its norm share their mask
     for (tensor, dim), mask in decision.positions.items():
-        key = mask.tobytes()
-        if key not in known:
-            known[key] = torch.from_numpy(mask.nonzero()[0])
-        if len(known[key]) < len(mask):
-            cuts.setdefault(tensor, []).append(Cut(dim, known[key]))
+        if id(mask) not in known:
+            known[id(mask)] = torch.from_numpy(mask.nonzero()[0])
+        if len(known[id(mask)]) < len(mask):
+            cuts.setdefault(tensor, []).append(Cut(dim, known[id(mask)]))
     return cuts
 
 
