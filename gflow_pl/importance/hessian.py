@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gflow_pl.importance.batches import batch_size
-from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
+from gflow_pl.importance.batches import batch_size, map_tensors
+from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients, scalar_loss
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
 from gflow_pl.importance.ranks import Ranks
-from gflow_pl.importance.ways import WAYS, Way, choose_way
+from gflow_pl.importance.ways import WAYS, Way, choose_way, facts_of, watched_loss
 
 __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
 
@@ -62,7 +62,9 @@ class HessianProducts:
         layers: Its layers.
         refs: The tensors whose products are asked for.
         loss: The mean loss of a batch.
-        first: A batch on the model's device; one example of it is used to choose the way.
+        first: A batch on the model's device; two examples of it are used to choose the way, before anything is spent on
+            the others. A batch that other operators turn out to compute, by a branch of the model's, gets a way of its own;
+            what a branch only takes out of the graph, with no operator more or less in it, is not seen.
         prefer: The way to try first; None: the order of `possible_ways`.
 
     Raises:
@@ -88,7 +90,12 @@ class HessianProducts:
         self.scored = sorted(set(asked))
         self._place = [self.scored.index(i) for i in asked]
         self.loss = loss
-        self.way = choose_way(model, self.refs, self.scored, first, loss, prefer)
+        self.prefer = prefer
+        size = batch_size(first)
+        # Not one: what works on one example alone is often another operator (a vector in place of a matrix).
+        few = map_tensors(first, lambda t: t[:2] if t.ndim and len(t) == size else t)
+        self.way, facts = choose_way(model, self.refs, self.scored, few, loss, prefer)
+        self._ways = {facts: self.way}
 
     def of(self, sample: list[Any], ranks: Ranks) -> dict[str, Tensor]:
         """The products over a sample by tensor name; g is averaged over the ranks before the products are taken.
@@ -97,23 +104,43 @@ class HessianProducts:
             sample: Batches of this rank on the device; there may be none.
             ranks: The processes that score together.
         """
-        direction = self._gradient(sample, ranks)
+        direction, facts = self._gradient(sample, ranks)
         totals = [_zeros(self.refs[i].value) for i in self.scored]
-        for batch in sample:
-            products = WAYS[self.way](self.model, self.refs, self.scored, direction, batch, self.loss)
+        for batch, made_by in zip(sample, facts, strict=True):
+            products = WAYS[self._way_for(batch, made_by)](
+                self.model, self.refs, self.scored, direction, batch, self.loss
+            )
             for total, product in zip(totals, products, strict=True):
                 total.add_(product, alpha=batch_size(batch))
         means = ranks.weighted_mean(totals, sum(map(batch_size, sample)))
         return {name: means[place] for name, place in zip(self.names, self._place, strict=True)}
 
-    def _gradient(self, sample: list[Any], ranks: Ranks) -> list[Tensor]:
+    def _way_for(self, batch: Any, facts: tuple[str, ...]) -> Way:
+        """The way of a batch of whose graph these are the facts; a graph that was not met before is looked at closely."""
+        if facts not in self._ways:
+            _, closely = watched_loss(self.model, batch, self.loss)
+            known = [way for met, way in self._ways.items() if set(closely) <= set(met)]
+            self._ways[facts] = (
+                known[0] if known else choose_way(self.model, self.refs, self.scored, batch, self.loss, self.prefer)[0]
+            )
+        return self._ways[facts]
+
+    def _gradient(self, sample: list[Any], ranks: Ranks) -> tuple[list[Tensor], list[tuple[str, ...]]]:
+        """The gradient, and the facts of every batch as the graph of its pass shows them: no further pass is needed."""
+        facts: list[tuple[str, ...]] = []
+
+        def watched(model: nn.Module, batch: Any) -> Tensor:
+            value = scalar_loss(self.loss, model, batch)
+            facts.append(facts_of(value))
+            return value
+
         sums = [_zeros(ref.value) for ref in self.refs]
         device = sums[0].device
-        for size, gradients in batch_gradients(self.model, self.refs, sample, self.loss, device):
+        for size, gradients in batch_gradients(self.model, self.refs, sample, watched, device):
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient, alpha=size)
         means = ranks.weighted_mean(sums, sum(map(batch_size, sample)))
-        return [mean.to(ref.value.dtype) for mean, ref in zip(means, self.refs, strict=True)]
+        return [mean.to(ref.value.dtype) for mean, ref in zip(means, self.refs, strict=True)], facts
 
 
 def _zeros(tensor: Tensor) -> Tensor:

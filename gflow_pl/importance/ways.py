@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from gflow_pl.importance.batches import batch_size, map_tensors
 from gflow_pl.importance.evaluation import one_weight_a_pass
 from gflow_pl.importance.gradients import LossFn, graph_nodes, refuse_reentrant, scalar_loss, without_gaps
 from gflow_pl.importance.layers import TensorRef
 
-__all__ = ["WAYS", "Way", "choose_way"]
+__all__ = ["WAYS", "Way", "choose_way", "facts_of", "watched_loss"]
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +35,44 @@ _FORWARD_TWICE = frozenset({
 })  # fmt: skip
 
 
-def possible_ways(refs: list[TensorRef], value: Tensor) -> tuple[Way, ...]:
+# Facts of a loss besides the operators in its graph; none of them is the name of an operator.
+_OUTSIDE = "something computed outside of the graph"
+_OWN_STATISTICS = "a batch norm with the statistics of its batch"
+
+
+def facts_of(value: Tensor) -> tuple[str, ...]:
+    """What a loss is computed by, as its graph shows it: the facts that decide which ways are open."""
+    return tuple(map(_fact, graph_nodes(value)))
+
+
+def _fact(node: Any) -> str:
+    operator = node.name().split("Backward")[0]
+    if _is_custom(node):
+        return f"custom function {operator}"
+    return _OWN_STATISTICS if operator == "NativeBatchNorm" and node._saved_training else operator
+
+
+def watched_loss(model: nn.Module, batch: Any, loss: LossFn) -> tuple[Tensor, tuple[str, ...]]:
+    """The loss of a batch and all its facts, also what its graph does not show."""
+    with one_weight_a_pass(), _Stops() as stops:
+        value = scalar_loss(loss, model, batch)
+    facts = facts_of(value)
+    return value, (*facts, _OUTSIDE) if stops.seen else facts
+
+
+def possible_ways(refs: list[TensorRef], facts: Collection[str]) -> tuple[Way, ...]:
     """The ways by facts of the model, the cheapest first; figures in docs/benchmarks_importance.md.
 
     Of a layer whose gradient costs 3 convolutions, H g costs 8 by reverse over forward, the gradient of the loss's rate
     of change along g, and 9 by each of the others. The first is taken where every operator is known to allow it. A weight
-    that a parametrization computes has no place where a dual number could be put: there only the last is left.
+    that a parametrization computes has no place where a dual number could be put, and dual numbers do not stop where a
+    forward computes something outside of the graph, by ``torch.no_grad()`` or ``.data``: there only the last is left.
     """
-    if not all(isinstance(ref.value, nn.Parameter) for ref in refs):
+    if _OUTSIDE in facts or not all(isinstance(ref.value, nn.Parameter) for ref in refs):
         return ("double_backward",)
-    if all(_is_forward_twice(node) for node in graph_nodes(value)):
+    if _FORWARD_TWICE.issuperset(facts):
         return ("reverse_over_forward", "forward_over_reverse", "double_backward")
     return ("forward_over_reverse", "double_backward")
-
-
-def _is_forward_twice(node: Any) -> bool:
-    operator = node.name().split("Backward")[0]
-    return operator in _FORWARD_TWICE and not (operator == "NativeBatchNorm" and node._saved_training)
 
 
 def _double_backward(
@@ -192,43 +212,40 @@ def choose_way(
     batch: Any,
     loss: LossFn,
     prefer: Way | None = None,
-) -> Way:
-    """The way to take, tried on one example before anything is spent on the others.
-
-    Where a forward computes something outside of the graph, by ``torch.no_grad()`` or ``.data``, double backward is taken:
-    dual numbers do not stop there.
+) -> tuple[Way, tuple[str, ...]]:
+    """The way to take for all batches that are computed by the same operators as this one, which it is tried on.
 
     Args:
         model: The model, in evaluation mode.
         refs: What gradient flow moves.
         scored: Positions in `refs` of the tensors whose products are asked for.
-        batch: A batch on the model's device.
+        batch: Some examples on the model's device.
         loss: The mean loss of a batch.
         prefer: The way to try first; None: the order of `possible_ways`.
+
+    Returns:
+        The way, and the facts of the batch.
 
     Raises:
         ValueError: The model can be differentiated twice by no way; the message names the operator.
     """
-    size = batch_size(batch)
-    one = map_tensors(batch, lambda t: t[:1] if t.ndim and len(t) == size else t)
     with one_weight_a_pass():
-        with _Stops() as stops:
-            value = scalar_loss(loss, model, one)
+        value, facts = watched_loss(model, batch, loss)
         refuse_reentrant(value)
-        ways: tuple[Way, ...] = ("double_backward",) if stops.seen else possible_ways(refs, value)
+        ways = possible_ways(refs, facts)
         custom = sorted({type(node).__name__ for node in graph_nodes(value) if _is_custom(node)})
         tensors = [ref.value for ref in refs]
         gradients = torch.autograd.grad(value, tensors, allow_unused=True)
     direction = [gradient.detach() for gradient in without_gaps(tensors, gradients)]
-    if stops.seen:
+    if _OUTSIDE in facts:
         log.info(
             "Hessian-gradient products by double backward, since the forward computes something outside of the graph"
         )
     errors: list[str] = []
     for way in sorted(ways, key=lambda way: way != prefer):
         try:
-            _TRIALS[way](model, refs, direction, one, loss, gradients)
-            WAYS[way](model, refs, scored, direction, one, loss)
+            _TRIALS[way](model, refs, direction, batch, loss, gradients)
+            WAYS[way](model, refs, scored, direction, batch, loss)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -237,7 +254,7 @@ def choose_way(
             continue
         if errors:
             log.info("Hessian-gradient products by %s, since %s", way.replace("_", " "), "; ".join(errors))
-        return way
+        return way, facts
     named = f" (custom functions in the graph: {', '.join(custom)})" if custom else ""
     raise ValueError(
         f"score_filters: this measure needs second derivatives, which the model does not have{named}: {'; '.join(errors)}"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gflow_pl import models, rewrite, select_units, trace_channels
-from gflow_pl.importance import measure_names, resolve_measure, score_filters, ways
+from gflow_pl.importance import hessian, measure_names, resolve_measure, score_filters, ways
 from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.gradients import graph_nodes, loss_function
 from gflow_pl.importance.hessian import HessianProducts, flow_tensors, second_order_kernels
@@ -231,8 +231,9 @@ def test_the_way_follows_from_facts_of_the_model():
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_network_of_ours_goes_the_cheapest_way(name):
     net = getattr(models, name)(num_classes=10).eval()
-    loss = loss_function(None, None, 5.0)(net, (torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)))
-    assert ways.possible_ways(flow_tensors(net, find_layers(net)), loss)[0] == "reverse_over_forward"
+    batch = (torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
+    _, facts = ways.watched_loss(net, batch, loss_function(None, None, 5.0))
+    assert ways.possible_ways(flow_tensors(net, find_layers(net)), facts)[0] == "reverse_over_forward"
 
 
 def test_a_network_whose_filters_were_cut_out_is_still_differentiated_the_cheapest_way():
@@ -347,7 +348,7 @@ def test_what_can_be_differentiated_only_once_is_refused_before_anything_is_spen
 
     with pytest.raises(ValueError, match=r"needs second derivatives, which the model does not have .*OnceBackward"):
         score_filters(CubeNet(Once.apply), measure, class_batches(), loss_fn=loss)
-    assert set(sizes) == {1}
+    assert set(sizes) == {2}
 
 
 def test_a_loss_without_curvature_has_products_of_zero():
@@ -381,6 +382,76 @@ class Stopping(nn.Module):
         else:
             scale = h.data.abs().mean() if self.how == "data" else h.abs().mean().detach()
         return self.b(h / scale)
+
+
+def without_graph(h):
+    with torch.no_grad():
+        scale = h.abs().mean()
+    return h / scale
+
+
+class Branching(nn.Module):
+    """Computes batches of many positive images by another operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.operator = nn.Linear(50, 6), nn.Linear(6, 3), operator
+        self.double()
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x.flatten(1)))
+        return self.head(self.operator(h) if x.mean() > 0.5 else h)
+
+
+BRANCHES = {
+    "layer_norm": (lambda h: F.layer_norm(h, (6,)), "forward_over_reverse"),
+    "no_grad": (without_graph, "double_backward"),
+    "data": (lambda h: h / h.data.abs().mean(), "double_backward"),
+    "custom": (lambda h: Cube.apply(h), "double_backward"),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_batch_that_takes_another_branch_gets_a_way_of_its_own(branch, monkeypatch):
+    operator, expected = BRANCHES[branch]
+    net, batches, taken = Branching(operator).eval(), class_batches(4), []
+    batches[2] = (batches[2][0] + 1, batches[2][1])
+
+    def noted(way, product):
+        return lambda *args: taken.append((way, len(args[4][0]))) or product(*args)
+
+    monkeypatch.setattr(ways, "WAYS", {way: noted(way, product) for way, product in ways.WAYS.items()})
+    monkeypatch.setattr(hessian, "WAYS", ways.WAYS)
+    first, ours = products(net, batches)
+    assert first == "reverse_over_forward"
+    assert [way for way, size in taken if size == 6].count("reverse_over_forward") == 3
+    assert (expected, 6) in taken
+
+    parameters = list(net.parameters())
+    loss = sum(F.cross_entropy(net(x), y) for x, y in batches) / 4
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    theirs = torch.autograd.grad(gradients, parameters, grad_outputs=[g.detach() for g in gradients])
+    for (name, _), product in zip(net.named_parameters(), theirs, strict=True):
+        if name.endswith("weight"):
+            assert largest_difference(ours[name], product) < 1e-9, name
+
+
+def test_a_branch_that_can_be_differentiated_only_once_is_refused_where_it_is_met():
+    batches = class_batches(4)
+    batches[2] = (batches[2][0] + 1, batches[2][1])
+    with pytest.raises(ValueError, match=r"needs second derivatives, which the model does not have .*OnceBackward"):
+        score_filters(Branching(Once.apply), "grasp", batches, balanced=False)
+
+
+def test_an_operator_of_torch_without_second_derivative_is_named():
+    def loss(model, batch):
+        return F.multi_margin_loss(model(batch[0]), batch[1])
+
+    with pytest.raises(
+        ValueError, match=r"needs second derivatives, which the model does not have: .*multi_margin_loss"
+    ):
+        score_filters(mixed(), "grasp", class_batches(), loss_fn=loss)
 
 
 @pytest.mark.parametrize("how", ["no_grad", "data", "detach"])
