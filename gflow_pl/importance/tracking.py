@@ -76,6 +76,7 @@ class Tracker:
         self._reduce = reduce
         self._running: dict[str, Tensor] = {}
         self._told = False
+        self._made: HessianProducts | None = None
         if self.measure.needs_hessian:
             log.warning("Tracking '%s' costs a Hessian-gradient product for every tracked batch.", self.measure.name)
 
@@ -143,8 +144,9 @@ class Tracker:
         refs = unique_refs(layers, self.measure.reads)
         with second_order_kernels():
             examples = to_device(batch, refs[0].value.device)
-            products = HessianProducts(model, layers, refs, self._loss, examples)
-            return rows_of(layers, self.measure, products.of([examples], Ranks(self._reduce)))
+            if self._made is None or self._made.model is not model:
+                self._made = HessianProducts(model, layers, refs, self._loss, examples)
+            return rows_of(layers, self.measure, self._made.of([examples], Ranks(self._reduce)))
 
     def scores(self) -> Scores:
         """The average so far.
@@ -159,6 +161,7 @@ class Tracker:
     def reset(self) -> None:
         """Start anew, as after every round."""
         self._running = {}
+        self._made = None
         self.num_updates = 0
 
     def state_dict(self) -> dict[str, Tensor]:

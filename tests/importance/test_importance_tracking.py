@@ -119,6 +119,23 @@ def test_the_cost_of_tracking_hessian_measures_is_said(caplog):
     assert "a Hessian-gradient product for every tracked batch" in caplog.text
 
 
+def test_a_tracked_batch_costs_one_product_and_the_way_is_chosen_once():
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    net, tracker = mixed(), Tracker("grasp", loss_fn=loss)
+    for batch in class_batches():
+        tracker.update(net, batch=batch)
+    assert sizes.count(6) == 2 * 3  # the gradient and the product of each
+    assert sizes.index(6) == sizes.count(2) == 3  # all of the choice stands before
+    tracker.reset()
+    tracker.update(copy.deepcopy(net), batch=class_batches()[0])
+    assert sizes.count(2) == 2 * 3
+
+
 def test_gradients_that_are_not_finite_are_refused_when_scores_are_asked_for():
     net = nn.Linear(3, 2)
     tracker = Tracker("loss")
