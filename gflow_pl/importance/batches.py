@@ -108,7 +108,7 @@ def balanced_sample(
         if labels is None:
             raise ValueError("score_filters: the first batch has integer labels and a later one has none.")
         full_size = full_size or batch_size(batch)
-        place, counts = _places_within_classes(_on_host(labels), counts, ranks, device)
+        place, counts = _places_within_classes(checked_labels(labels, num_classes), counts, ranks, device)
         chosen = torch.arange(len(place)) if wanted is None else (place < wanted).nonzero().flatten()
         if len(chosen):
             held.append(_select(batch, chosen, len(labels), device))
@@ -124,8 +124,25 @@ def balanced_sample(
     return _merged(held, min(full_size, _CPU_BATCH) if device.type == "cpu" else full_size)
 
 
+def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels on the host, where Python can read them.
+
+    Raises:
+        ValueError: One is no class.
+    """
+    labels = _on_host(labels)
+    # `tolist` reads memory of the host; `.item()` would be one read of the device a batch.
+    low, high = (min(labels.tolist()), max(labels.tolist())) if len(labels) else (0, 0)
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"score_filters: labels must lie in 0..{num_classes - 1} (the logits have {num_classes} classes), "
+            f"got {low}..{high}; `balanced=False` scores on whole batches."
+        )
+    return labels
+
+
 def _on_host(labels: Tensor) -> Tensor:
-    """Labels where Python can read them. On CUDA the host waits for the labels alone, not for the queued passes."""
+    """Labels off the device. On CUDA the host waits for the labels alone, not for the queued passes."""
     if labels.device.type == "cuda":
         pinned = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True)
         pinned.copy_(labels, non_blocking=True)
@@ -140,15 +157,7 @@ def _places_within_classes(labels: Tensor, counts: Tensor, ranks: Ranks, device:
     """The number of each example within its class, over all batches and ranks, and the new sizes of the classes."""
     num_classes = len(counts)
     one_hot = torch.zeros(len(labels), num_classes, dtype=torch.int64)
-    if len(labels):
-        # `tolist` reads memory of the host; `.item()` would be one read of the device a batch.
-        low, high = min(labels.tolist()), max(labels.tolist())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"score_filters: labels must lie in 0..{num_classes - 1} (the logits have {num_classes} classes), "
-                f"got {low}..{high}; `balanced=False` scores on whole batches."
-            )
-        one_hot[torch.arange(len(labels)), labels] = 1
+    one_hot[torch.arange(len(labels)), labels] = 1
     before, total = ranks.counts_before(one_hot.sum(0), device)
     within = one_hot.cumsum(0) - 1 + before + counts
     return within.gather(1, labels[:, None]).flatten(), counts + total

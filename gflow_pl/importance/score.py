@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from gflow_pl.importance.base import Bias, Importance
-from gflow_pl.importance.batches import balanced_sample, labels_of, map_tensors, peek, take_whole, to_device
+from gflow_pl.importance.batches import (
+    balanced_sample,
+    checked_labels,
+    labels_of,
+    map_tensors,
+    peek,
+    take_whole,
+    to_device,
+)
 from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.formula import FilterFormula, rows_of, step_average, values_of
 from gflow_pl.importance.gradients import (
@@ -230,6 +238,7 @@ def _num_classes(
                 raise
             logits = None
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point():
+            checked_labels(labels, logits.shape[1])
             return logits.shape[1]
         why = "the model gives no logits (examples, classes)"
     log.info("Samples are not balanced over classes, since %s: whole batches are used.", why)

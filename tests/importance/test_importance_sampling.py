@@ -66,8 +66,10 @@ def test_too_few_samples_for_the_classes_are_refused():
         score_filters(mixed(), "loss", class_batches(), num_samples=0)
 
 
-def test_a_label_beyond_the_logits_is_refused():
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_label_beyond_the_logits_is_refused(place):
     images, labels = class_batches(1)[0]
+    labels = labels.roll(place - labels.tolist().index(2))  # the first of the two that are beyond them
     with pytest.raises(ValueError, match=r"labels must lie in 0..2 .* got 0..7"):
         score_filters(mixed(), "grasp", [(images, torch.where(labels == 2, 7, labels))])
 
