@@ -14,14 +14,17 @@ __all__ = ["scoring_mode"]
 
 @contextmanager
 def scoring_mode(model: nn.Module, *, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Within: evaluation mode, all floating parameters require gradients, autocast off unless a dtype is named.
+    """Within: evaluation mode, all floating weights require gradients, autocast off unless a dtype is named.
 
-    Behind it the training flag of every module, ``requires_grad`` of every parameter and the state of the random
+    Behind it the training flag of every module, ``requires_grad`` of every weight and the state of the random
     generators are what they were. ``.grad`` is not touched by any pass.
     """
     # The flags are set one by one: a module's own `train()` may refuse, and restoring through it would overwrite others.
     modules = [(module, module.training) for module in model.modules()]
-    frozen = [p for p in model.parameters() if p.is_floating_point() and p.is_leaf and not p.requires_grad]
+    # A weight that is held as a buffer is a frozen one, too (torchvision's FrozenBatchNorm2d).
+    held = [m._buffers.get(name) for m in model.modules() for name in ("weight", "bias")]
+    weights = [*model.parameters(), *(buffer for buffer in held if buffer is not None)]
+    frozen = [w for w in weights if w.is_floating_point() and w.is_leaf and not w.requires_grad]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
     try:
         with ExitStack() as stack:

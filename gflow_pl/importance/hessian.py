@@ -84,8 +84,13 @@ class HessianProducts:
         self.refs = flow_tensors(model, layers)
         places = {id(ref.value): i for i, ref in enumerate(self.refs) if isinstance(ref.value, nn.Parameter)}
         names = {ref.name: i for i, ref in enumerate(self.refs)}
+        for ref in refs:
+            # What is asked for and is no parameter (a norm's weight that is held as a buffer) is moved as well.
+            if id(ref.value) not in places and ref.name not in names:
+                names[ref.name] = len(self.refs)
+                self.refs.append(ref)
         # By identity first: a tied weight is moved once, under its first name, and asked for under each.
-        asked = [places.get(id(ref.value), names.get(ref.name, -1)) for ref in refs]
+        asked = [places[id(ref.value)] if id(ref.value) in places else names[ref.name] for ref in refs]
         self.names = [ref.name for ref in refs]
         self.scored = sorted(set(asked))
         self._place = [self.scored.index(i) for i in asked]

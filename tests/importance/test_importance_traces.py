@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from importance_nets import Mixed, class_batches, mixed
+from importance_nets import Mixed, class_batches, largest_difference, mixed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from gflow_pl.importance import Tracker, measure_names, resolve_measure, score_filters
+from gflow_pl.importance import Grasp, Tracker, measure_names, resolve_measure, score_filters
 
 BY_NAME = pytest.mark.parametrize("measure", measure_names())
 
@@ -40,6 +40,36 @@ def test_a_frozen_weight_is_scored_like_any_other(measure):
     frozen.requires_grad_(False)
     ours, theirs = (score_filters(net, measure, class_batches()) for net in (frozen, free))
     assert all(torch.equal(ours[layer], theirs[layer]) for layer in theirs)
+
+
+def hold_as_buffers(module, *names):
+    for name in names:
+        value = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, value)
+
+
+@BY_NAME
+def test_a_weight_that_is_held_as_a_buffer_is_scored_like_any_other(measure):
+    """As torchvision's FrozenBatchNorm2d does it."""
+    free, held = mixed(), mixed()
+    hold_as_buffers(held.grouped, "weight")
+    if not resolve_measure(measure).needs_hessian:  # whose direction it would leave: gradient flow moves parameters
+        hold_as_buffers(held.bn1, "weight", "bias")
+    ours, theirs = (score_filters(net, measure, class_batches()) for net in (held, free))
+    assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in theirs)
+    assert not any(buffer.requires_grad for buffer in held.buffers())
+
+
+def test_a_hessian_measure_of_norms_reads_those_that_are_buffers():
+    class NormGrasp(Grasp):
+        name = "norm_grasp"
+        reads = "norm"
+
+    free, held = mixed(), mixed()
+    hold_as_buffers(held.bn1, "weight", "bias")
+    ours, theirs = (score_filters(net, NormGrasp(), class_batches()) for net in (held, free))
+    assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in theirs)
 
 
 def test_flags_come_back_after_an_error():
