@@ -38,7 +38,8 @@ class Ranks:
         if self.reduce is None:
             return [total / count for total in totals]
         means: list[Tensor] = [torch.empty(0)] * len(totals)
-        for kind in {(total.device, total.dtype) for total in totals}:
+        # In the order of the tensors: a set's order differs from process to process, and then so would the messages.
+        for kind in dict.fromkeys((total.device, total.dtype) for total in totals):
             places = [i for i, total in enumerate(totals) if (total.device, total.dtype) == kind]
             flat = [totals[i].reshape(-1) for i in places]
             message = self.reduce(torch.cat([*flat, torch.full((1,), float(count), device=kind[0], dtype=kind[1])]))

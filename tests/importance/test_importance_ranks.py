@@ -6,6 +6,7 @@ import torch.multiprocessing as mp
 from importance_nets import class_batches, largest_difference, mixed
 
 from gflow_pl.importance import Tracker, measure_names, score_filters
+from gflow_pl.importance.ranks import Ranks
 
 
 def average(tensor):
@@ -88,6 +89,16 @@ def test_two_ranks_agree_on_unlimited_and_on_unbalanced_samples(by_rank):
 
 def test_both_ranks_are_told_of_a_class_that_is_too_small(by_rank):
     assert all("each of 3 classes needs 200 images" in found["error"] for found in by_rank)
+
+
+def test_messages_travel_in_the_order_of_the_tensors():
+    """A set of dtypes has another order in another process, and two ranks would wait for each other's messages."""
+    kinds = [torch.float32, torch.float64]
+    for order in (kinds, kinds[::-1]):
+        seen = []
+        ranks = Ranks(lambda message: seen.append(message.dtype) or message)  # noqa: B023
+        ranks.weighted_mean([torch.ones(2, dtype=kind) for kind in order * 2], 4)
+        assert seen == order
 
 
 def test_the_sample_of_the_ranks_is_not_the_sum_of_their_own(by_rank):
