@@ -52,7 +52,12 @@ def batch_size(batch: Any) -> int:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch on the model's device."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(batch, lambda tensor: _moved(tensor, device))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # The host does not wait for a copy from a device to itself either, and would read what is not there yet.
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -180,11 +185,11 @@ def _select(batch: Any, chosen: Tensor, size: int, device: torch.device) -> Any:
 
     def pick(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or len(tensor) != size:
-            return tensor.to(device, non_blocking=True)
+            return _moved(tensor, device)
         index = chosen
         if tensor.device.type == "cuda":
             index = chosen.pin_memory().to(tensor.device, non_blocking=True)
-        return tensor.index_select(0, index.to(tensor.device)).to(device, non_blocking=True)
+        return _moved(tensor.index_select(0, index.to(tensor.device)), device)
 
     return map_tensors(batch, pick)
 

@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 from importance_nets import class_batches, largest_difference, mixed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflow_pl.importance import score_filters
-from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, map_tensors, take_whole
+from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, map_tensors, take_whole, to_device
 from gflow_pl.importance.ranks import Ranks
 
 
@@ -111,6 +113,28 @@ def test_logits_can_come_from_any_batch():
 def test_a_temperature_must_be_positive():
     with pytest.raises(ValueError, match="must be > 0, got 0"):
         score_filters(mixed(), "loss", class_batches(), temperature=0)
+
+
+class _Copies(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.waits.append(not kwargs.get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("start", "end", "waits"), [("cuda", "cpu", True), ("cpu", "cuda", False)])
+def test_only_a_copy_to_the_host_is_waited_for(start, end, waits):
+    """A copy from a device that is not waited for would be read before it is there."""
+    with FakeTensorMode():
+        batch = (torch.empty(4, device=start), {"n": torch.empty(4, device=start)})
+        with _Copies() as copies:
+            moved = to_device(batch, torch.device(end))
+    assert moved[1]["n"].device.type == end
+    assert copies.waits == [waits, waits]
 
 
 def test_batches_of_any_nest_are_read():
