@@ -93,7 +93,7 @@ def balanced_sample(
         num_classes: Classes.
         ranks: With several, the k-th batches of all ranks are one batch, in the order of ranks; each rank
             holds the examples that are its own, which may be none.
-        device: Where examples are held.
+        device: Where the model is. Examples stay where they come from until their turn.
 
     Raises:
         ValueError: A class has too few examples, `num_samples` gives none to a class, or a label is out of range.
@@ -116,7 +116,7 @@ def balanced_sample(
         place, counts = _places_within_classes(checked_labels(labels, num_classes), counts, ranks, device)
         chosen = torch.arange(len(place)) if wanted is None else (place < wanted).nonzero().flatten()
         if len(chosen):
-            held.append(_select(batch, chosen, len(labels), device))
+            held.append(_select(batch, chosen, len(labels)))
             places.append(place[chosen])
         if wanted is not None and min(counts.tolist()) >= wanted:
             break
@@ -125,7 +125,7 @@ def balanced_sample(
         smallest = min(counts.tolist())
         short = [(place < smallest).nonzero().flatten() for place in places]
         pairs = zip(held, short, strict=True)
-        held = [_select(batch, chosen, batch_size(batch), device) for batch, chosen in pairs if len(chosen)]
+        held = [_select(batch, chosen, batch_size(batch)) for batch, chosen in pairs if len(chosen)]
     return _merged(held, min(full_size, _CPU_BATCH) if device.type == "cpu" else full_size)
 
 
@@ -179,17 +179,17 @@ def _check_enough(counts: Tensor, wanted: int | None) -> None:
         )
 
 
-def _select(batch: Any, chosen: Tensor, size: int, device: torch.device) -> Any:
+def _select(batch: Any, chosen: Tensor, size: int) -> Any:
     if len(chosen) == size:
-        return to_device(batch, device)
+        return batch
 
     def pick(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or len(tensor) != size:
-            return _moved(tensor, device)
+            return tensor
         index = chosen
         if tensor.device.type == "cuda":
             index = chosen.pin_memory().to(tensor.device, non_blocking=True)
-        return _moved(tensor.index_select(0, index.to(tensor.device)), device)
+        return tensor.index_select(0, index.to(tensor.device))
 
     return map_tensors(batch, pick)
 

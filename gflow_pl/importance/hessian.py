@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gflow_pl.importance.batches import batch_size, map_tensors
+from gflow_pl.importance.batches import batch_size, map_tensors, to_device
 from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients, scalar_loss
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
 from gflow_pl.importance.ranks import Ranks
@@ -106,14 +106,15 @@ class HessianProducts:
         """The products over a sample by tensor name; g is averaged over the ranks before the products are taken.
 
         Args:
-            sample: Batches of this rank on the device; there may be none.
+            sample: Batches of this rank, gone through twice; there may be none. Each is on the device in its turn only.
             ranks: The processes that score together.
         """
         direction, facts = self._gradient(sample, ranks)
         totals = [_zeros(self.refs[i].value) for i in self.scored]
         for batch, made_by in zip(sample, facts, strict=True):
-            products = WAYS[self._way_for(batch, made_by)](
-                self.model, self.refs, self.scored, direction, batch, self.loss
+            examples = to_device(batch, totals[0].device)
+            products = WAYS[self._way_for(examples, made_by)](
+                self.model, self.refs, self.scored, direction, examples, self.loss
             )
             for total, product in zip(totals, products, strict=True):
                 total.add_(product, alpha=batch_size(batch))

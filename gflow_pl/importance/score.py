@@ -127,7 +127,7 @@ def score_filters(
                 classes = _num_classes(model, first, logits_fn, loss_fn, device) if balanced else None
                 products = HessianProducts(model, layers, refs, loss, to_device(first, device))
                 if classes is None:
-                    sample = [to_device(batch, device) for batch in take_whole(batches, num_samples)]
+                    sample = list(take_whole(batches, num_samples))
                 else:
                     sample = balanced_sample(batches, num_samples, classes, ranks, device)
                 flows = rows_of(layers, measure, products.of(sample, ranks))

@@ -1,6 +1,7 @@
 """Which examples are scored on."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from importance_nets import class_batches, largest_difference, mixed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflow_pl.importance import score_filters
+from gflow_pl.importance import batches, measure_names, resolve_measure, score_filters
 from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, map_tensors, take_whole, to_device
 from gflow_pl.importance.ranks import Ranks
 
@@ -113,6 +114,24 @@ def test_logits_can_come_from_any_batch():
 def test_a_temperature_must_be_positive():
     with pytest.raises(ValueError, match="must be > 0, got 0"):
         score_filters(mixed(), "loss", class_batches(), temperature=0)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("measure", [name for name in measure_names() if resolve_measure(name).needs_gradients])
+def test_no_more_batches_are_on_the_device_the_more_there_are(measure, balanced, monkeypatch):
+    copies, most = [], []
+
+    def copy(tensor, device):
+        here = tensor.clone()
+        copies.append(weakref.ref(here))
+        most.append(sum(copy() is not None for copy in copies))
+        return here
+
+    monkeypatch.setattr(batches, "_moved", copy)
+    score_filters(mixed(), measure, class_batches(12), balanced=balanced)
+    passes = 2 if resolve_measure(measure).needs_hessian else 1
+    assert len(most) >= 2 * 2 * passes
+    assert max(most) <= 2 * 2  # images and labels of the batch that is done with, and of the next
 
 
 class _Copies(TorchDispatchMode):
