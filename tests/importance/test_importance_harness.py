@@ -7,9 +7,11 @@ import torch
 from importance_nets import class_batches, mixed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gflow_pl import importance
 from gflow_pl.importance import Importance, measure_names, resolve_measure, score_filters
+from gflow_pl.types import Scores
 
 CLASSES = [
     cls
@@ -73,11 +75,14 @@ def test_samples_are_balanced_exactly_where_labels_are_needed(measure):
 class _Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.devices = [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten._efficientzerotensor.default:  # the rate of change of a number, without memory
+            self.devices |= {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
 
 
 @BY_NAME
@@ -109,7 +114,7 @@ def test_second_derivatives_are_taken_exactly_where_they_are_declared(measure):
 
 @BY_NAME
 def test_nothing_is_read_back_and_nothing_loops_over_filters(measure):
-    """No scalar for Python and no copy to another device; as many operations for wide layers as for narrow ones."""
+    """No scalar for Python; as many operations for wide layers as for narrow ones."""
 
     def operations(width):
         torch.manual_seed(0)
@@ -127,10 +132,26 @@ def test_nothing_is_read_back_and_nothing_loops_over_filters(measure):
     assert len(operations(8)) == len(seen)
 
 
+@BY_NAME
+def test_nothing_is_copied_to_another_device(measure, monkeypatch):
+    """On the device that holds no values: whatever would read one, or come to the host, fails or is seen."""
+    if not resolve_measure(measure).needs_gradients:
+        pytest.skip("there is no batch before the scores")
+    net = mixed().to("meta")
+    batches = [(images.to("meta"), labels.to("meta")) for images, labels in class_batches()]
+    monkeypatch.setattr(Scores, "_first_not_finite", staticmethod(lambda scores: None))  # the finished scores are read
+    with _Counter() as counter:
+        scores = score_filters(net, measure, batches, balanced=False)
+    assert {vector.device.type for vector in scores.values()} == {"meta"}
+    assert counter.devices == {"meta"}
+
+
 def test_the_counter_sees_what_it_looks_for():
     with _Counter() as counter:
         torch.ones(1).sum().item()
+        torch.ones(1, device="meta")
     assert any("_local_scalar_dense" in str(func) for func in counter.seen)
+    assert counter.devices == {"cpu", "meta"}
 
 
 class Momentum(Importance):

@@ -221,6 +221,16 @@ def test_fused_transformer_layers_are_back_after_scoring():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_compiled_network_is_differentiated_twice_as_it_was_written():
+    """What a compiler has made of it can be differentiated only once."""
+    torch._dynamo.reset()
+    plain = mixed()
+    nn.utils.parametrizations.weight_norm(plain.hidden)
+    theirs = score_filters(plain, "grasp", class_batches())
+    ours = score_filters(torch.compile(plain, backend="aot_eager"), "grasp", class_batches())
+    assert all(torch.equal(ours[f"_orig_mod.{layer}"], theirs[layer]) for layer in theirs)
+
+
 def test_the_way_follows_from_facts_of_the_model():
     net = mixed()
     assert products(net, class_batches())[0] == "reverse_over_forward"

@@ -5,6 +5,7 @@ import torch
 import torch.multiprocessing as mp
 from importance_nets import class_batches, largest_difference, mixed
 
+from gflow_pl import select_units, trace_channels
 from gflow_pl.importance import Tracker, measure_names, score_filters
 from gflow_pl.importance.ranks import Ranks
 
@@ -72,6 +73,11 @@ def test_two_ranks_give_the_scores_of_one_process(by_rank, measure):
             if measure == "random":
                 assert torch.equal(found[measure][layer], alone[layer])
             assert largest_difference(found[measure][layer], alone[layer]) < 1e-9
+    # And the decisions that follow from them.
+    graph = trace_channels(mixed(), class_batches()[0][0], frozen="expand")
+    plans = [select_units(graph, scores, 0.4) for scores in (alone, *(found[measure] for found in by_rank))]
+    assert plans[0].num_removed > 2
+    assert all(plan.as_dict() == plans[0].as_dict() for plan in plans)
 
 
 def test_two_ranks_agree_on_unlimited_and_on_unbalanced_samples(by_rank):
