@@ -116,7 +116,7 @@ class FilterFormula:
         initial = {}
         for ref in layer.tensors(self.measure.reads):
             now = values[ref.name]
-            start = self.initial_state.get(ref.name)
+            start = ref.value_by(self.initial_state)
             if start is None or start.shape != now.shape:
                 got = "none" if start is None else tuple(start.shape)
                 raise ValueError(

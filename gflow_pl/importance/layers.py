@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 __all__ = ["Reads", "ScoredLayer", "TensorRef", "find_layers", "gradient_rows", "unique_refs", "weight_rows"]
 
@@ -31,6 +32,32 @@ class TensorRef:
     @property
     def value(self) -> Tensor:
         """The tensor as the forward pass uses it."""
+        return getattr(self.owner, self.attribute)
+
+    def value_by(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The tensor as it would be by other parameters and buffers of the model; None where these do not say it.
+
+        A parametrization computes it anew from its own; buffers that are not given are those of the model.
+        """
+        if self.name in tensors or not parametrize.is_parametrized(self.owner, self.attribute):
+            return tensors.get(self.name)
+        prefix = self.name.removesuffix(self.attribute)
+        parts = [name for name, _ in self.owner.named_parameters() if name.startswith("parametrizations.")]
+        if any(prefix + name not in tensors for name in parts):
+            return None
+        parts += [name for name, _ in self.owner.named_buffers() if prefix + name in tensors]
+        own = {f"owner.{name}": tensors[prefix + name] for name in parts}
+        return torch.func.functional_call(_Reading(self.owner, self.attribute), own, ())
+
+
+class _Reading(nn.Module):
+    """Reads an attribute of a module as its forward, so that other tensors can be lent to it."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        super().__init__()
+        self.owner, self.attribute = owner, attribute
+
+    def forward(self) -> Tensor:
         return getattr(self.owner, self.attribute)
 
 

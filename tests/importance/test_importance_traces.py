@@ -107,6 +107,35 @@ def test_spectral_norm_does_not_move_and_its_weight_is_scored(measure):
     assert all(torch.allclose(ours[layer], theirs[layer], rtol=1e-7, atol=1e-18) for layer in theirs)
 
 
+@pytest.mark.parametrize("kind", ["state", "parameters"])
+@pytest.mark.parametrize("measure", ["biased_loss", "grasp"])
+def test_the_distance_of_a_parametrized_weight_is_that_of_the_weights_it_computes(measure, kind):
+    torch.manual_seed(0)
+    net = mixed()
+    parametrizations.weight_norm(net.hidden)
+    if kind == "state":  # its vectors move in training: parameters alone do not say what it computed
+        parametrizations.spectral_norm(net.conv1)
+    names = [name for name, _ in net.named_parameters()]
+    start = {name: value.clone() for name, value in net.state_dict().items() if kind == "state" or name in names}
+    with torch.no_grad():
+        first = {name: getattr(net.eval(), name).weight.clone() for name in ("conv1", "hidden")}
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        net.train()(class_batches()[0][0])
+    ours = score_filters(net, measure, class_batches(), initial_state=start)
+
+    plain, plain_start = mixed(), {**mixed().state_dict()}
+    with torch.no_grad():
+        for name, value in net.eval().state_dict().items():
+            if name in plain_start:
+                plain.state_dict()[name].copy_(value)
+        for name, weight in first.items():
+            getattr(plain, name).weight.copy_(getattr(net, name).weight)
+            plain_start[f"{name}.weight"] = weight
+    theirs = score_filters(plain, measure, class_batches(), initial_state=plain_start)
+    assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in theirs)
+
+
 @BY_NAME
 def test_a_tied_weight_is_scored_in_each_layer_by_its_whole_gradient(measure):
     class Tied(nn.Module):
