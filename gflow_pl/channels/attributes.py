@@ -15,8 +15,8 @@ Shape = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Shape]], dict[str, Any]]
 
 # Where the whole tensor `{}` lives where it is not plain: under a parametrization (weight_norm keeps direction second), or
-# under the hooks of torch.nn.utils that came before parametrizations.
-_HOMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_v", "{}_orig")
+# under the hooks of torch.nn.utils that came before parametrizations (spectral_norm has a vector `{}_v` beside `{}_orig`).
+_HOMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_orig", "{}_v")
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
 

@@ -153,3 +153,16 @@ def test_tracing_inside_no_grad_or_inference_mode_works():
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert facts(trace_channels(plain(), torch.zeros(2, 3, 6, 6))) == expected("")
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d, nn.Linear])
+def test_spectral_norms_of_before_parametrizations_are_traced(kind):
+    torch.manual_seed(0)
+    linear = kind is nn.Linear
+    pool = [] if linear else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layer = nn.utils.spectral_norm(kind(3, 8) if linear else kind(3, 8, 1))
+    model = nn.Sequential(layer, nn.ReLU(), *pool, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    off, change, graph, _ = deviation(model, (torch.randn(2, 3) if linear else torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert [group.size for group in graph.groups] == [6]
+    assert "0" in graph.frozen
