@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -221,9 +221,7 @@ class _Surveyor:
 
     def finish(self, output: Any) -> None:
         """The model's outputs stay as they are, and are read by somebody."""
-        for leaf in tree_flatten(output)[0]:
-            if not isinstance(leaf, Tensor):
-                continue
+        for leaf in _tensors_in(output):
             for dim, label in enumerate(self.t.labels(leaf)):
                 if label is not None:
                     self.t.book.freeze(label, "the model's output")
@@ -236,6 +234,22 @@ class _Surveyor:
             known = self.found.cuts_at_norm.setdefault(facts.name, alone)
             if known != alone:
                 self.found.cuts_at_norm[facts.name] = None
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in any containers, and in the attributes of objects that torch knows nothing of."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        leaves = tree_flatten(left.pop())[0]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif id(leaf) not in seen and not isinstance(leaf, (nn.Module, type)):
+                seen.add(id(leaf))
+                left += list(leaf) if isinstance(leaf, (set, frozenset)) else []
+                left += [getattr(leaf, name) for name in getattr(type(leaf), "__slots__", ()) if hasattr(leaf, name)]
+                left.append(getattr(leaf, "__dict__", None))
 
 
 def survey(

@@ -1,6 +1,8 @@
 """A trace leaves no mark: tensors, gradients, generators, flags, hooks, attributes."""
 
+import collections
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -101,6 +103,48 @@ def test_inputs_may_be_a_tuple_or_anything_else():
     for inputs in ({"x": torch.zeros(2, 4)}, ({"x": torch.zeros(2, 4)}, torch.ones(()))):
         graph = trace_channels(Dicty(), inputs)
         assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
+
+
+@dataclasses.dataclass
+class Prediction:
+    """What some libraries return."""
+
+    logits: torch.Tensor
+
+
+class Slotted:
+    """An object without a dict."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Prediction,
+        Slotted,
+        lambda y: {"all": [Prediction(y)]},
+        lambda y: collections.UserDict(logits=y),
+        lambda y: {y},
+        lambda y: torch.distributions.Categorical(logits=y, validate_args=False),
+    ],
+)
+def test_outputs_in_any_object_stay(wrap):
+    class Wrapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return wrap(self.b(self.a(x).relu()))
+
+    graph = trace_channels(Wrapping(), torch.zeros(2, 4))
+    assert [group.name for group in graph.groups] == ["a"]
+    assert graph.frozen == {"b": "the model's output"}
+    assert graph.layers["b"].is_output
 
 
 @pytest.mark.parametrize(("name", "value"), [("residual", "shrink"), ("frozen", "remove")])
