@@ -270,6 +270,9 @@ class Recorder(Watch):
 
     def put(self, tensor: Tensor, labels: Labels, zero: Iterable[int] = (), uniform: bool = False) -> None:
         """Gives an output its labels."""
+        base = self.tags.get(id(tensor._base)) if id(tensor) in self.tags else None
+        if base is not None and self.tags[id(tensor)].zero - frozenset(zero):
+            base.zero = frozenset()  # what is written into a view is in the whole, too
         self.tags[id(tensor)] = Tag(list(labels), frozenset(zero), self._active, uniform)
         self.alive.append(tensor)
 

@@ -71,13 +71,20 @@ def _zero_dims(t: Recorder, op: Op, out: Tensor) -> set[int]:
     """Dims of the output along which a removed unit leaves zeros."""
     name = op.name.removesuffix("_")
     tensors = [(x, t.tag(x)) for x in op.tensors]
-    aligned = [{dim + out.ndim - x.ndim for dim in tag.zero} for x, tag in tensors]
+    # A single channel that meets many is no zero at their places.
+    shifts = [out.ndim - x.ndim for x, _ in tensors]
+    aligned = [
+        {dim + shift for dim in tag.zero if x.shape[dim] == out.shape[dim + shift]}
+        for (x, tag), shift in zip(tensors, shifts, strict=True)
+    ]
     if not aligned:
         return set()
     if name == "mul":
         return set.union(*aligned)
     if name in _KEEPS_ZERO or name in _ZERO_WITH_FIRST:
         if name == "hardtanh" and not op.arg(1, "min_val", -1.0) <= 0 <= op.arg(2, "max_val", 1.0):
+            return set()
+        if name == "threshold" and op.arg(1, "threshold") >= 0 and op.arg(2, "value") != 0:
             return set()
         if name == "pow" and (isinstance(op.args[1], Tensor) or op.args[1] <= 0 or not isinstance(op.args[0], Tensor)):
             return set()

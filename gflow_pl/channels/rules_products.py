@@ -85,9 +85,14 @@ def _batch_norm(t: Recorder, op: Op) -> None:
         if dim != 1:
             t.book.soften(label, "a batch norm over the pruned dim")
     outs = [out for out in op.out if isinstance(out, Tensor)] if isinstance(op.out, (tuple, list)) else [op.out]
-    t.put(outs[0], tag.labels, {1})
+    t.put(outs[0], tag.labels, _normed_zero(t, op))
     for out in outs[1:]:
         t.put(out, [tag.labels[1] if out.shape[:1] == x.shape[1:2] else None] * out.ndim, uniform=out.ndim != 1)
+
+
+def _normed_zero(t: Recorder, op: Op) -> set[int]:
+    """A norm's factor and shift leave nothing of a removed unit; without them, what came in as zeros goes out as such."""
+    return {1} if isinstance(op.arg(1, "weight"), Tensor) else {1} & t.tag(op.tensors[0]).zero
 
 
 def _layer_norm(t: Recorder, op: Op) -> None:
@@ -125,7 +130,7 @@ def _group_norm(t: Recorder, op: Op) -> None:
         _module_counts(t, "num_groups", groups, label)
     for dim in range(2, x.ndim):
         t.book.soften(tag.labels[dim], "a group norm over the pruned dim")
-    t.put(op.out[0], tag.labels, {1})
+    t.put(op.out[0], tag.labels, _normed_zero(t, op))
     for out in op.out[1:]:
         t.put(out, [None] * out.ndim, uniform=True)
 

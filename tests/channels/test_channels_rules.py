@@ -326,3 +326,67 @@ def test_tied_weights_move_together():
         ("mid", True),
         ("again", True),
     ]
+
+
+def written(into):
+    def forward(m, x):
+        y = m.a(x)
+        into(y)
+        return y
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a(x) + m.one(x),
+        lambda m, x: m.a(x).sigmoid() * m.one(x),
+        lambda m, x: m.a(x) + m.shift,
+        lambda m, x: m.a(x).sigmoid() * m.shift,
+        lambda m, x: m.norm(m.a(x).sigmoid()),
+        lambda m, x: F.threshold(m.a(x), 0.5, 20.0),
+        written(lambda y: y[:, :, 0].add_(1)),
+        written(lambda y: y.flatten(2).sigmoid_()),
+        written(lambda y: y[..., 0].fill_(1)),
+        written(lambda y: y.__setitem__((..., 0), 1.0)),
+    ],
+)
+def test_a_sum_over_what_removed_units_do_not_leave_zero_is_said_to_be_inexact(forward):
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.h(forward(m, x).sum(1).flatten(1)),
+        a=conv(3, 8),
+        one=conv(3, 1),
+        shift=nn.Parameter(torch.ones(1)),
+        norm=nn.BatchNorm2d(8, affine=False),
+        h=nn.Linear(36, 3),
+    )
+    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    assert off > 1e-3
+    assert "'sum' over" in graph.group("a").inexact
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a(x) * m.one(x),
+        lambda m, x: m.a(x) * m.shift,
+        lambda m, x: m.norm(m.a(x)),
+        lambda m, x: F.threshold(m.a(x), -0.5, 20.0),
+        written(lambda y: y[:, :, 0].mul_(2)),
+    ],
+)
+def test_a_sum_over_zeros_is_exact(forward):
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.h(forward(m, x).sum(1).flatten(1)),
+        a=conv(3, 8),
+        one=conv(3, 1),
+        shift=nn.Parameter(torch.ones(1)),
+        norm=nn.BatchNorm2d(8, affine=False),
+        h=nn.Linear(36, 3),
+    )
+    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.group("a").inexact is None
