@@ -24,13 +24,16 @@ __all__ = ["Blame", "Probe"]
 # of a group's units that the probe removes: different ones, so that no size is right by chance
 _SHARES = (0.37, 0.29, 0.46, 0.22, 0.41, 0.33, 0.26)
 # copies that come and go with the memory layout
-_SILENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "as_strided_"])
+_SILENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
 # whole numbers among their arguments are sizes, which the shapes of the outputs show
 _SIZED = frozenset(
     """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
-    new_zeros new_ones new_full new_empty zeros ones full empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
+    new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
     native_group_norm convolution _convolution slice as_strided arange channel_shuffle native_channel_shuffle""".split()  # noqa: SIM905
 )
+
+# a shape, and behind it the number that fills it
+_FILLED = frozenset(["full", "new_full"])
 
 
 @dataclass(eq=False)
@@ -68,7 +71,7 @@ class _Watcher(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        args, kwargs, seen = self.staged(args, kwargs or {})
+        args, kwargs, seen = self.staged(name, args, kwargs or {})
         if name not in _SILENT and self._was_taken_apart(func, name):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -139,6 +142,8 @@ def _plain(name: str) -> str:
 
 
 def _comparable(name: str, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    if name in _FILLED:
+        return numbers[-1:]
     return tuple(x for x in numbers if isinstance(x, float)) if name in _SIZED else numbers
 
 

@@ -88,6 +88,10 @@ class Call:
     place: tuple[Any, ...] | None = None
 
 
+class _Unreadable(Exception):
+    """Something that only a forward on real tensors can tell."""
+
+
 class _Seen(NamedTuple):
     """The tensors among the arguments of an op, and its numbers: plain ones, and those in small tensors of numbers."""
 
@@ -153,6 +157,7 @@ class Watch(TorchDispatchMode):
         self.entered: list[Tensor | None] = []  # the first argument of every module on the stack
         self.alive: list[Any] = []  # ids stay unique only while the tensors live
         self.constants: dict[int, Tensor] = {}
+        self.made_up: set[int] = set()  # ids of the stand-ins of constants
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -171,10 +176,13 @@ class Watch(TorchDispatchMode):
                 known = torch.empty_like(value, device="meta")
             self.alive.append(value)
             self.constants[id(value)] = known
+            self.made_up.add(id(known))
         return known
 
-    def staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], _Seen]:
-        """The arguments with stand-ins in them, and what of them is remembered."""
+    def staged(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], _Seen]:
+        """The arguments of an op with stand-ins in them, and what of them is remembered."""
         tensors: list[Tensor] = []
         numbers: list[Any] = []
         _sort_out(args, tensors, numbers)
@@ -187,13 +195,17 @@ class Watch(TorchDispatchMode):
             tensors = [self.standing_in(tensor) for tensor in tensors]
             args = tuple([_replaced(value, self.standing_in) for value in args])
             kwargs = {key: _replaced(value, self.standing_in) for key, value in kwargs.items()}
+        elif name == "lift_fresh":
+            numbers += self._contents(tensors)
         return args, kwargs, _Seen(tensors, tuple(numbers))
 
     def _contents(self, tensors: Iterable[Tensor]) -> list[Any]:
         """The contents of small tensors that hold real numbers."""
         numbers: list[Any] = []
         for tensor in tensors:
-            if tensor.is_meta or id(tensor) in self.stand_ins or tensor.device.type != "cpu":
+            if tensor.is_meta or id(tensor) in self.stand_ins:
+                continue
+            if self.meta and tensor.device.type != "cpu":
                 continue
             if tensor.numel() <= _REMEMBERED:
                 with torch.utils._python_dispatch._disable_current_modes():
@@ -268,6 +280,12 @@ class Recorder(Watch):
         """Per dim, the nodes of the positions."""
         return self.tag(tensor).labels
 
+    def _seen_before(self, tensor: Tensor) -> None:
+        """Numbers that the forward put on the device of its tensors (``torch.tensor(x.shape[1], device=x.device)``)."""
+        known = id(tensor) in self.tags or id(tensor) in self.names or id(tensor) in self.made_up
+        if self.meta and not known and tensor.numel() <= _REMEMBERED:
+            raise _Unreadable("a tensor made of numbers, which tensors without contents do not hold")
+
     def put(self, tensor: Tensor, labels: Labels, zero: Iterable[int] = (), uniform: bool = False) -> None:
         """Gives an output its labels."""
         base = self.tags.get(id(tensor._base)) if id(tensor) in self.tags else None
@@ -334,8 +352,8 @@ class Recorder(Watch):
     # -- the mode ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs, seen = self.staged(args, kwargs or {})
         name, rule = self._rule_of(func)
+        args, kwargs, seen = self.staged(name, args, kwargs or {})
         if rule is None:
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -359,6 +377,8 @@ class Recorder(Watch):
         return known
 
     def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
+        for tensor in op.tensors:
+            self._seen_before(tensor)
         tags = [self.tag(tensor) for tensor in op.tensors]
         for tensor in op.tensors:
             if id(tensor) in self.readers:

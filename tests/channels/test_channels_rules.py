@@ -390,3 +390,47 @@ def test_a_sum_over_zeros_is_exact(forward):
     off, change, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("a").inexact is None
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda y: torch.tensor(y.shape[1]),
+        lambda y: torch.sqrt(torch.tensor(y.shape[1], dtype=y.dtype)),
+        lambda y: torch.tensor([float(y.shape[1])], device=y.device),
+        lambda y: y.new_tensor(y.shape[1]),
+        lambda y: torch.full((1,), y.shape[1]),
+        lambda y: y.new_full((1,), y.shape[1]),
+        lambda y: torch.as_tensor([y.shape[1] if y.sum().item() else 0]),
+    ],
+)
+def test_numbers_of_the_width_in_tensors_make_units_inexact(number):
+    def forward(m, x):
+        y = m.a(x).relu()
+        return m.h(pooled(y / number(y)))
+
+    off, _, graph, _ = deviation(
+        Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),), only=lambda group: True
+    )
+    assert "number that follows the width" in graph.group("a").inexact
+    assert off > 1e-3
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda y: torch.tensor(8),
+        lambda y: torch.tensor([8.0], device=y.device),
+        lambda y: y.new_tensor(8),
+        lambda y: torch.full((y.shape[1], 1, 1), 8),
+        lambda y: y.new_full((y.shape[1], 1, 1), 8),
+    ],
+)
+def test_numbers_in_tensors_that_are_kept_leave_units_exact(number):
+    def forward(m, x):
+        y = m.a(x).relu()
+        return m.h(pooled(y / number(y)))
+
+    off, change, graph, _ = deviation(Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.group("a").inexact is None
