@@ -8,7 +8,7 @@ What only such layers read is emptied with them, where the graph leaves no doubt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.surgery.decisions import Decision
-from gflow_pl.types import ChannelGroup
+from gflow_pl.types import ChannelGroup, Slice
 
 __all__ = ["dead_groups", "drop_empty_parameters", "follow_emptiness", "output_width"]
 
@@ -89,21 +89,32 @@ def _stand_in(module: nn.Module) -> Any:
     return partial(_no_maps, up=up, gain=gains, down=down)
 
 
-def _no_maps(x: Tensor, *, up: tuple[int, ...], gain: tuple[int, ...], down: tuple[int, ...]) -> Tensor:
+# Their arguments have the names that the layers' have: some forwards call by name.
+
+
+def _no_maps(
+    input: Tensor,
+    output_size: Sequence[int] | None = None,
+    *,
+    up: tuple[int, ...],
+    gain: tuple[int, ...],
+    down: tuple[int, ...],
+) -> Tensor:
     """What a convolution without filters puts out, one channel of zeros for none."""
-    first = x.ndim - len(gain)
-    lengths = x.shape[first:]
+    first = input.ndim - len(gain)
+    lengths = input.shape[first:]
     sizes = [((n - 1) * u + g) // d + 1 for n, u, g, d in zip(lengths, up, gain, down, strict=True)]
-    return _zeros(x, [*x.shape[: first - 1], 1, *sizes])
+    sizes = sizes if output_size is None else list(output_size)[-len(gain) :]
+    return _zeros(input, [*input.shape[: first - 1], 1, *sizes])
 
 
-def _no_rows(x: Tensor) -> Tensor:
+def _no_rows(input: Tensor) -> Tensor:
     """What a linear layer without rows puts out, one column of zeros for none."""
-    return _zeros(x, [*x.shape[:-1], 1])
+    return _zeros(input, [*input.shape[:-1], 1])
 
 
-def _pass_on(x: Tensor) -> Tensor:
-    return x
+def _pass_on(input: Tensor) -> Tensor:
+    return input
 
 
 _STAND_INS = (_no_maps, _no_rows, _pass_on)
@@ -121,8 +132,8 @@ def dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, decision:
     """Removed groups whose units nobody reads any more, because all that reads them is emptied or dead itself.
 
     Left alone, which costs time but no exactness, is a group where a stand-in of one channel might not do (a unit is more
-    than one channel of its layer; an attribute of another module counts the units), or where a tensor of an unknown
-    module goes along.
+    than one channel of its layer; an attribute of another module counts the units; a norm has channels of other groups,
+    too), or where a tensor of an unknown module goes along.
     """
     emptied = {name for name, layer in graph.layers.items() if layer.num_filters == 0}
     emptied |= {name for name, kept in decision.channels.items() if not kept.any()}
@@ -144,13 +155,14 @@ def dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, decision:
     }
     # Optimists first: groups may read each other (a squeeze and its gate), so all are dead until one proves alive.
     while True:
+        candidates = {n: r for n, r in candidates.items() if n not in _not_alone(candidates, graph, decision, modules)}
         without = emptied | _layers_without(set(candidates), graph, decision)
         reached = emptied | set[str]()
         still: dict[str, set[str]] = {}
         while more := {n: r for n, r in candidates.items() if n not in still and r <= without and r & reached}:
             still |= more
             reached |= {layer.layer for group in graph.groups if group.name in more for layer in group.layers}
-        if still.keys() == candidates.keys():
+        if still.keys() == candidates.keys() and not _not_alone(still, graph, decision, modules):
             return set(still)
         candidates = still
 
@@ -166,17 +178,44 @@ def _layers_without(dead: set[str], graph: ChannelGraph, decision: Decision) -> 
     return {name for name, mask in left.items() if not mask.any()}
 
 
+def _not_alone(
+    dead: Collection[str], graph: ChannelGraph, decision: Decision, modules: Mapping[str, nn.Module]
+) -> set[str]:
+    """Dead groups that share a module, but for those that read them, with channels that stay."""
+    left: dict[tuple[str, int], np.ndarray] = {}
+    own: dict[str, list[tuple[str, int]]] = {}
+    for group in graph.groups:
+        for part in group.slices if group.name in dead else ():
+            if not _is_read(part, modules):
+                key = (part.tensor, part.dim)
+                whole = decision.positions.get(key, np.ones(graph.shapes[part.tensor][part.dim], dtype=bool))
+                left.setdefault(key, whole.copy())[part.index] = False
+                own.setdefault(group.name, []).append(key)
+    return {name for name, keys in own.items() if any(left[key].any() for key in keys)}
+
+
+def _is_read(part: Slice, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether these are inputs of a layer."""
+    name, _, leaf = part.tensor.rpartition(".")
+    module = modules.get(name)
+    return (
+        isinstance(module, (_ConvNd, nn.Linear))
+        and leaf == "weight"
+        and part.dim != int(isinstance(module, _ConvTransposeNd))
+    )
+
+
 def _readers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> set[str]:
     """Layers that read the group's units; none if anything is there that is not surely understood."""
     makers, readers = {layer.layer for layer in group.layers}, set()
     for part in group.slices:
-        name, _, leaf = part.tensor.rpartition(".")
+        name = part.tensor.rpartition(".")[0]
         module = modules.get(name)
         if module is None or output_width(module) is None:
             return set()
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
-        if leaf == "weight" and part.dim != int(isinstance(module, _ConvTransposeNd)):
+        if _is_read(part, modules):
             readers.add(name)
         elif name not in makers:
             return set()

@@ -166,6 +166,19 @@ def test_the_stand_in_has_the_shape_of_the_output_but_for_its_channels(name):
     assert hollow(x).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("name", ["conv", "linear", "transposed"])
+def test_the_stand_in_is_called_as_the_layer_is(name):
+    module, shape = LAYERS[name]
+    x = torch.randn(shape)
+    more = {"output_size": (9, 12)} if name == "transposed" else {}
+    expected = list(module(input=x, **more).shape)
+    expected[-1 if name == "linear" else 1] = 1
+    hollow = copy.deepcopy(module)
+    setattr(hollow, "out_features" if name == "linear" else "out_channels", 0)
+    follow_emptiness(hollow)
+    assert list(hollow(input=x, **more).shape) == expected
+
+
 def test_under_autocast_the_stand_in_has_the_dtype_of_the_layer():
     conv = nn.Conv2d(3, 4, 1)
     conv.out_channels = 0

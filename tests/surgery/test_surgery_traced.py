@@ -108,3 +108,32 @@ def test_a_squeeze_and_its_gate_die_with_the_branch_that_they_serve():
     rewrite(model, graph, {last.name: torch.zeros(last.size, dtype=torch.bool)})
     assert all(p.numel() == 0 for p in model.get_submodule(block).parameters())
     assert sum(p.numel() == 0 for n, p in model.named_parameters() if not n.startswith(block)) == 0
+
+
+class Joined(nn.Module):
+    """A branch that reads two layers side by side, behind a norm of both; one of them is read by another branch, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1)
+        self.norm, self.both, self.alone = nn.BatchNorm2d(9), nn.Conv2d(9, 6, 1), nn.Conv2d(5, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        b = self.b(x)
+        return (x + self.both(self.norm(torch.cat([self.a(x), b], 1))) + self.alone(b)).mean((1, 2, 3))
+
+
+def test_a_norm_that_others_share_keeps_what_only_an_emptied_layer_reads():
+    torch.manual_seed(0)
+    model = randomise(Joined().double()).eval()
+    graph = trace_channels(model, EXAMPLE)
+    plan = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
+    for names, empty in ((["both"], {"both.weight", "both.bias"}), (["alone"], set(dict(model.named_parameters())))):
+        plan |= {name: torch.zeros(6, dtype=torch.bool) for name in names}
+        twin = masked_twin(model, graph, plan)
+        rewrite(model, graph, plan)
+        assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+        assert {n for n, p in model.named_parameters() if p.numel() == 0} == empty - {"stem.weight", "stem.bias"}
+        plan = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
+        model(EXAMPLE).sum().backward()
