@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,20 +15,27 @@ from torch import Tensor, nn
 
 __all__ = ["Kept", "uncollected", "untouched"]
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, list, set, deque, tuple)
 
 
 class Kept:
-    """A module's attributes, and what its plain containers hold: hooks, tensors, whatever a forward may fill (caches)."""
+    """A module's attributes, and what plain containers among them (and in these) hold: hooks, tensors, caches of a forward."""
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
         self.attributes = self.own.copy()
-        self.contents = [
-            (value, value.copy() if value else None)
-            for value in self.attributes.values()
-            if isinstance(value, _CONTAINERS) and hasattr(value, "copy")
-        ]
+        self.contents: list[tuple[Any, Any]] = []
+        self._keep(self.attributes.values(), set())
+
+    def _keep(self, values: Iterable[Any], seen: set[int]) -> None:
+        for value in values:
+            if not isinstance(value, _CONTAINERS) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if not isinstance(value, tuple):
+                self.contents.append((value, value.copy() if value else None))
+            if value:
+                self._keep(value.values() if isinstance(value, dict) else value, seen)
 
     def put_back(self) -> None:
         """Makes it what it was."""
@@ -34,8 +43,9 @@ class Kept:
             if contents is None:
                 if value:
                     value.clear()
-            elif isinstance(value, list):
-                value[:] = contents
+            elif isinstance(value, (list, deque)):
+                value.clear()
+                value.extend(contents)
             else:
                 value.clear()
                 value.update(contents)

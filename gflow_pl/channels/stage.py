@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from gflow_pl.channels.book import Nodes
@@ -45,6 +46,11 @@ class Stage:
         self.shapes = Shapes()
         self.modules = dict(self.model.named_modules())
         self.tensors = {**self._own("_parameters"), **self._own("_buffers")}
+        lazy = next((name for name, tensor in self.tensors.items() if is_lazy(tensor)), None)
+        if lazy is not None:
+            raise ValueError(
+                f"trace_channels: '{lazy}' has no shape yet; run the network once, so that its lazy layers are made."
+            )
         self._whole: dict[str, Tensor] = {}
         self._names = {id(module): name for name, module in self.modules.items()}
         # scripted parts keep their tensors out of Python's reach; they are swapped as they come by

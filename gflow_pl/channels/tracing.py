@@ -50,7 +50,8 @@ def trace_channels(
         The graph: groups of units, and for every layer left the reason why.
 
     Raises:
-        ValueError: `residual` or `frozen` is none of the choices. A model that runs raises nothing.
+        ValueError: `residual` or `frozen` is none of the choices, or a lazy layer was never run. A model that runs raises
+            nothing else.
 
     Example:
         >>> import torch

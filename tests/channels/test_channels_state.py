@@ -76,6 +76,38 @@ def test_a_trace_leaves_no_mark(looks):
     assert [group.name for group in graph.groups] == ["conv"]
 
 
+def test_containers_in_containers_are_what_they_were():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.last, self.log, self.pair = collections.deque([1], maxlen=2), {"x": []}, ([], {0: set()})
+
+        def forward(self, x):
+            y = self.a(x)
+            self.last.append(y)
+            self.log["x"].append(y)
+            self.pair[0].append(y)
+            self.pair[1][0].add(y)
+            return self.b(y)
+
+    model = Remembering()
+    inner = model.log["x"], model.pair[1][0]
+    graph = trace_channels(model, torch.zeros(2, 4))
+    assert [group.name for group in graph.groups] == ["a"]
+    assert (model.last, model.log, model.pair) == (collections.deque([1]), {"x": []}, ([], {0: set()}))
+    assert inner[0] is model.log["x"]
+    assert inner[1] is model.pair[1][0]
+
+
+def test_lazy_layers_must_have_been_run():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"'1.weight' has no shape yet; run the network once"):
+        trace_channels(model, torch.zeros(2, 4))
+    model(torch.zeros(2, 4))
+    assert [group.name for group in trace_channels(model, torch.zeros(2, 4)).groups] == ["0"]
+
+
 def test_a_model_that_cannot_run_is_frozen_whole():
     class Broken(nn.Module):
         def __init__(self):
