@@ -227,7 +227,7 @@ def _listed(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
         return []
     name, module = t.stack[-1]
     for key, value in vars(module).items():
-        if isinstance(value, (list, tuple)) and list(value) == sizes:
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value) and list(value) == sizes:
             return [(name, f"{key}[{i}]") for i in range(len(sizes))]
     return []
 

@@ -22,10 +22,11 @@ def _convolution(t: Recorder, op: Op) -> None:
     if groups == 1:
         inner, outer = (kernel[0], kernel[1]) if transposed else (kernel[1], kernel[0])
         t.meet(source[1], inner, _INPUT)
-    elif transposed and weight.shape[1] != 1:
-        for label in (source[1], *kernel):
+    elif transposed and not weight.shape[0] == groups == op.out.shape[1]:
+        for label in (source[1], kernel[0]):
             t.book.freeze(label, "a grouped transposed convolution")
-        outer = None
+        # the same position of every group
+        outer = None if kernel[1] is None else np.tile(kernel[1], groups)
     else:
         outer = _grouped(t, source[1], kernel, weight, groups)
     if bias is not None:

@@ -203,6 +203,7 @@ class _Surveyor:
         dim = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)
         if facts is None:
             depthwise = not linear and module.groups > 1 and module.groups == module.in_channels
+            depthwise = depthwise and (not transposed or module.groups == module.out_channels)
             facts = LayerFacts(name, weight, output.shape[dim], not depthwise, grouped=self.kinds[name].grouped)
             self.found.layers[name] = facts
         rows = output if not transposed or x is None else x

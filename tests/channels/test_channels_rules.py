@@ -434,3 +434,34 @@ def test_numbers_in_tensors_that_are_kept_leave_units_exact(number):
     off, change, graph, _ = deviation(Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("a").inexact is None
+
+
+def test_a_list_of_tensors_is_no_list_of_sizes():
+    def forward(m, x):
+        return m.h(pooled(torch.cat(m.b(m.a(x)).split([2, 6], 1), 1)))
+
+    model = Net(forward, a=conv(3, 5), b=conv(5, 8), h=nn.Linear(8, 3))
+    model.anchors = [torch.ones(2), torch.ones(2)]
+    graph = trace_channels(model, torch.randn(2, 3, 6, 6))
+    assert [group.name for group in graph.groups] == ["a"]
+    assert "split" in graph.frozen["b"]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 4, 4), (4, 8, 4), (8, 8, 2), (8, 16, 4)])
+def test_grouped_transposed_convolutions_lose_the_same_position_of_every_group(inputs, outputs, groups):
+    def make():
+        torch.manual_seed(0)
+        return Net(
+            lambda m, x: m.h(pooled(m.t(m.a(x)))),
+            a=conv(3, inputs),
+            t=nn.ConvTranspose2d(inputs, outputs, 2, groups=groups),
+            h=nn.Linear(outputs, 3),
+        )
+
+    x = torch.randn(2, 3, 6, 6)
+    off, change, graph, small = deviation(make(), (x,), frozen="expand")
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.coverage() == 1.0
+    assert graph.group("t").size == outputs // groups
+    small.train()(x.double()).sum().backward()
+    assert "grouped transposed" in trace_channels(make(), x).frozen["a"]
