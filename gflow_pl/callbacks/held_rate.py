@@ -23,17 +23,19 @@ class HeldRate:
     """
 
     def __init__(self, lr: float, optimizers: Iterable[Optimizer], is_held: Callable[[], bool]) -> None:
-        self._lr, self._is_held = lr, is_held
+        self._lr, self._is_held, self._optimizers = lr, is_held, list(optimizers)
         self._own: dict[int, list[Any]] = {}
         self._handles: list[RemovableHandle] = []
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Let go for good."""
+        """Let go for good, also in the middle of a step that has failed."""
         for handle in self._handles:
             handle.remove()
+        for optimizer in self._optimizers:
+            self._after_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._is_held():

@@ -340,6 +340,22 @@ def test_a_file_that_is_saved_on_an_exception_carries_the_shape(tmp_path) -> Non
     assert_equal(state_of(module), state_of(again))
 
 
+def test_a_file_that_is_saved_on_an_exception_holds_the_modules_own_rate(tmp_path) -> None:
+    """Lightning runs the training step within the optimizer's, where the rate is held."""
+
+    class Fails(SmallModule):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 1:
+                raise RuntimeError("the network failed")
+            return super().training_step(batch, batch_idx)
+
+    pruning = callback(prune_lr=0.001, evaluate_cuts=False, measure="magnitude", loss_fn=scalar_loss)
+    with pytest.raises(RuntimeError, match="the network failed"):
+        fit(tmp_path, Fails(), pruning, callbacks=[OnExceptionCheckpoint(tmp_path, filename="failed")])
+    (saved,) = torch.load(tmp_path / "failed.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["lr"] for group in saved["param_groups"]] == [0.05]
+
+
 def test_nothing_but_the_checkpoint_hooks_is_left_on_the_module(tmp_path) -> None:
     before = set(vars(SmallModule()))
     module, _, run = fit(tmp_path, pruning=callback(prune_lr=0.01))
