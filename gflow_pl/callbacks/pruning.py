@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.held_rate import HeldRate
-from gflow_pl.callbacks.loss import gives_a_loss, quiet
+from gflow_pl.callbacks.loss import gives_a_loss, quiet, training_loss
 from gflow_pl.callbacks.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
 from gflow_pl.callbacks.refusals import refuse_what_cannot_work
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
@@ -323,6 +323,15 @@ class PruningCallback(CarriesStructure):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the optimizers."""
         super().teardown(trainer, pl_module, stage)
+        self._let_go()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the optimizers: a step that fails never came to its end, and a checkpoint may be saved now."""
+        super().on_exception(trainer, pl_module, exception)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._held_rate is not None:
             self._held_rate.remove()
             self._held_rate = None
@@ -424,7 +433,8 @@ class PruningCallback(CarriesStructure):
     def _ensure_graph(self, module: pl.LightningModule, batch: Any) -> ChannelGraph:
         if self.graph is None:
             with quiet(module):
-                self.graph = trace_module(module, batch, residual=self.residual, exact_only=self.exact_only)
+                loss_fn = self.loss_fn or training_loss
+                self.graph = trace_module(module, batch, loss_fn, residual=self.residual, exact_only=self.exact_only)
             self._original_costs = costs_of(self.graph)
             if not self.graph.groups:
                 raise ValueError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import first_input, training_loss
+from gflow_pl.callbacks.loss import evaluating, first_input
 from gflow_pl.callbacks.ranks import rebuild_wrapper
 from gflow_pl.callbacks.twins import averages_of, callbacks_of, is_a
 from gflow_pl.channels import ChannelGraph, trace_channels
@@ -27,38 +29,64 @@ __all__ = [
 ]
 
 
-class _Step(nn.Module):
-    """Runs a module's training step as its forward, for a module whose `forward` cannot be called on a batch."""
+def trace_module(
+    module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor], **options: Any
+) -> ChannelGraph:
+    """Trace a LightningModule as it stands in training, by its `forward`, or by its loss if it has none that runs.
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        super().__init__()
-        self.__dict__["module"] = module
-
-    def forward(self, batch: Any) -> Tensor:
-        return training_loss(self.__dict__["module"], batch)
-
-
-def trace_module(module: pl.LightningModule, batch: Any, **options: Any) -> ChannelGraph:
-    """Trace a LightningModule on a batch as it stands in training.
-
-    `forward` is tried on the module's `example_input_array`, on the batch's first part, and on the whole batch.
+    `forward` is tried on the module's `example_input_array` (a dict gives arguments by name, as in Lightning), on the
+    batch's first part, and on the whole batch.
 
     Raises:
-        ValueError: `forward` runs on none of them.
+        ValueError: Neither `forward` nor the loss runs on any of them.
     """
-    example = module.example_input_array
-    candidates = [] if example is None else [example]
-    candidates += [(first_input(batch),), (batch,)]
+    forward, example = module.forward, module.example_input_array
+
+    def by_loss(whole: Any) -> Tensor:
+        with _forward_of(module, forward):  # which the loss may well call
+            return loss_fn(module, whole)
+
+    ways: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (forward, (first_input(batch),)),
+        (forward, (batch,)),
+        (by_loss, (batch,)),
+    ]
+    if example is not None:
+        example = module.trainer.precision_plugin.convert_input(example)
+        example = move_data_to_device(example, module.device)
+        if isinstance(example, Mapping):
+            ways.insert(0, (lambda named: forward(**named), (dict(example),)))
+        else:
+            ways.insert(0, (forward, example if isinstance(example, tuple) else (example,)))
     reasons = []
-    for candidate in candidates:
-        try:
-            return trace_channels(module, candidate, **options)
-        except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
-            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+    for way, inputs in ways:
+        with _forward_of(module, way):
+            try:
+                with evaluating(module), torch.no_grad():
+                    module(*inputs)
+            except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
+                reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+                continue
+            return trace_channels(module, inputs, **options)
     raise ValueError(
-        f"`forward` of {type(module).__name__} runs neither on the first part of a training batch nor on the whole batch "
-        f"({reasons[-2]}); set the module's `example_input_array` to inputs that it takes."
+        f"`forward` of {type(module).__name__} runs neither on the first part of a training batch ({reasons[-3]}) nor on the "
+        f"whole batch, and its loss cannot be taken of one ({reasons[-1]}): set the module's `example_input_array` to "
+        "inputs that `forward` takes."
     )
+
+
+@contextmanager
+def _forward_of(module: pl.LightningModule, way: Callable[..., Any]) -> Iterator[None]:
+    """Within, `way` is what the module's `forward` does."""
+    before = module.__dict__.get("forward")  # `torch.compile` of a LightningModule leaves one there
+    module.__dict__["forward"] = way
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def stem_groups(graph: ChannelGraph) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
@@ -61,6 +62,71 @@ def test_a_training_step_without_a_loss_is_told_what_to_do(tmp_path) -> None:
         ValueError, match=r"`training_step` of Skips returned NoneType.*give the PruningCallback a `loss_fn"
     ):
         train(tmp_path, Skips(), shuffled())
+
+
+class OnlyStep(pl.LightningModule):
+    """An autoencoder as in Lightning's guide: it has no `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.decoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 192))
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        return F.mse_loss(self.decoder(self.encoder(x)), x)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class OnlyEmbeds(OnlyStep):
+    """Whose `forward` takes something else than a batch holds: flat images."""
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize("cls", [OnlyStep, OnlyEmbeds])
+def test_a_module_whose_forward_runs_on_no_batch_is_traced_by_its_training_step(cls, tmp_path) -> None:
+    module = cls()
+    callback = train(tmp_path, module, shuffled())
+    assert callback.rows[-1]["filters_removed"] > 0
+    assert module.decoder[2].out_features == 192
+    assert callback.rows[-1]["filters_left"] == 72 / 2
+    assert "forward" not in vars(module)
+
+
+class Named(TensorDataset):
+    def __getitem__(self, index):
+        return dict(zip(("image", "label"), super().__getitem__(index), strict=True))
+
+
+@pytest.mark.parametrize("example", [None, {"x": torch.zeros(2, 3, 8, 8)}, torch.zeros(2, 3, 8, 8)], ids=type)
+def test_batches_that_are_dicts(example, tmp_path) -> None:
+    """`forward` takes a part of them; an example that is a dict gives arguments by name."""
+
+    class FromDict(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = example
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch["image"]), batch["label"])
+
+    module = FromDict()
+    callback = train(tmp_path, module, DataLoader(Named(*images(64).tensors), batch_size=16))
+    assert callback.rows[-1]["filters_left"] == 36 / 2
+    assert set(callback.graph.frozen) == {"net.9"}, "the logits stay"
+
+
+def test_a_module_of_which_nothing_runs_is_told_what_to_do(tmp_path) -> None:
+    class Broken(SmallModule):
+        def forward(self, x):
+            raise RuntimeError("no such luck")
+
+    with pytest.raises(ValueError, match=r"`forward` of Broken runs neither .*no such luck.*`example_input_array`"):
+        train(tmp_path, Broken(), shuffled())
 
 
 class ByHand(Sampler[list[int]]):
