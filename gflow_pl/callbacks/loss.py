@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -89,9 +91,10 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def quiet(module: pl.LightningModule) -> Iterator[None]:
-    """Within, the module logs nothing, and its metrics are afterwards what they were."""
+    """Within, the module logs nothing; afterwards its metrics, buffers, lists and counters are what they were."""
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     saved = [(m, _metric_state(m)) for m in metrics]
+    kept = [_Kept(m) for m in module.modules() if not isinstance(m, Metric)]
     silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         module.__dict__[name] = _nothing
@@ -105,6 +108,38 @@ def quiet(module: pl.LightningModule) -> Iterator[None]:
                 module.__dict__[name] = before
         for metric, state in saved:
             metric.__dict__.update(state)
+        for each in kept:
+            each.restore()
+
+
+class _Kept:
+    """What a training step may change in one module: its buffers, and attributes of the user's own (not what is in those)."""
+
+    _LIGHTNINGS = frozenset(vars(pl.LightningModule()))
+
+    def __init__(self, module: nn.Module) -> None:
+        own = {name: value for name, value in vars(module).items() if name not in self._LIGHTNINGS}
+        self._places: list[tuple[dict[str, Any], dict[str, Any]]] = [(vars(module), own)]
+        self._places.append((module._buffers, dict(module._buffers)))
+        values = [value for _, before in self._places for value in before.values()]
+        self._contents = [(value, copy(value)) for value in values if isinstance(value, (list, deque, dict, set))]
+        self._tensors = [(value, value.detach().clone(), value._version) for value in values if _is_plain(value)]
+
+    def restore(self) -> None:
+        for place, before in self._places:
+            place.update(before)
+        for value, contents in self._contents:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
+        for tensor, contents, version in self._tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(contents)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with a count of the writes to it."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference()
 
 
 def _metric_state(metric: nn.Module) -> dict[str, Any]:

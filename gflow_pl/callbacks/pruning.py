@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -292,7 +293,7 @@ class PruningCallback(CarriesStructure):
     ) -> None:
         """Feeds a tracked measure with this step's gradients: of the global batch, unscaled, before clipping."""
         if self._tracking.is_in_a_step:
-            with private_rng(self.seed, self.rounds_done), quiet(pl_module):
+            with private_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
                 self._tracking.before_step(trainer, pl_module, optimizer)
 
     @override
@@ -301,7 +302,7 @@ class PruningCallback(CarriesStructure):
     ) -> None:
         """In the published order, takes in the weights after the step."""
         if self._tracking.is_in_a_step:
-            with private_rng(self.seed, self.rounds_done), quiet(pl_module):
+            with private_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
                 self._tracking.after_step(pl_module)
             self._tracking.end()
 
@@ -469,6 +470,10 @@ class PruningCallback(CarriesStructure):
             seed=self.seed + self.rounds_done,
             **(self._scoring.loss_options(module, batch) if self.measure.needs_hessian else {}),
         )
+
+    def _quiet_while_tracking(self, module: pl.LightningModule) -> AbstractContextManager[None]:
+        # Only a Hessian-gradient product runs the module.
+        return quiet(module) if self.measure.needs_hessian else nullcontext()
 
     # What is said
 

@@ -1,6 +1,7 @@
 """Training steps, loaders and metrics as users have them."""
 
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,41 @@ def test_metrics_of_training_are_those_of_training(logged, tmp_path) -> None:
     train(tmp_path, two, shuffled(), prunes=False)
     assert one.seen == two.seen
     assert len(one.seen[-1]) >= 3
+
+
+class Remembers(SmallModule):
+    """Keeps what its steps gave, as Lightning's guide says, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses, self.steps, self.newest, self.counts = [], 0, deque(maxlen=3), {"steps": 0}
+        self.center, self.plain = nn.Buffer(torch.zeros(3)), torch.zeros(3)
+        self.net[0].calls = 0
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.detach())
+        self.newest.append(float(loss.detach()))
+        self.steps += 1
+        self.counts["steps"] += 1
+        self.net[0].calls += 1
+        mean = batch[0].mean(dim=(0, 2, 3))
+        self.center.lerp_(mean, 0.1)
+        self.plain = self.plain + mean
+        return loss
+
+    def on_train_epoch_end(self):
+        numbers = [len(self.losses), self.steps, self.counts["steps"], self.net[0].calls, *self.newest]
+        self.seen.append([*numbers, *self.center.tolist(), *self.plain.tolist()])
+        self.losses.clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": "grasp"}, {"measure": "grasp", "track": True}], ids=str)
+def test_what_a_training_step_remembers_is_of_training_alone(options, tmp_path) -> None:
+    one, two = Remembers(), Remembers()
+    two.load_state_dict(one.state_dict())
+    train(tmp_path, one, shuffled(), fraction=0.001, keep_momentum=True, **options)
+    train(tmp_path, two, shuffled(), prunes=False)
+    assert one.seen == two.seen
+    assert one.seen[-1][:4] == [4, 16, 16, 16]
