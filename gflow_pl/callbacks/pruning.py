@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from gflow_pl.callbacks.ranks import all_gather_objects, broadcast, mean_over_ra
 from gflow_pl.callbacks.refusals import refuse_what_cannot_work
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
 from gflow_pl.callbacks.rng import private_rng, rng_state
-from gflow_pl.callbacks.round import apply_plan, costs_of, reset_best, stem_groups, trace_module
+from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
 from gflow_pl.callbacks.rows import Stopwatch, line_of, numbers_of, units_gone
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.settings import CutTimes, check_arguments
@@ -166,6 +167,7 @@ class PruningCallback(CarriesStructure):
         self._initial: dict[str, Tensor] | None = None
         self._tracking = Tracking(track_batches, track_order, self._new_tracker)
         self._held_rate: HeldRate | None = None
+        self._saved_before_the_cut: dict[ModelCheckpoint, int] = {}
         self._rng_to_restore: list[Any] | None = None
         self._rng_of_ranks: list[Any] | None = None
 
@@ -313,7 +315,13 @@ class PruningCallback(CarriesStructure):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says which rounds were never cut."""
+        """Says which rounds were never cut, and has no file of before the last cut count as best."""
+        now = last_saves(trainer)
+        for checkpoint, step in self._saved_before_the_cut.items():
+            if now.get(checkpoint) == step:
+                self._tell_outdated(checkpoint.best_model_path)
+                checkpoint.best_model_path = ""
+        self._saved_before_the_cut = {}
         if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
             rank_zero_warn(
                 f"PruningCallback: training ended in epoch {trainer.current_epoch} after {self.rounds_done} of "
@@ -483,9 +491,12 @@ class PruningCallback(CarriesStructure):
             logger.log_metrics(numbers_of(row), step=trainer.global_step)
         if self.reset_best:
             for path in reset_best(trainer):
-                rank_zero_info(
-                    f"'{os.path.basename(path)}' is of the network before this cut and no longer counts as best."
-                )
+                self._tell_outdated(path)
+            # Of those that monitor nothing the newest is best: they replace it at the next save, if there is one.
+            self._saved_before_the_cut = last_saves(trainer)
+
+    def _tell_outdated(self, path: str) -> None:
+        rank_zero_info(f"'{os.path.basename(path)}' is of the network before the last cut and does not count as best.")
 
     def _say_how_it_tracks(self) -> None:
         measure = self.measure

@@ -23,6 +23,7 @@ from gflow_pl.types import KeepPlan
 __all__ = [
     "apply_plan",
     "costs_of",
+    "last_saves",
     "reset_best",
     "stem_groups",
     "trace_module",
@@ -125,6 +126,12 @@ def _is_compiled(module: nn.Module) -> bool:
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_compiler_ctx")
         for m in module.modules()
     )
+
+
+def last_saves(trainer: pl.Trainer) -> dict[ModelCheckpoint, int]:
+    """The step of the last save of every ModelCheckpoint that monitors nothing: its file of that step counts as best."""
+    every = [c for c in callbacks_of(trainer) if is_a(c, "ModelCheckpoint") and c.monitor is None]
+    return {checkpoint: checkpoint._last_global_step_saved for checkpoint in every if checkpoint.best_model_path}
 
 
 def reset_best(trainer: pl.Trainer) -> list[str]:

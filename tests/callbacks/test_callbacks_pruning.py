@@ -295,6 +295,21 @@ def test_best_is_never_the_unpruned_network(tmp_path) -> None:
     assert sum(p.numel() for p in module.parameters()) == pruning.rows[-1]["parameters"]
 
 
+@pytest.mark.parametrize(("every_n_epochs", "is_pruned"), [(1, True), (2, False)])
+@pytest.mark.parametrize("name", ["{epoch}", "same"])
+def test_the_newest_file_is_not_best_if_it_is_of_before_the_last_cut(name, every_n_epochs, is_pruned, tmp_path) -> None:
+    """Of a ModelCheckpoint that monitors nothing, and whose turn may not come again between the cut and the end."""
+    newest = ModelCheckpoint(tmp_path, name, every_n_epochs=every_n_epochs, enable_version_counter=False)
+    module, pruning, run = fit(tmp_path, pruning=callback(epochs=[2], rounds=1), callbacks=[newest], max_epochs=3)
+    (parameters,) = [row["parameters"] for row in pruning.rows]
+    if is_pruned:
+        run.test(module, shuffled(16), ckpt_path="best", verbose=False, weights_only=True)
+        assert sum(p.numel() for p in module.parameters()) == parameters
+    else:
+        with pytest.raises(ValueError, match="not configured to save the best model"):
+            run.test(module, shuffled(16), ckpt_path="best", verbose=False, weights_only=True)
+
+
 def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     module, _, _ = fit(tmp_path, callbacks=[keep])
