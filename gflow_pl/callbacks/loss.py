@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["classifies", "default_logits", "evaluating", "first_input", "gives_a_loss", "quiet", "training_loss"]
+from gflow_pl.callbacks.twins import is_a
 
-LossFn = Callable[[Any, Any], Tensor]
+__all__ = [
+    "classifies",
+    "default_logits",
+    "evaluating",
+    "first_input",
+    "gives_a_loss",
+    "in_true_precision",
+    "quiet",
+    "training_loss",
+    "true_precision",
+]
+
+_Result = TypeVar("_Result")
 
 
+@contextmanager
+def true_precision(module: pl.LightningModule) -> Iterator[None]:
+    """Within, new tensors have the type of the Trainer's "64-true", "16-true" or "bf16-true" precision, as in training."""
+    plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
+    with plugin.forward_context() if is_a(plugin, "DoublePrecision", "HalfPrecision") else nullcontext():
+        yield
+
+
+def in_true_precision(function: Callable[[Any, Any], _Result]) -> Callable[[Any, Any], _Result]:
+    """A function of a module and a batch, run in `true_precision`."""
+
+    @functools.wraps(function)
+    def run(module: pl.LightningModule, batch: Any) -> _Result:
+        with true_precision(module):
+            return function(module, batch)
+
+    return run
+
+
+@in_true_precision
 def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
     """The scalar loss that the module's `training_step` returns for a batch.
 
@@ -26,7 +59,16 @@ def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
         ValueError: The step returns no loss.
     """
     # As Lightning calls it: the index is left out where the step does not take it.
-    output = module.training_step(batch, 0) if _num_arguments(module) > 1 else module.training_step(batch)
+    arguments = (batch, 0) if _num_arguments(module) > 1 else (batch,)
+    try:
+        output = module.training_step(*arguments)
+    except Exception as error:
+        if not module.training:
+            error.add_note(
+                f"PruningCallback ran `training_step` of {type(module).__name__} in evaluation mode, to score filters: where that "
+                "cannot work, give it a `loss_fn(module, batch)` that returns the scalar loss."
+            )
+        raise
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -48,6 +90,7 @@ def _num_arguments(module: pl.LightningModule) -> float:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+@in_true_precision
 def default_logits(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits and labels of an (inputs, targets) batch, from the module's `forward`."""
     return module(batch[0]), batch[1]
@@ -66,7 +109,7 @@ def classifies(module: pl.LightningModule, batch: Any) -> bool:
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         return False
     try:
-        with evaluating(module), torch.no_grad(), quiet(module):
+        with evaluating(module), torch.no_grad(), quiet(module), true_precision(module):
             logits = module(batch[0])
     except Exception:  # whatever a foreign forward raises on these inputs: then it gives no logits
         return False

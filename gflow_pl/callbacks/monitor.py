@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.curvature import curvature_along_gradient
-from gflow_pl.callbacks.loss import training_loss
+from gflow_pl.callbacks.loss import in_true_precision, training_loss
 from gflow_pl.callbacks.ranks import mean_over_ranks
 
 __all__ = ["GradientFlowMonitor"]
@@ -162,7 +162,7 @@ class GradientFlowMonitor(Callback):
     ) -> None:
         """Measures the curvature on the last batch."""
         if self.hessian and self._is_on and _is_last(trainer):
-            loss_fn = self.loss_fn or training_loss
+            loss_fn = in_true_precision(self.loss_fn or training_loss)
             self._curvatures = curvature_along_gradient(pl_module, batch, loss_fn, mean_over_ranks(trainer))
 
     @override

@@ -12,7 +12,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import evaluating, first_input
+from gflow_pl.callbacks.loss import evaluating, first_input, true_precision
 from gflow_pl.callbacks.ranks import rebuild_wrapper
 from gflow_pl.callbacks.twins import averages_of, callbacks_of, is_a
 from gflow_pl.channels import ChannelGraph, trace_channels
@@ -61,7 +61,7 @@ def trace_module(
             ways.insert(0, (forward, example if isinstance(example, tuple) else (example,)))
     reasons = []
     for way, inputs in ways:
-        with _forward_of(module, way):
+        with _forward_of(module, way), true_precision(module):
             try:
                 with evaluating(module), torch.no_grad():
                     module(*inputs)

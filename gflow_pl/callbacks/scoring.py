@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from gflow_pl.callbacks.calibration import calibration_batches, evaluation_batches, has_length
-from gflow_pl.callbacks.loss import classifies, default_logits, evaluating, quiet, training_loss
+from gflow_pl.callbacks.loss import classifies, default_logits, evaluating, in_true_precision, quiet, training_loss
 from gflow_pl.callbacks.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.rng import private_rng
 from gflow_pl.channels import ChannelGraph
@@ -40,7 +40,8 @@ class Scoring:
     ) -> None:
         self._measure, self._bias, self._temperature = measure, bias, temperature
         self._num_samples, self._num_batches, self._seed = num_samples, batches, seed
-        self._loss_fn, self._logits_fn = loss_fn, logits_fn
+        self._loss_fn = None if loss_fn is None else in_true_precision(loss_fn)
+        self._logits_fn = None if logits_fn is None else in_true_precision(logits_fn)
         self._logits_known: bool | None = None
 
     def batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Any]:

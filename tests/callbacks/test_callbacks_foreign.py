@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, trainer
 
-from gflow_pl import PruningCallback
+from gflow_pl import GradientFlowMonitor, PruningCallback
 
 
 def train(folder, module, data, *, seed: int = 0, prunes: bool = True, **options) -> PruningCallback:
@@ -260,3 +260,39 @@ def test_what_a_training_step_remembers_is_of_training_alone(options, tmp_path) 
     train(tmp_path, two, shuffled(), prunes=False)
     assert one.seen == two.seen
     assert one.seen[-1][:4] == [4, 16, 16, 16]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("options", [{}, {"loss_fn": True}, {"measure": "grasp", "temperature": 2.0}], ids=str)
+def test_new_tensors_are_of_the_precision_that_is_trained_in(options, precision, tmp_path) -> None:
+    """Noise that a step draws, and what a forward makes, have the default type."""
+
+    class Draws(SmallModule):
+        def forward(self, x):
+            return self.net(x + 0.1 * self.net[0](torch.randn(x.shape)).mean())
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(torch.randn(batch[0].shape)), batch[1], weight=torch.ones(4))
+
+    if "loss_fn" in options:
+        options = {"loss_fn": lambda module, batch: module.training_step(batch, 0)}
+    callback = PruningCallback(**{"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32, **options})
+    monitor = GradientFlowMonitor(hessian=precision == "64-true")
+    trainer(tmp_path, callbacks=[callback, monitor], precision=precision).fit(Draws(), shuffled(), shuffled())
+    assert callback.finished
+    assert callback.rows[0]["accuracy_after_cut"] >= 0
+
+
+def test_a_step_that_fails_in_evaluation_mode_is_told_why_it_ran_there(tmp_path) -> None:
+    class TwoOutputs(SmallModule):
+        def forward(self, x):
+            y = super().forward(x)
+            return (y, y) if self.training else y
+
+        def training_step(self, batch, batch_idx):
+            first, second = self(batch[0])
+            return F.cross_entropy(first, batch[1]) + F.cross_entropy(second, batch[1])
+
+    with pytest.raises(ValueError, match="too many values to unpack") as error:
+        train(tmp_path, TwoOutputs(), shuffled())
+    assert "give it a `loss_fn(module, batch)`" in error.value.__notes__[0]
