@@ -253,6 +253,7 @@ class PruningCallback(CarriesStructure):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the schedule, keeps the initial weights if a measure needs them, restores random states."""
         super().on_fit_start(trainer, pl_module)
+        self._check_same_network(pl_module)
         if not getattr(trainer, "fast_dev_run", False) and not self.finished:
             self.times.check_fits(trainer.max_epochs)
         if self.bias == "distance_from_init" and self._initial is None:
@@ -452,6 +453,15 @@ class PruningCallback(CarriesStructure):
                 )
             groups_named(self.graph.groups, self.graph.layers, self.ignore)  # refuses names that mean nothing
         return self.graph
+
+    def _check_same_network(self, module: pl.LightningModule) -> None:
+        """Refuses a network that is not the one of the rounds done."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        if self.graph is not None and any(self.graph.shapes.get(name) != shape for name, shape in shapes.items()):
+            raise ValueError(
+                f"PruningCallback: this {type(module).__name__} has other shapes than the network that the callback has pruned "
+                f"({self.rounds_done} of {self.schedule.num_rounds} rounds): make a new PruningCallback for every network."
+            )
 
     def _asked_and_reached(self, before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
         """What the next round was to take, and took, of the target and of the filters."""

@@ -616,6 +616,13 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
     assert pruning.finished
 
 
+@pytest.mark.parametrize("max_steps", [6, -1], ids=["between rounds", "finished"])
+def test_a_callback_is_not_used_again_for_another_network(max_steps, tmp_path) -> None:
+    pruning = callback()
+    fit(tmp_path, pruning=pruning, max_steps=max_steps)
+    assert "make a new PruningCallback for every network" in refused(tmp_path, pruning=pruning)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
