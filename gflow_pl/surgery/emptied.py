@@ -155,7 +155,8 @@ def dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, decision:
     }
     # Optimists first: groups may read each other (a squeeze and its gate), so all are dead until one proves alive.
     while True:
-        candidates = {n: r for n, r in candidates.items() if n not in _not_alone(candidates, graph, decision, modules)}
+        shared = _not_alone(candidates, graph, decision, modules)
+        candidates = {n: r for n, r in candidates.items() if n not in shared}
         without = emptied | _layers_without(set(candidates), graph, decision)
         reached = emptied | set[str]()
         still: dict[str, set[str]] = {}

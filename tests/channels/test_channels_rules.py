@@ -337,6 +337,19 @@ def written(into):
     return forward
 
 
+def summing(forward):
+    """A network that sums over the channels of what `forward` gives."""
+    torch.manual_seed(0)
+    return Net(
+        lambda m, x: m.h(forward(m, x).sum(1).flatten(1)),
+        a=conv(3, 8),
+        one=conv(3, 1),
+        shift=nn.Parameter(torch.ones(1)),
+        norm=nn.BatchNorm2d(8, affine=False),
+        h=nn.Linear(36, 3),
+    )
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -353,16 +366,7 @@ def written(into):
     ],
 )
 def test_a_sum_over_what_removed_units_do_not_leave_zero_is_said_to_be_inexact(forward):
-    torch.manual_seed(0)
-    model = Net(
-        lambda m, x: m.h(forward(m, x).sum(1).flatten(1)),
-        a=conv(3, 8),
-        one=conv(3, 1),
-        shift=nn.Parameter(torch.ones(1)),
-        norm=nn.BatchNorm2d(8, affine=False),
-        h=nn.Linear(36, 3),
-    )
-    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    off, _, graph, _ = deviation(summing(forward), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
     assert off > 1e-3
     assert "'sum' over" in graph.group("a").inexact
 
@@ -378,16 +382,7 @@ def test_a_sum_over_what_removed_units_do_not_leave_zero_is_said_to_be_inexact(f
     ],
 )
 def test_a_sum_over_zeros_is_exact(forward):
-    torch.manual_seed(0)
-    model = Net(
-        lambda m, x: m.h(forward(m, x).sum(1).flatten(1)),
-        a=conv(3, 8),
-        one=conv(3, 1),
-        shift=nn.Parameter(torch.ones(1)),
-        norm=nn.BatchNorm2d(8, affine=False),
-        h=nn.Linear(36, 3),
-    )
-    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = deviation(summing(forward), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("a").inexact is None
 
