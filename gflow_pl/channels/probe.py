@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gflow_pl.channels.attributes import shape_attributes
 from gflow_pl.channels.book import Book, Boundary, Nodes, input_of
 from gflow_pl.channels.cuts import Cuts
-from gflow_pl.channels.recorder import Call, Watch
+from gflow_pl.channels.recorder import Call, Seen, Watch
 from gflow_pl.channels.stage import Stage
 from gflow_pl.channels.survey import Survey
 from gflow_pl.channels.units import Partition
@@ -81,7 +81,7 @@ class _Watcher(Watch):
         self.alive.append(out)
         if call is not None:
             outs = out if isinstance(out, (list, tuple)) else [out]
-            self._compare(call, [x for x in outs if isinstance(x, Tensor)], seen.numbers, args)
+            self._compare(call, [x for x in outs if isinstance(x, Tensor)], seen, args)
         self.inside = False
         return out
 
@@ -111,7 +111,7 @@ class _Watcher(Watch):
             raise _Mismatch("the forward takes another path at smaller shapes")
         return self.calls[self.at]
 
-    def _compare(self, call: Call, outs: list[Tensor], numbers: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+    def _compare(self, call: Call, outs: list[Tensor], seen: Seen, args: tuple[Any, ...]) -> None:
         for out, shape, labels in zip(outs, call.shapes, call.labels, strict=True):
             if labels is None:
                 continue
@@ -122,7 +122,8 @@ class _Watcher(Watch):
         for position, nodes in call.expected:
             if args[position] != self._left(nodes):
                 raise _Mismatch(f"a position that does not follow the channels ('{call.name}')")
-        if _comparable(call.name, call.numbers) != _comparable(call.name, numbers):
+        resized = call.summed is not None and call.summed != [tensor.shape for tensor in seen.tensors]
+        if resized or _comparable(call.name, call.numbers) != _comparable(call.name, seen.numbers):
             self.differing.append(self.at)
 
     def _left(self, nodes: Nodes) -> int:

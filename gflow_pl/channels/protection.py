@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +17,35 @@ from torch import Tensor, nn
 __all__ = ["Kept", "uncollected", "untouched"]
 
 _CONTAINERS = (dict, list, set, deque, tuple)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class Kept:
-    """A module's attributes, and what plain containers among them (and in these) hold: hooks, tensors, caches of a forward."""
+    """A module's attributes, and what plain containers among them (and in these) hold: hooks, tensors, caches of a forward.
+
+    Generators that a module owns are wound back, too.
+
+    Attributes:
+        tensors: Those among them that are no parameters.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
         self.attributes = self.own.copy()
         self.contents: list[tuple[Any, Any]] = []
+        self.tensors: list[Tensor] = []
+        self.generators: list[tuple[Callable[[Any], Any], Any]] = []
         self._keep(self.attributes.values(), set())
 
     def _keep(self, values: Iterable[Any], seen: set[int]) -> None:
         for value in values:
-            if not isinstance(value, _CONTAINERS) or id(value) in seen:
+            if not isinstance(value, _CONTAINERS):
+                if isinstance(value, Tensor):
+                    self.tensors += [] if isinstance(value, nn.Parameter) else [value]
+                elif isinstance(value, _GENERATORS):
+                    self.generators.append(_rewinding(value))
+                continue
+            if id(value) in seen:
                 continue
             seen.add(id(value))
             if not isinstance(value, tuple):
@@ -51,6 +67,18 @@ class Kept:
                 value.update(contents)
         self.own.clear()
         self.own.update(self.attributes)
+        for rewind, state in self.generators:
+            rewind(state)
+
+
+def _rewinding(generator: Any) -> tuple[Callable[[Any], Any], Any]:
+    """What sets a generator, and its state now."""
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return functools.partial(setattr, bits, "state"), bits.state
+    return generator.set_state, generator.get_state()
 
 
 @contextmanager
@@ -84,14 +112,14 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(modules: Iterable[Kept], buffers: Iterable[Tensor]) -> Iterator[None]:
+def untouched(modules: Sequence[Kept], tensors: Iterable[Tensor]) -> Iterator[None]:
     """Restores modules' attributes, tensors' places, flags and hooks, and all random generators.
 
     Args:
         modules: They may be changed in any way inside the block, and are afterwards what they were when they were kept.
-        buffers: Those whose contents are saved and restored too (where the forward runs on the real ones).
+        tensors: Those whose contents are saved and restored too (where the forward runs on the real ones).
     """
-    contents = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         with _random_state():
             yield
@@ -99,6 +127,6 @@ def untouched(modules: Iterable[Kept], buffers: Iterable[Tensor]) -> Iterator[No
         for module in modules:
             module.put_back()
         with torch.no_grad():
-            for buffer, value in contents:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in contents:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)

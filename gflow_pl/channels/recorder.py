@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gflow_pl.channels.book import Book, Nodes
 from gflow_pl.channels.shapes import Shapes
 
-__all__ = ["Call", "Labels", "Op", "Recorder", "Tag", "Watch", "location"]
+__all__ = ["Call", "Labels", "Op", "Recorder", "Seen", "Tag", "Watch", "location"]
 
 Labels = list[Nodes | None]
 Rule = Callable[["Recorder", "Op"], None]
@@ -72,8 +72,9 @@ class Call:
         nodes: Nodes of inputs and outputs.
         site: The place in the code where a rule made a choice, and has others left.
         choices: Choices that are left at this site.
-        place: The place in the code, where places were asked for.
         expected: (argument position, nodes): the number there is how many of these nodes are left.
+        place: The place in the code, where places were asked for.
+        summed: Shapes of its tensors, where nothing but their sizes decides what comes out (a sum of ones).
     """
 
     name: str
@@ -86,13 +87,14 @@ class Call:
     choices: int = 0
     expected: list[tuple[int, Nodes]] = field(default_factory=list)
     place: tuple[Any, ...] | None = None
+    summed: list[torch.Size] | None = None
 
 
 class _Unreadable(Exception):
     """Something that only a forward on real tensors can tell."""
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """The tensors among the arguments of an op, and its numbers: plain ones, and those in small tensors of numbers."""
 
     tensors: list[Tensor]
@@ -181,7 +183,7 @@ class Watch(TorchDispatchMode):
 
     def staged(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], _Seen]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Seen]:
         """The arguments of an op with stand-ins in them, and what of them is remembered."""
         tensors: list[Tensor] = []
         numbers: list[Any] = []
@@ -197,7 +199,7 @@ class Watch(TorchDispatchMode):
             kwargs = {key: _replaced(value, self.standing_in) for key, value in kwargs.items()}
         elif name == "lift_fresh":
             numbers += self._contents(tensors)
-        return args, kwargs, _Seen(tensors, tuple(numbers))
+        return args, kwargs, Seen(tensors, tuple(numbers))
 
     def _contents(self, tensors: Iterable[Tensor]) -> list[Any]:
         """The contents of small tensors that hold real numbers."""
@@ -280,11 +282,16 @@ class Recorder(Watch):
         """Per dim, the nodes of the positions."""
         return self.tag(tensor).labels
 
-    def _seen_before(self, tensor: Tensor) -> None:
-        """Numbers that the forward put on the device of its tensors (``torch.tensor(x.shape[1], device=x.device)``)."""
-        known = id(tensor) in self.tags or id(tensor) in self.names or id(tensor) in self.made_up
+    def _first_sight(self, tensor: Tensor) -> Tag:
+        """What no op has put out: parameters and buffers, but also numbers that the forward put on its tensors' device.
+
+        Raises:
+            _Unreadable: Without contents, such numbers (``torch.tensor(x.shape[1], device=x.device)``) cannot be told.
+        """
+        known = id(tensor) in self.names or id(tensor) in self.made_up
         if self.meta and not known and tensor.numel() <= _REMEMBERED:
             raise _Unreadable("a tensor made of numbers, which tensors without contents do not hold")
+        return self.tag(tensor)
 
     def put(self, tensor: Tensor, labels: Labels, zero: Iterable[int] = (), uniform: bool = False) -> None:
         """Gives an output its labels."""
@@ -377,9 +384,7 @@ class Recorder(Watch):
         return known
 
     def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
-        for tensor in op.tensors:
-            self._seen_before(tensor)
-        tags = [self.tag(tensor) for tensor in op.tensors]
+        tags = [self.tags.get(id(tensor)) or self._first_sight(tensor) for tensor in op.tensors]
         for tensor in op.tensors:
             if id(tensor) in self.readers:
                 self.readers[id(tensor)].append(self.module_name)
@@ -393,6 +398,9 @@ class Recorder(Watch):
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
         labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
         shapes = [tensor.shape for tensor in outs]
+        summed = None
+        if tags and all([tag.uniform for tag in tags]) and not all([tag.uniform for tag in out_tags]):
+            summed = [tensor.shape for tensor in op.tensors]
         open_sites = [pair for pair in self.sites if pair[1]]
         site, left = min(open_sites, key=lambda pair: pair[0][0]) if open_sites else (None, 0)
         self.calls.append(
@@ -407,6 +415,7 @@ class Recorder(Watch):
                 left,
                 self.expected,
                 location() if self.places else None,
+                summed,
             )
         )
 

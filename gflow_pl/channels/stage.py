@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from gflow_pl.channels.book import Nodes
+from gflow_pl.channels.containers import mapped
 from gflow_pl.channels.protection import Kept, untouched
 from gflow_pl.channels.shapes import Shapes
 
@@ -56,7 +57,7 @@ class Stage:
         # scripted parts keep their tensors out of Python's reach; they are swapped as they come by
         self.open_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
         self._kept = [Kept(module) for module in self.open_modules]
-        self.args = tree_map(self._prepared, self.args)
+        self.args = mapped(self._prepared, self.args)
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
 
     def _own(self, kind: str) -> dict[str, Tensor]:
@@ -70,9 +71,7 @@ class Stage:
                     found[name] = tensor
         return found
 
-    def _prepared(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def _prepared(self, value: Tensor) -> Tensor:
         value = value.detach()
         if self.doubled and value.ndim and value.shape[0] == 1:
             value = torch.cat([value, value])
@@ -110,6 +109,11 @@ class Stage:
                 own = own.index_select(dim, torch.from_numpy(index).to(own.device))
         return nn.Parameter(own, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
+    def _real_tensors(self) -> list[Tensor]:
+        """What a forward on real tensors may write into: buffers, and tensors that modules keep as plain attributes."""
+        plain = [tensor for kept in self._kept for tensor in kept.tensors]
+        return list({id(tensor): tensor for tensor in (*self.model.buffers(), *plain)}.values())
+
     @contextmanager
     def set(self, stand_ins: Mapping[int, Tensor], training: bool) -> Iterator[None]:
         """Inside the block the model holds the stand-ins and runs in the given mode; afterwards all is as before.
@@ -119,7 +123,7 @@ class Stage:
             training: Whether every module is in training mode.
         """
         with ExitStack() as stack:
-            stack.enter_context(untouched(self._kept, () if self.meta else tuple(self.model.buffers())))
+            stack.enter_context(untouched(self._kept, () if self.meta else self._real_tensors()))
             stack.enter_context(_quiet())
             for module in self.open_modules:
                 for own in (module._parameters, module._buffers):
@@ -146,7 +150,8 @@ class Stage:
         hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
-                return self.model(*self.args)
+                output = self.model(*self.args)
+                return list(output) if isinstance(output, GeneratorType) else output
         finally:
             for hook in hooks:
                 hook.remove()

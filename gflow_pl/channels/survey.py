@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten
 
 from gflow_pl.channels.book import Book, Boundary, Nodes, input_of
+from gflow_pl.channels.containers import tensors_in
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules import RULES
 from gflow_pl.channels.rules_elementwise import pointwise, unknown
@@ -116,6 +116,11 @@ def _weight_of(name: str, module: nn.Module, first_names: Mapping[int, str]) -> 
     return next((first_names[id(x)] for x in own.values() if x is not None and id(x) in first_names), None)
 
 
+def _channel_dim(layer: Any) -> int:
+    """Dim of the channels of what a layer reads and puts out, from the end: with or without examples in front."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+
+
 class _Surveyor:
     """The call backs around every module: the stack, the boundaries, the facts of the layers."""
 
@@ -138,7 +143,7 @@ class _Surveyor:
 
     def _input(self, name: str, module: Any, x: Tensor) -> Tensor:
         """What a grouped convolution reads, under nodes of its own."""
-        dim = x.ndim - 1 - len(module.kernel_size)
+        dim = _channel_dim(module)
         tag = self.t.tag(x)
         outer = tag.labels[dim]
         if outer is None:
@@ -200,7 +205,7 @@ class _Surveyor:
         if weight is None:
             return
         linear, transposed = isinstance(module, nn.Linear), isinstance(module, _ConvTransposeNd)
-        dim = output.ndim - 1 if linear else output.ndim - 1 - len(module.kernel_size)
+        dim = _channel_dim(module)
         if facts is None:
             depthwise = not linear and module.groups > 1 and module.groups == module.in_channels
             depthwise = depthwise and (not transposed or module.groups == module.out_channels)
@@ -222,7 +227,7 @@ class _Surveyor:
 
     def finish(self, output: Any) -> None:
         """The model's outputs stay as they are, and are read by somebody."""
-        for leaf in _tensors_in(output):
+        for leaf in tensors_in(output):
             for dim, label in enumerate(self.t.labels(leaf)):
                 if label is not None:
                     self.t.book.freeze(label, "the model's output")
@@ -235,22 +240,6 @@ class _Surveyor:
             known = self.found.cuts_at_norm.setdefault(facts.name, alone)
             if known != alone:
                 self.found.cuts_at_norm[facts.name] = None
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in any containers, and in the attributes of objects that torch knows nothing of."""
-    seen: set[int] = set()
-    left = [value]
-    while left:
-        leaves = tree_flatten(left.pop())[0]
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                yield leaf
-            elif id(leaf) not in seen and not isinstance(leaf, (nn.Module, type)):
-                seen.add(id(leaf))
-                left += list(leaf) if isinstance(leaf, (set, frozenset)) else []
-                left += [getattr(leaf, name) for name in getattr(type(leaf), "__slots__", ()) if hasattr(leaf, name)]
-                left.append(getattr(leaf, "__dict__", None))
 
 
 def survey(

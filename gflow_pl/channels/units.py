@@ -265,8 +265,8 @@ class _Grouping:
         known = self.found.expanded.get(module)
         if known is not None:
             return Expansion(module, *known, gathers=gathers)
-        dims = {b.dim for b in self.found.book.boundaries if b.module == module}
-        return Expansion(module, dims.pop() if len(dims) == 1 else -1, facts.num_filters, gathers)
+        dim = next((b.dim for b in self.found.book.boundaries if b.module == module), -1)
+        return Expansion(module, dim, facts.num_filters, gathers)
 
 
 def _votes(facts: LayerFacts, cuts: Cuts) -> bool:

@@ -72,7 +72,7 @@ def test_every_layer_that_writes_into_the_stream_is_expanded_alone(block, places
     assert off < 1e-12 < 1e-3 < change
     expanded = {group.name: group.expansion for group in graph.groups if group.kind == "expand"}
     assert {name: expansion.module for name, expansion in expanded.items()} == places
-    assert {(expansion.dim, expansion.width) for expansion in expanded.values()} == {(1, 8)}
+    assert {(expansion.dim % 4, expansion.width) for expansion in expanded.values()} == {(1, 8)}
     assert graph.coverage() == 1.0
     assert small[3](torch.zeros(1, 8, 2, 2).double()).shape[1] == 8
 
@@ -207,13 +207,37 @@ def test_grouped_convolutions_pick_what_they_read_out_of_the_stream(groups, filt
         assert group.kind == "remove"
         return
     assert (group.kind, [part.votes for part in group.layers]) == ("expand", [True])
-    assert group.expansion == Expansion("3.dw", dim=1, width=filters, gathers=True)
+    assert group.expansion == Expansion("3.dw", dim=-3, width=filters, gathers=True)
     assert (small[3].dw.groups, small[3].dw.in_channels, small[3].dw.out_channels) == (groups // 2, 4, filters // 2)
     together = trace_channels(network(block), x, residual="remove")
     assert [(part.layer, part.votes) for part in together.group("0").layers if "dw" in part.layer] == [
         ("3.dw", filters == 8 > groups),
         ("4.dw", filters == 8 > groups),
     ]
+
+
+def test_a_layer_is_expanded_alike_for_inputs_of_any_number_of_dims():
+    class Mixer(nn.Module):
+        """Its linear layer sees sequences and pooled vectors; its convolution also works on one example alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+            self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = (x + self.conv(x)).flatten(-2).transpose(-2, -1)
+            x = x + self.mix(x)
+            pooled = x.mean(-2)
+            return self.head(pooled + self.mix(pooled))
+
+    x = torch.randn(2, 3, 4, 4)
+    off, change, graph, small = deviation(Mixer(), (x,))
+    assert off < 1e-12 < 1e-3 < change
+    assert graph.coverage() == 1.0
+    assert [graph.group(name).expansion.dim for name in ("conv", "mix")] == [-3, -1]
+    assert (small(x[0].double()) - small(x.double())[0]).abs().max() < 1e-12
 
 
 def test_a_network_that_gathers_goes_on_like_any_other(tmp_path):

@@ -397,6 +397,10 @@ def test_a_sum_over_zeros_is_exact(forward):
         lambda y: torch.full((1,), y.shape[1]),
         lambda y: y.new_full((1,), y.shape[1]),
         lambda y: torch.as_tensor([y.shape[1] if y.sum().item() else 0]),
+        lambda y: torch.ones(y.shape[1]).sum(),
+        lambda y: y.new_ones(y.shape).sum((1, 2, 3), keepdim=True),
+        lambda y: torch.full((y.shape[1],), 2.0).norm(),
+        lambda y: torch.ones(y.shape[1]) @ torch.ones(y.shape[1]),
     ],
 )
 def test_numbers_of_the_width_in_tensors_make_units_inexact(number):
@@ -419,6 +423,8 @@ def test_numbers_of_the_width_in_tensors_make_units_inexact(number):
         lambda y: y.new_tensor(8),
         lambda y: torch.full((y.shape[1], 1, 1), 8),
         lambda y: y.new_full((y.shape[1], 1, 1), 8),
+        lambda y: torch.ones(8).sum(),
+        lambda y: y.new_ones(y.shape[2:]).sum(),
     ],
 )
 def test_numbers_in_tensors_that_are_kept_leave_units_exact(number):

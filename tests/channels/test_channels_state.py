@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gflow_pl.channels import trace_channels
+from gflow_pl.channels.stage import Stage
 
 
 class Meddlesome(nn.Module):
@@ -161,6 +162,7 @@ class Slotted:
         lambda y: {"all": [Prediction(y)]},
         lambda y: collections.UserDict(logits=y),
         lambda y: {y},
+        lambda y: (part for part in [y]),
         lambda y: torch.distributions.Categorical(logits=y, validate_args=False),
     ],
 )
@@ -177,6 +179,67 @@ def test_outputs_in_any_object_stay(wrap):
     assert [group.name for group in graph.groups] == ["a"]
     assert graph.frozen == {"b": "the model's output"}
     assert graph.layers["b"].is_output
+
+
+@pytest.mark.parametrize(
+    ("wrap", "read"),
+    [
+        (Prediction, lambda batch: batch.logits),
+        (Slotted, lambda batch: batch.logits),
+        (lambda x: collections.UserDict(x=x, n=3), lambda batch: batch["x"]),
+        (lambda x: {"all": [Prediction(Prediction(x))]}, lambda batch: batch["all"][0].logits.logits),
+    ],
+)
+def test_inputs_in_any_object_are_activations(wrap, read):
+    class Filtering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, batch):
+            return self.b(self.a(read(batch)).relu())
+
+    x = torch.zeros(1, 4)
+    batch = wrap(x)
+    stage = Stage(Filtering(), (batch,), meta=True, doubled=True)
+    assert [(tensor.is_meta, tuple(tensor.shape)) for tensor in stage.inputs] == [(True, (2, 4))]
+    assert read(batch) is x
+    graph = trace_channels(Filtering(), batch)
+    assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
+    assert graph.layers["a"].reads_input
+
+
+def test_what_a_module_keeps_for_itself_is_what_it_was():
+    """Also where the forward runs on real tensors, because it looks at values."""
+
+    class Private(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.torch, self.numpy = torch.Generator().manual_seed(1), np.random.default_rng(1)
+            self.legacy, self.python = np.random.RandomState(1), random.Random(1)
+            self.total, self.totals = torch.zeros(()), [torch.zeros(2)]
+
+        def draws(self):
+            return (
+                torch.rand((), generator=self.torch).item(),
+                self.numpy.random(),
+                self.legacy.rand(),
+                self.python.random(),
+            )
+
+        def forward(self, x):
+            self.total += 1
+            self.totals[0].add_(sum(self.draws()))
+            y = self.a(x)
+            return self.b(-y if y.sum().item() > 1e9 else y)
+
+    model = Private()
+    graph = trace_channels(model, torch.zeros(2, 4))
+    assert [group.name for group in graph.groups] == ["a"]
+    assert model.total.item() == 0
+    assert model.totals[0].tolist() == [0, 0]
+    assert model.draws() == Private().draws()
 
 
 @pytest.mark.parametrize(("name", "value"), [("residual", "shrink"), ("frozen", "remove")])
