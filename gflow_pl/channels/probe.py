@@ -44,24 +44,37 @@ class Blame:
         site: Place in the code whose next choice is to be taken, or None.
         call: (training, number of the op) whose labels are to be frozen, or None.
         reason: Why they are frozen.
+        ends: Whether nothing behind that op can be compared, so that the labels of all the rest are to be frozen.
     """
 
     site: tuple[Any, ...] | None
     call: tuple[bool, int] | None
     reason: str
+    ends: bool = False
 
 
 class _Mismatch(Exception):
     """An op did not come out as predicted."""
 
 
+class _Enough(Exception):
+    """What follows cannot be compared."""
+
+
 class _Watcher(Watch):
     """Counts along with the recorded ops, and stops where something differs."""
 
     def __init__(
-        self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], book: Book, gone: Nodes
+        self,
+        stage: Stage,
+        stand_ins: dict[int, Tensor],
+        calls: Sequence[Call],
+        end: int | None,
+        book: Book,
+        gone: Nodes,
     ) -> None:
         super().__init__(stand_ins, stage.meta, stage.shapes)
+        self.end = end
         self.calls, self.book, self.gone = calls, book, gone
         self.gone_before = np.concatenate([[0], np.cumsum(gone)])
         self.left: dict[int, int] = {}  # id of labels to how many of them are left
@@ -77,6 +90,8 @@ class _Watcher(Watch):
                 return func.decompose(*args, **kwargs)
         self.inside = True
         call = None if name in _SILENT else self._next(name)
+        if call is not None and self.at == self.end:
+            raise _Enough
         out = self.computed(func, args, kwargs)
         self.alive.append(out)
         if call is not None:
@@ -231,12 +246,14 @@ class Probe:
         for training, calls in self.found.calls.items():
             if training in self.found.torn:
                 continue
-            watcher = _Watcher(self.stage, stand_ins, calls, self.found.book, self.gone)
+            watcher = _Watcher(self.stage, stand_ins, calls, self.found.ends.get(training), self.found.book, self.gone)
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
                     enter = self._enter if self.cuts.any_gather else None
                     self.stage.run(watcher, enter, self._leave if self.cuts.modules else None)
+                except _Enough:
+                    pass
                 except Exception as error:
                     return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]
@@ -306,6 +323,8 @@ class Probe:
         number = min(max(number, 0), len(calls) - 1)
         reason = str(error) if isinstance(error, _Mismatch) else "a size that does not follow the channels"
         here = calls[number]
+        if here.by_value and isinstance(error, _Mismatch) and not between:
+            return Blame(None, (training, number), f"behind '{here.name}', whose values decide on sizes", ends=True)
         for call in calls[number:] if between else [here]:
             if call.module != here.module:
                 break

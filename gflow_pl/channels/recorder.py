@@ -75,6 +75,7 @@ class Call:
         expected: (argument position, nodes): the number there is how many of these nodes are left.
         place: The place in the code, where places were asked for.
         summed: Shapes of its tensors, where nothing but their sizes decides what comes out (a sum of ones).
+        by_value: Whether the sizes of its outputs may follow the values of its inputs.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Call:
     expected: list[tuple[int, Nodes]] = field(default_factory=list)
     place: tuple[Any, ...] | None = None
     summed: list[torch.Size] | None = None
+    by_value: bool = False
 
 
 class _Unreadable(Exception):
@@ -367,7 +369,8 @@ class Recorder(Watch):
             if out is not NotImplemented:
                 return out
         out = self.computed(func, args, kwargs)
-        self._record(Op(name, args, kwargs, seen.tensors, out), rule or self.unknown, seen.numbers)
+        by_value = not self.meta and (rule in (None, self.unknown) or torch.Tag.dynamic_output_shape in func.tags)
+        self._record(Op(name, args, kwargs, seen.tensors, out), rule or self.unknown, seen.numbers, by_value)
         return out
 
     def _rule_of(self, func: Any) -> tuple[str, Rule | None]:
@@ -383,7 +386,7 @@ class Recorder(Watch):
             known = self._found[func] = (name, rule)
         return known
 
-    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
+    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...], by_value: bool) -> None:
         tags = [self.tags.get(id(tensor)) or self._first_sight(tensor) for tensor in op.tensors]
         for tensor in op.tensors:
             if id(tensor) in self.readers:
@@ -416,6 +419,7 @@ class Recorder(Watch):
                 self.expected,
                 location() if self.places else None,
                 summed,
+                by_value,
             )
         )
 

@@ -69,6 +69,7 @@ class Survey:
         gathering: Layers that read only some channels of their input already.
         cuts_at_norm: Layer name to the channel-wise norm that alone reads its output.
         torn: Per mode, the error that ended the forward early.
+        ends: Per mode, number of the op from which on nothing can be compared.
         guessed: Whether a rule had to suppose what a size follows.
     """
 
@@ -80,6 +81,7 @@ class Survey:
     gathering: set[str] = field(default_factory=set)
     cuts_at_norm: dict[str, str | None] = field(default_factory=dict)
     torn: dict[bool, Exception] = field(default_factory=dict)
+    ends: dict[bool, int] = field(default_factory=dict)
     guessed: bool = False
 
 
@@ -246,6 +248,7 @@ def survey(
     stage: Stage,
     choices: dict[tuple[Any, ...], int],
     frozen_calls: dict[tuple[bool, int], str],
+    ends: dict[bool, tuple[int, str]],
 ) -> Survey:
     """Runs the forward in both modes under the recorder.
 
@@ -254,6 +257,7 @@ def survey(
         choices: Place in the code to the choice to make there.
         frozen_calls: (training, number of the op), with the reason: everything that these ops and others at their places
             in the code see is frozen.
+        ends: Per mode, (number of an op, reason): everything that this op and all behind it see is frozen.
     """
     tensors = stage.tensors
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -293,7 +297,11 @@ def survey(
         found.calls[training] = recorder.calls
         found.guessed |= recorder.guessed
         if training in found.torn:
-            _freeze_torn(found, recorder)
+            # a forward that broke off has coupled only half of what belongs together
+            _freeze_all(found, recorder.calls, "the forward could not be followed to its end")
+        if training in ends:
+            found.ends[training], why = ends[training]
+            _freeze_all(found, recorder.calls[found.ends[training] :], why)
     _one_layer_a_norm(found)
     _freeze_places(found, frozen_calls)
     return found
@@ -307,10 +315,8 @@ def _freeze_places(found: Survey, frozen_calls: dict[tuple[bool, int], str]) -> 
             found.book.freeze(vector, places[call.place])
 
 
-def _freeze_torn(found: Survey, recorder: Recorder) -> None:
-    """A forward that broke off has coupled only half of what belongs together."""
-    why = "the forward could not be followed to its end"
-    for call in recorder.calls:
+def _freeze_all(found: Survey, calls: list[Call], why: str) -> None:
+    for call in calls:
         for vector in call.nodes:
             found.book.freeze(vector, why)
 

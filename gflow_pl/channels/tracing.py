@@ -73,6 +73,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
     """Surveys and probes in turns, until everything comes out as predicted."""
     choices: dict[tuple[Any, ...], int] = {}
     frozen_calls: dict[tuple[bool, int], str] = {}
+    ends: dict[bool, tuple[int, str]] = {}
     stage, found = _first_survey(model, args)
     for _ in range(_ROUNDS):
         cuts, parts = _partition(found, residual, frozen, exact_only, [])
@@ -82,9 +83,11 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
             break
         if blame.site is not None:
             choices[blame.site] = choices.get(blame.site, 0) + 1
+        elif blame.call is not None and blame.ends:
+            ends[blame.call[0]] = blame.call[1], blame.reason
         elif blame.call is not None:
             frozen_calls[blame.call] = blame.reason
-        found = survey(stage, choices, frozen_calls)
+        found = survey(stage, choices, frozen_calls, ends)
     else:
         for call in (call for calls in found.calls.values() for call in calls):
             found.book.frozen += [(label, "the probe did not settle") for label in call.nodes]
@@ -102,7 +105,7 @@ def _first_survey(model: nn.Module, args: tuple[Any, ...]) -> tuple[Stage, Surve
     for meta in (True, False):
         for doubled in (True, False):
             stage = Stage(model, args, meta=meta, doubled=doubled)
-            found = survey(stage, {}, {})
+            found = survey(stage, {}, {}, {})
             if not found.torn:
                 return stage, found
             tries.append((stage, found))

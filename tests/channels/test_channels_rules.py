@@ -466,3 +466,19 @@ def test_grouped_transposed_convolutions_lose_the_same_position_of_every_group(i
     assert graph.group("t").size == outputs // groups
     small.train()(x.double()).sum().backward()
     assert "grouped transposed" in trace_channels(make(), x).frozen["a"]
+
+
+@pytest.mark.parametrize(("least", "frozen"), [(0.0, True), (-1e9, False)])
+def test_what_lies_before_a_size_that_values_decide_on_may_go(least, frozen):
+    def forward(m, x):
+        y = m.b(m.a(x).relu())
+        score = m.score(y).flatten(1)
+        picked = y.flatten(2).transpose(1, 2)[score > score.mean() + least]
+        return m.h(m.c(picked).relu()).sum(0)
+
+    torch.manual_seed(0)
+    model = Net(forward, a=conv(3, 8), b=conv(8, 6), score=conv(6, 1), c=nn.Linear(6, 5), h=nn.Linear(5, 3))
+    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 24, 24),))
+    assert off < 1e-12 < 1e-3 < change
+    assert ("values decide on sizes" in graph.frozen.get("c", "")) == frozen
+    assert {group.name for group in graph.groups} >= {"a"}

@@ -1,0 +1,44 @@
+"""Detectors of torchvision: their forward looks at values, and sizes follow from what it sees there."""
+
+import pytest
+import torch
+from torchvision.models import detection
+
+from gflow_pl.channels import trace_channels
+from gflow_pl.surgery import rewrite
+
+# name, groups with residual="expand", groups with "remove", least share of filters that can go
+DETECTORS = [
+    ("fasterrcnn_mobilenet_v3_large_320_fpn", 43, 31, 0.8),
+    ("ssdlite320_mobilenet_v3_large", 48, 37, 0.8),
+    ("fasterrcnn_resnet50_fpn", 58, 39, 0.85),
+    ("maskrcnn_resnet50_fpn", 58, 39, 0.8),
+    ("keypointrcnn_resnet50_fpn", 58, 39, 0.75),
+    ("retinanet_resnet50_fpn", 65, 47, 0.95),
+    ("fcos_resnet50_fpn", 65, 47, 0.95),
+    ("ssd300_vgg16", 22, 22, 0.65),
+]
+SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in DETECTORS[2:]]
+TARGET = {
+    "boxes": torch.tensor([[10.0, 10.0, 60.0, 60.0]]),
+    "labels": torch.tensor([1]),
+    "masks": torch.zeros(1, 160, 160, dtype=torch.uint8),
+    "keypoints": torch.ones(1, 17, 3),
+}
+
+
+@pytest.mark.parametrize(("name", "num_expand", "num_remove", "least"), [*DETECTORS[:2], *SLOW])
+def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
+    for residual, num_groups in (("expand", num_expand), ("remove", num_remove)):
+        torch.manual_seed(0)
+        model = getattr(detection, name)(weights=None, weights_backbone=None)
+        images = [torch.rand(3, 160, 160)]
+        graph = trace_channels(model, (images,), residual=residual)
+        assert len(graph.groups) == num_groups
+        assert graph.coverage() > least
+        before = sum(p.numel() for p in model.parameters())
+        rewrite(model, graph, {group.name: torch.arange(group.size) % 2 == 0 for group in graph.groups})
+        assert sum(p.numel() for p in model.parameters()) < 0.9 * before
+        sum(model.train()(images, [TARGET]).values()).backward()
+        assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+        assert set(model.eval()(images)[0]) >= {"boxes", "scores"}
