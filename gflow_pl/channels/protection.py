@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["Kept", "uncollected", "untouched"]
 
+_PLAIN = frozenset([type(None), bool, int, float, str, nn.Parameter])  # what most attributes are
 _CONTAINERS = (dict, list, set, deque, tuple)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
@@ -32,6 +33,7 @@ class Kept:
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
         self.attributes = self.own.copy()
+        self.empty: list[Any] = []
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
         self.generators: list[tuple[Callable[[Any], Any], Any]] = []
@@ -39,31 +41,31 @@ class Kept:
 
     def _keep(self, values: Iterable[Any], seen: set[int]) -> None:
         for value in values:
-            if not isinstance(value, _CONTAINERS):
-                if isinstance(value, Tensor):
-                    self.tensors += [] if isinstance(value, nn.Parameter) else [value]
-                elif isinstance(value, _GENERATORS):
-                    self.generators.append(_rewinding(value))
+            if value.__class__ in _PLAIN:
                 continue
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if not isinstance(value, tuple):
-                self.contents.append((value, value.copy() if value else None))
-            if value:
-                self._keep(value.values() if isinstance(value, dict) else value, seen)
+            if isinstance(value, _CONTAINERS):
+                if not value:
+                    self.empty.append(value)
+                elif id(value) not in seen:
+                    seen.add(id(value))
+                    if not isinstance(value, tuple):
+                        self.contents.append((value, value.copy()))
+                    self._keep(value.values() if isinstance(value, dict) else value, seen)
+            elif isinstance(value, Tensor):
+                self.tensors.append(value)
+            elif isinstance(value, _GENERATORS):
+                self.generators.append(_rewinding(value))
 
     def put_back(self) -> None:
         """Makes it what it was."""
-        for value, contents in self.contents:
-            if contents is None:
-                if value:
-                    value.clear()
-            elif isinstance(value, (list, deque)):
+        for value in self.empty:
+            if value:
                 value.clear()
+        for value, contents in self.contents:
+            value.clear()
+            if isinstance(value, (list, deque)):
                 value.extend(contents)
             else:
-                value.clear()
                 value.update(contents)
         self.own.clear()
         self.own.update(self.attributes)

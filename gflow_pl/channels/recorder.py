@@ -126,11 +126,16 @@ def location(lines: bool = True) -> tuple[Any, ...]:
 def _sort_out(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) -> None:
     """The tensors and the plain numbers among arguments; ops know no other containers than lists."""
     for value in values:
-        if isinstance(value, Tensor):
+        kind = value.__class__
+        if kind is int or kind is float:
+            numbers.append(value)
+        elif kind is bool or value is None:
+            continue
+        elif isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, (list, tuple)):
             _sort_out(value, tensors, numbers)
-        elif isinstance(value, (int, float, complex)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float, complex)):
             numbers.append(value)
 
 

@@ -78,12 +78,15 @@ def _key(values: Any) -> tuple[Any, ...]:
     """What decides the outputs' shapes: shapes, layouts and types of tensors, and all the rest as it is."""
     key: list[Any] = []
     for value in values:
-        if isinstance(value, Tensor):
+        kind = value.__class__
+        if kind is int or kind is bool or value is None:
+            key.append((kind, value))
+        elif isinstance(value, Tensor):
             key.append((value.shape, value.stride(), value.dtype))
         elif isinstance(value, (list, tuple)):
             key.append(_key(value))
         else:
-            key.append((value.__class__, value))
+            key.append((kind, value))
     return tuple(key)
 
 
