@@ -32,13 +32,13 @@ def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
     for residual, num_groups in (("expand", num_expand), ("remove", num_remove)):
         torch.manual_seed(0)
         model = getattr(detection, name)(weights=None, weights_backbone=None)
-        images = [torch.rand(3, 160, 160)]
+        images = [torch.rand(3, 160, 160) for _ in range(2)]
         graph = trace_channels(model, (images,), residual=residual)
         assert len(graph.groups) == num_groups
         assert graph.coverage() > least
         before = sum(p.numel() for p in model.parameters())
         rewrite(model, graph, {group.name: torch.arange(group.size) % 2 == 0 for group in graph.groups})
         assert sum(p.numel() for p in model.parameters()) < 0.9 * before
-        sum(model.train()(images, [TARGET]).values()).backward()
+        sum(model.train()(images, [TARGET, TARGET]).values()).backward()
         assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
         assert set(model.eval()(images)[0]) >= {"boxes", "scores"}
