@@ -17,6 +17,7 @@ from typing_extensions import override
 from gflow_pl.callbacks.curvature import curvature_along_gradient
 from gflow_pl.callbacks.loss import in_true_precision, training_loss
 from gflow_pl.callbacks.ranks import mean_over_ranks
+from gflow_pl.callbacks.tracking import scale_of_gradients
 
 __all__ = ["GradientFlowMonitor"]
 
@@ -142,7 +143,7 @@ class GradientFlowMonitor(Callback):
         if not self._is_on:
             return
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        scale = _scale_of_gradients(trainer, optimizer, pl_module.device)
+        scale = scale_of_gradients(trainer, optimizer, pl_module.device)
         with torch.no_grad():
             measured = {
                 name: self._statistics(name, parameter, _gradient(parameter, scale))
@@ -268,14 +269,6 @@ def _is_last(trainer: pl.Trainer) -> bool:
     """Whether no batch will follow in this epoch, because the data or the Trainer's steps are at their end."""
     steps_left = trainer.max_steps - trainer.global_step
     return trainer.is_last_batch or (trainer.max_steps >= 0 and steps_left <= len(trainer.optimizers))
-
-
-def _scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer, device: torch.device) -> Tensor | None:
-    """What the gradients are still multiplied by; None for 1. Fused optimizers divide by it within their step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return None
-    return scaler.scale(torch.ones((), device=device))
 
 
 def _gradient(parameter: Tensor, scale: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gflow_pl.importance import Tracker
 from gflow_pl.types import Scores
 
-__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window"]
+__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window", "scale_of_gradients"]
 
 TrackOrder = Literal["formula", "published"]
 
@@ -29,6 +29,14 @@ def in_window(trainer: pl.Trainer, batch_idx: int, track_batches: int) -> bool:
         return True
     size = trainer.accumulate_grad_batches  # batches of a step; the last step of an epoch may have fewer
     return batch_idx // size >= math.ceil(trainer.num_training_batches / size) - track_batches
+
+
+def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer, device: torch.device) -> Tensor | None:
+    """What the gradients are still multiplied by; None for 1. Fused optimizers divide by it within their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    return scaler.scale(torch.ones((), device=device))
 
 
 class StepGradients:
@@ -46,11 +54,18 @@ class StepGradients:
         self._kept: dict[str, Tensor] | None = None
 
     def before_step(
-        self, module: pl.LightningModule, optimizer: Optimizer, batch: Any, *, may_overflow: bool = False
+        self,
+        module: pl.LightningModule,
+        optimizer: Optimizer,
+        batch: Any,
+        *,
+        may_overflow: bool = False,
+        scale: Tensor | None = None,
     ) -> None:
-        """Looks at the gradients that an optimizer is about to use; accumulation, scaling and reduction are done.
+        """Looks at the gradients that an optimizer is about to use; accumulation and reduction are done.
 
         With `may_overflow` a step whose gradients are not finite is left out: the gradient scaler leaves it out too.
+        `scale` is what the gradients are still multiplied by, see `scale_of_gradients`.
         """
         if self._names is None:
             self._names = self.tracker.names(module)
@@ -65,6 +80,8 @@ class StepGradients:
             return  # this optimizer holds nothing that is scored
         if may_overflow and not _are_finite(optimizer):
             return
+        if scale is not None:
+            gradients = {name: gradient / scale for name, gradient in gradients.items()}
         if self._order == "formula":
             self.tracker.update(module, gradients, batch=batch)
         else:
@@ -125,7 +142,8 @@ class Tracking:
         """Takes in the gradients that an optimizer is about to use."""
         assert self._steps is not None
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._steps.before_step(module, optimizer, self._batch[0], may_overflow=scales)
+        scale = scale_of_gradients(trainer, optimizer, module.device)
+        self._steps.before_step(module, optimizer, self._batch[0], may_overflow=scales, scale=scale)
 
     def after_step(self, module: pl.LightningModule) -> None:
         """In the published order, takes in the weights after the step."""

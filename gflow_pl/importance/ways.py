@@ -49,7 +49,9 @@ def _fact(node: Any) -> str:
     operator = node.name().split("Backward")[0]
     if _is_custom(node):
         return f"custom function {operator}"
-    return _OWN_STATISTICS if operator == "NativeBatchNorm" and node._saved_training else operator
+    if operator in ("NativeBatchNorm", "CudnnBatchNorm"):  # with the running statistics their derivatives are the same
+        return _OWN_STATISTICS if node._saved_training else "NativeBatchNorm"
+    return operator
 
 
 def watched_loss(model: nn.Module, batch: Any, loss: LossFn) -> tuple[Tensor, tuple[str, ...]]:

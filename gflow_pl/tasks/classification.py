@@ -131,7 +131,9 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         loss = F.cross_entropy(logits / self.temperature, labels)
         # Accumulated on the device and logged once an epoch: logging every step costs more than a small step itself.
         getattr(self, f"{stage}_accuracy").update(logits.detach(), labels)
-        getattr(self, f"{stage}_loss").update(loss.detach(), weight=len(labels))
+        # A plain number would be copied to the device, and the copy waited for.
+        number = torch.full((), len(labels), dtype=torch.float32, device=loss.device)
+        getattr(self, f"{stage}_loss").update(loss.detach(), weight=number)
         return loss
 
     def _log_epoch(self, stage: str) -> None:

@@ -155,6 +155,25 @@ def test_gradients_are_unscaled_and_a_step_that_the_scaler_skips_is_not_tracked(
         assert (pruning.seen[0][name] - 4 * vector).abs().max() <= 1e-4 * 4 * vector.abs().max(), name
 
 
+@pytest.mark.parametrize("order", ["formula", "published"])
+def test_gradients_that_a_fused_optimizer_unscales_by_itself_are_tracked_unscaled(order, tmp_path) -> None:
+    class Fused(SmallModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9, fused=True)
+
+    seen = []
+    for scale in (None, 2.0**16):
+        pl.seed_everything(0)
+        pruning = Recorder("loss", fraction=0.5, track=True, alpha=ALPHA, track_order=order)
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        plugins = [] if scale is None else [ScalerOnly("16-mixed", device="cpu", scaler=scaler)]
+        options = {"plugins": plugins, "max_epochs": 2, "enable_checkpointing": False}
+        trainer(tmp_path, callbacks=[pruning], **options).fit(Fused(), loader(images(80)))
+        seen.append(pruning.seen[0])
+    for name, vector in seen[0].items():
+        assert (seen[1][name] - vector).abs().max() <= 1e-4 * vector.abs().max(), name
+
+
 def test_the_window_is_the_last_steps_of_the_epoch() -> None:
     def window(batches: float, accumulate: int, steps: int) -> list[int]:
         fake = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=accumulate)

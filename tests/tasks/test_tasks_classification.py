@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from gflow_pl import ImageClassifier
 from gflow_pl.models import MODELS
@@ -27,6 +28,15 @@ def test_a_network_by_its_name(network) -> None:
     classifier = ImageClassifier(network, num_classes=7)
     assert classifier.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
     assert classifier.hparams.network == network
+
+
+def test_a_training_step_hands_its_metrics_nothing_to_copy_to_the_device(monkeypatch) -> None:
+    """torchmetrics makes a tensor of a plain number, and a GPU's every step waits for that copy."""
+    given = []
+    monkeypatch.setattr(MeanMetric, "update", lambda self, value, weight: given.extend([value, weight]))
+    classifier = ImageClassifier("vgg13", num_classes=10).to("meta")
+    classifier.training_step((torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, device="meta").long()), 0)
+    assert [(part.device.type, part.ndim) for part in given] == [("meta", 0)] * 2
 
 
 def test_a_class_path_is_what_the_hyper_parameters_store(tmp_path) -> None:
