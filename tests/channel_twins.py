@@ -48,14 +48,17 @@ def masked_twin(model, graph, plan):
         gone = ~plan[group.name].numpy()
         with torch.no_grad():
             for part in group.slices:
-                tensors[part.tensor].index_fill_(part.dim, torch.from_numpy(part.index[gone].ravel()), 0)
+                tensor = tensors[part.tensor]
+                tensor.index_fill_(part.dim, torch.from_numpy(part.index[gone].ravel()).to(tensor.device), 0)
         if group.expansion is not None:
             channels = torch.from_numpy(group.layers[0].index[gone].ravel())
             dim = group.expansion.dim
             present = getattr(modules[group.expansion.module], "_gflow_index", None)
-            channels = channels if present is None else present[channels]  # pruned before: places in the full width
+            channels = (
+                channels if present is None else present.cpu()[channels]
+            )  # pruned before: places in the full width
             modules[group.expansion.module].register_forward_hook(
-                lambda _, __, out, dim=dim, channels=channels: out.index_fill(dim, channels, 0)
+                lambda _, __, out, dim=dim, channels=channels: out.index_fill(dim, channels.to(out.device), 0)
             )
     return twin
 

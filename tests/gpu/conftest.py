@@ -1,0 +1,48 @@
+"""Tests that need a GPU with CUDA; GFLOW_GPU_TESTS_ON=cpu runs them on the CPU, but for what only CUDA has."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_device import DEVICE, ON_CUDA
+
+HERE = Path(__file__).parent
+for folder in (HERE.parent / "callbacks", HERE.parent / "importance"):
+    sys.path.append(str(folder))  # helper modules: small_nets, importance_nets
+
+# Before CUDA starts, and handed on to processes that tests start: the same bits every time, and float32 that is float32.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a GPU with CUDA (GFLOW_GPU_TESTS_ON=cpu runs it on the CPU)")
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if ON_CUDA and not torch.cuda.is_available():
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_kernels_every_time():
+    """cuDNN takes kernels whose results do not vary, and does not choose them by a clock."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.manual_seed(0)
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch._dynamo.reset()
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def deterministic():
+    """Operators take their deterministic form where they have one."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,33 @@
+"""The device that the tests of this folder run on, and small helpers to compare across devices."""
+
+import os
+
+import pytest
+import torch
+
+ON_CUDA = os.environ.get("GFLOW_GPU_TESTS_ON", "cuda") == "cuda"
+DEVICE = torch.device("cuda", 0) if ON_CUDA else torch.device("cpu")
+ACCELERATOR = "gpu" if ON_CUDA else "cpu"
+
+only_cuda = pytest.mark.skipif(not ON_CUDA, reason="only CUDA has this")
+
+
+def moved(batches, device=DEVICE):
+    """Batches of tensors on a device."""
+    return [tuple(tensor.to(device) for tensor in batch) for batch in batches]
+
+
+def distance(ours, theirs):
+    """The largest difference, in units of the largest value; on the CPU, in float64."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    assert ours.shape == theirs.shape, (tuple(ours.shape), tuple(theirs.shape))
+    if not ours.numel():
+        return 0.0
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300))
+
+
+def on_device(module):
+    """Whether every parameter and buffer, and every gradient, is on the device."""
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [p.grad for p in module.parameters() if p.grad is not None]
+    return all(tensor.device == DEVICE for tensor in tensors)
