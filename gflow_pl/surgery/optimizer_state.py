@@ -98,6 +98,20 @@ def drop_state(optimizers: Iterable[Optimizer]) -> None:
             groups = [dict(group) for group in optimizer.param_groups]
             start = optimizer.defaults["initial_accumulator_value"]
             optimizer.state.update(torch.optim.Adagrad(groups, initial_accumulator_value=start).state)
+        if isinstance(optimizer, torch.optim.SGD):
+            _start_fused_momentum(optimizer)
+
+
+def _start_fused_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum of zeros, which leads to the same steps as none.
+
+    torch makes the missing momentum of a fused SGD without contents, and where a gradient scaler then skips the step, for
+    an overflow, it goes on with whatever lay in that memory.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"] != 0 and group["dampening"] == 0:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

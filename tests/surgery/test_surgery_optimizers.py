@@ -220,6 +220,25 @@ def test_dropping_keeps_groups_and_schedules():
     assert not optimizer.state
 
 
+def test_a_fused_step_that_overflows_after_its_momentum_was_dropped_leaves_no_garbage():
+    model = Convs()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    train(model, optimizer, 2, 0, clip=False)
+    drop_state([optimizer])
+    rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    before = [p.clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    torch.use_deterministic_algorithms(True)  # memory without contents is filled with NaN
+    try:
+        scaler.scale(1e3 * model(torch.ones(2, 3, 4, 4)).square().mean()).backward()
+        scaler.step(optimizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True)), "the step was skipped"
+    train(model, optimizer, 2, 2, clip=False)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_adagrad_starts_anew_with_the_sum_that_it_was_built_with():
     model = Convs()
     optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
