@@ -1,11 +1,15 @@
 """What a round of surgery costs, and what it gains; writes docs/benchmarks_surgery.md.
 
-CPU time of one thread, the contenders taking turns in one process, the least of several repeats.
-Run it from the top folder: ``python benchmarks/surgery.py``.
+CPU time of one thread, the contenders taking turns in one process, the least of several repeats. Run it from the
+top folder: ``python benchmarks/surgery.py``. Parts of it, and on a GPU, where wall time counts from one
+synchronisation to the next, and the median of the repeats:
+
+    python benchmarks/surgery.py --only gain step --device cuda [--batch 128] [--repeats 7] [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import platform
 import statistics
@@ -15,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch_pruning
 import torchvision
 from torch import nn
 
@@ -24,6 +27,7 @@ from gflow_pl.channels import ChannelGraph, trace_channels
 from gflow_pl.surgery import rewrite
 from gflow_pl.types import KeepPlan
 
+CPU = torch.device("cpu")
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks_surgery.md"
 ELEVEN = (
     "resnet18",
@@ -40,16 +44,39 @@ ELEVEN = (
 )
 
 
-def least_seconds(contenders: dict[str, Callable[[], Callable[[], None]]], repeats: int) -> dict[str, float]:
-    """Least CPU seconds of each; a contender is prepared afresh for every repeat, and that is not timed."""
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(repeats):
+def seconds_of(
+    contenders: dict[str, Callable[[], Callable[[], None]]],
+    repeats: int,
+    device: torch.device = CPU,
+    calls: int = 1,
+) -> dict[str, float]:
+    """Seconds of one call of each; a contender is prepared afresh for every repeat, and that is not timed.
+
+    On a CPU the least CPU time of the repeats; elsewhere the median wall time, after one turn that warms up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats + (device.type != "cpu")):
         for name, prepare in contenders.items():
             work = prepare()
-            start = time.process_time()
-            work()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+            start = clock(device)
+            for _ in range(calls):
+                work()
+            times[name].append((clock(device) - start) / calls)
+    if device.type == "cpu":
+        return {name: min(each) for name, each in times.items()}
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def where(device: torch.device) -> str:
+    """The machine, in words."""
+    return f"{platform.machine()} CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def random_plan(graph: ChannelGraph, share: float = 0.5) -> KeepPlan:
@@ -64,6 +91,8 @@ def random_plan(graph: ChannelGraph, share: float = 0.5) -> KeepPlan:
 
 
 def against_torch_pruning(name: str) -> dict[str, float]:
+    import torch_pruning
+
     kwargs = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(weights=None, **kwargs).eval()
     example = torch.randn(1, 3, 224, 224)
@@ -98,12 +127,15 @@ def against_torch_pruning(name: str) -> dict[str, float]:
 
         return work
 
-    return least_seconds({"torch_pruning": theirs, "ours": ours, "rewrite": ours_again}, repeats=5)
+    return seconds_of({"torch_pruning": theirs, "ours": ours, "rewrite": ours_again}, repeats=5)
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(128, 3, 32, 32, generator=generator), torch.randint(10, (128,), generator=generator)
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, batch: int = 128
+) -> Callable[[], None]:
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+    y = torch.randint(10, (batch,), generator=generator).to(device)
     model.train()
 
     def work() -> None:
@@ -115,26 +147,29 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return work
 
 
-def rewrite_against_a_step() -> dict[str, float]:
+def rewrite_against_a_step(device: torch.device, batch: int, repeats: int = 5) -> dict[str, float]:
     def prepare_step() -> Callable[[], None]:
-        model = models.resnet56(10)
-        return training_step(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+        model = models.resnet56(10).to(device)
+        work = training_step(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), batch)
+        if device.type != "cpu":
+            work()
+        return work
 
     def prepare_rewrite() -> Callable[[], None]:
-        model = models.resnet56(10)
+        model = models.resnet56(10).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        graph = trace_channels(model, torch.randn(1, 3, 32, 32))
-        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        graph = trace_channels(model, torch.randn(1, 3, 32, 32, device=device))
+        model(torch.randn(2, 3, 32, 32, device=device)).sum().backward()
         optimizer.step()
         plan = random_plan(graph)
         return lambda: rewrite(model, graph, plan, optimizers=[optimizer]) and None
 
-    return least_seconds({"step": prepare_step, "rewrite": prepare_rewrite}, repeats=5)
+    return seconds_of({"step": prepare_step, "rewrite": prepare_rewrite}, repeats, device)
 
 
 def densenet201_trace() -> float:
     model, example = torchvision.models.densenet201(weights=None).eval(), torch.randn(1, 3, 224, 224)
-    return least_seconds({"trace": lambda: lambda: trace_channels(model, example) and None}, repeats=2)["trace"]
+    return seconds_of({"trace": lambda: lambda: trace_channels(model, example) and None}, repeats=2)["trace"]
 
 
 class Masked(nn.Module):
@@ -149,41 +184,72 @@ class Masked(nn.Module):
         return self.inner(x) * self.mask
 
 
-def masked_against_expanded() -> dict[str, float]:
-    """ResNet-56, 60 % of the filters of both convs of each block; forward and backward."""
+def masked_against_expanded(device: torch.device, batch: int, repeats: int = 7) -> dict[str, float]:
+    """ResNet-56, 60 % of the filters of both convs of each block; forward and backward.
+
+    Beside the seconds of each network: on a CPU the shares of a profiled step that "convolutions" and "scatter" take,
+    elsewhere the seconds that the device itself is at work in a step ("dense at work" and so on): what is left
+    is waiting for the host, which hands out hundreds of small pieces of work.
+    """
     torch.manual_seed(0)
-    expanded, dense = models.resnet56(10), models.resnet56(10)
+    expanded, dense = models.resnet56(10).to(device), models.resnet56(10).to(device)
     masked = copy.deepcopy(expanded)
-    graph = trace_channels(expanded, torch.randn(1, 3, 32, 32))
+    graph = trace_channels(expanded, torch.randn(1, 3, 32, 32, device=device))
     whole = random_plan(graph, share=0.6)
     inside = {
         name: keep for name, keep in whole.items() if name.rpartition(".")[2] in ("conv1", "conv2") and "." in name
     }
     for name, keep in inside.items():
         norm = name.replace("conv", "bn")
-        masked.set_submodule(norm, Masked(masked.get_submodule(norm), keep))
+        masked.set_submodule(norm, Masked(masked.get_submodule(norm), keep.to(device)))
     rewrite(expanded, graph, inside)
-    x = torch.randn(4, 3, 32, 32)
-    assert torch.allclose(masked.eval()(x), expanded.eval()(x), atol=1e-5)
+    x = torch.randn(4, 3, 32, 32, device=device)
+    apart = float((masked.eval()(x) - expanded.eval()(x)).abs().max())
+    assert apart < (1e-5 if device.type == "cpu" else 1e-2), apart
     networks = {"dense": dense, "masked": masked, "expanded": expanded}
-    work = {name: training_step(network) for name, network in networks.items()}
-    best = least_seconds({name: lambda name=name: work[name] for name in networks}, repeats=7)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        work["expanded"]()
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    for part, names in {
-        "convolutions": ("aten::convolution_backward", "aten::mkldnn_convolution"),
-        "scatter": ("aten::index_copy_", "aten::index_select", "aten::fill_"),
-    }.items():
-        best[part] = sum(times.get(name, 0) for name in names) / sum(times.values())
+    work = {name: training_step(network, batch=batch) for name, network in networks.items()}
+    if device.type != "cpu":
+        for _ in range(5):
+            for step in work.values():
+                step()
+    calls = 1 if device.type == "cpu" else 10
+    best = seconds_of({name: lambda name=name: work[name] for name in networks}, repeats, device, calls)
     gone = [int((~keep).sum()) for keep in inside.values()]
     best["gone"] = sum(gone) / sum(len(keep) for keep in inside.values())
-    return best
+    return {**best, **(shares_of(work["expanded"]) if device.type == "cpu" else at_work(work, device))}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def shares_of(step: Callable[[], None]) -> dict[str, float]:
+    """Shares of a step's CPU time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    parts = {
+        "convolutions": ("aten::convolution_backward", "aten::mkldnn_convolution"),
+        "scatter": ("aten::index_copy_", "aten::index_select", "aten::fill_"),
+    }
+    return {part: sum(times.get(name, 0) for name in names) / sum(times.values()) for part, names in parts.items()}
+
+
+def at_work(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Seconds that the device is at work in a step of each."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    found = {}
+    for name, step in steps.items():
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize(device)
+        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        found[f"{name} at work"] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+    return found
+
+
+# The parts of the report, each as lines of its page
+
+
+def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
+    import torch_pruning
+
     rows, totals, alone = [], [], []
     for name in ELEVEN:
         try:
@@ -197,17 +263,10 @@ def main() -> None:
         seconds = " | ".join(f"{best[key]:.3f}" for key in ("torch_pruning", "ours", "rewrite"))
         rows.append(f"| {name} | {seconds} | {total:.2f} | {rewriting:.2f} |")
         print(rows[-1], flush=True)
-    step, gain = rewrite_against_a_step(), masked_against_expanded()
-    share = step["rewrite"] / step["step"]
-    text = [
-        "# What a round of surgery costs, and what it gains",
-        "",
-        "Written by `benchmarks/surgery.py`. CPU seconds of one thread, contenders taking turns in one process, least of "
-        f"several repeats. torch {torch.__version__}, Torch-Pruning {torch_pruning.__version__}, {platform.machine()}.",
-        "",
+    return [
         "## Trace, probe and rewrite against Torch-Pruning's build and prune",
         "",
-        "224x224, half of every group at random, residual streams shrink too.",
+        f"224x224, half of every group at random, residual streams shrink too. Torch-Pruning {torch_pruning.__version__}.",
         "",
         "| model | Torch-Pruning | trace + probe + rewrite | rewrite alone | ratio | rewrite ratio |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -221,23 +280,87 @@ def main() -> None:
         "mobilenet_v3_small is the nearest to the limits: two runs one after the other gave 1.60 and 1.46 for everything, 0.19 and 0.17 "
         "for rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small steps.",
         "",
+    ]
+
+
+def step_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
+    step = rewrite_against_a_step(device, batch, repeats or 5)
+    return [
         "## A rewrite against a training step",
         "",
-        f"ResNet-56, batch 128, SGD with momentum: one step {step['step']:.3f} s, one rewrite (optimizer state included) "
-        f"{step['rewrite']:.4f} s, {100 * share:.1f} % of a step (goal: under 5 %).",
+        f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (optimizer state included) "
+        f"{step['rewrite']:.4f} s, {100 * step['rewrite'] / step['step']:.1f} % of a step (goal on a CPU: under 5 %).",
         "",
+    ]
+
+
+def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
+    gain = masked_against_expanded(device, batch, repeats or 7)
+    lines = [
         "## Training expanded instead of masked",
         "",
         f"ResNet-56, {100 * gain['gone']:.1f} % of the filters of both convs of each block gone, forward and backward of a "
-        "batch of 128: dense "
-        f"{gain['dense']:.3f} s, masked {gain['masked']:.3f} s, expanded {gain['expanded']:.3f} s: "
-        f"{gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal: at least 1.8).",
-        "",
-        f"Where the expanded step spends its time (one profiled step): {100 * gain['convolutions']:.0f} % in convolutions and "
-        f"their gradients, {100 * gain['scatter']:.0f} % in scattering to zeros and gathering the gradients back.",
+        f"batch of {batch}: dense "
+        f"{gain['dense']:.4f} s, masked {gain['masked']:.4f} s, expanded {gain['expanded']:.4f} s: "
+        f"{gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal on a CPU: at least 1.8).",
         "",
     ]
-    TARGET.write_text("\n".join(text))
+    if device.type == "cpu":
+        return [
+            *lines,
+            f"Where the expanded step spends its time (one profiled step): {100 * gain['convolutions']:.0f} % in convolutions and "
+            f"their gradients, {100 * gain['scatter']:.0f} % in scattering to zeros and gathering the gradients back.",
+            "",
+        ]
+    rows = [
+        f"| {name} | {1e3 * gain[name]:.2f} | {1e3 * gain[name + ' at work']:.2f} |"
+        for name in ("dense", "masked", "expanded")
+    ]
+    ratios = [gain["masked" + end] / gain["expanded" + end] for end in ("", " at work")]
+    return [
+        *lines,
+        "| network | a step, ms | device at work, ms |",
+        "| --- | --- | --- |",
+        *rows,
+        f"| masked / expanded | {ratios[0]:.2f} | {ratios[1]:.2f} |",
+        "",
+    ]
+
+
+PARTS = {"torch_pruning": torch_pruning_part, "step": step_part, "gain": gain_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run; without it all of them")
+    parser.add_argument(
+        "--device", type=torch.device, default=CPU, help="of step and gain; torch_pruning is on the CPU"
+    )
+    parser.add_argument("--batch", type=int, default=128, help="images of a training step")
+    parser.add_argument("--repeats", type=int, help="of step and gain; without it 5 and 7")
+    parser.add_argument(
+        "--out", type=Path, help="file to write; without it the page in docs, if all parts ran on a CPU"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    on_cpu = args.device.type == "cpu"
+    how = (
+        "CPU seconds of one thread, contenders taking turns in one process, least of several repeats."
+        if on_cpu
+        else "Wall time, contenders taking turns in one process, median of several repeats."
+    )
+    text = [
+        "# What a round of surgery costs, and what it gains",
+        "",
+        f"Written by `benchmarks/surgery.py`. {how} torch {torch.__version__}, {where(args.device)}.",
+        "",
+    ]
+    for name in args.only or PARTS:
+        text += PARTS[name](args.device, args.batch, args.repeats)
+    out = args.out or (TARGET if on_cpu and not args.only else None)
+    if out is not None:
+        out.write_text("\n".join(text))
     print("\n".join(text))
 
 
