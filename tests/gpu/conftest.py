@@ -34,6 +34,7 @@ def same_kernels_every_time():
     torch.manual_seed(0)
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)  # a Trainer leaves it on
     torch._dynamo.reset()
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
@@ -44,5 +45,3 @@ def same_kernels_every_time():
 def deterministic():
     """Operators take their deterministic form where they have one."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)

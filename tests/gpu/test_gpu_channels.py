@@ -10,7 +10,7 @@ import timm
 import torch
 import torchvision
 from channel_twins import masked_twin, random_plan, randomised
-from gpu_device import DEVICE, distance, on_device, only_cuda
+from gpu_device import DEVICE, distance, inductor, on_device, only_cuda
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,7 +181,7 @@ class Wrapped(nn.Module):
 
 
 WAYS = ["autocast", "checkpoint", "reentrant checkpoint", "synchronised", "channels last", "aot_eager"]
-WAYS += [pytest.param("inductor", marks=only_cuda)]
+WAYS += [inductor]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from channel_twins import deviation, masked_twin, random_plan, randomised
-from gpu_device import DEVICE, ON_CUDA, distance, on_device, only_cuda
+from gpu_device import DEVICE, ON_CUDA, distance, inductor, on_device, only_cuda
 from torch import nn
 
 from gflow_pl import models
@@ -252,7 +252,7 @@ def test_an_expanded_network_trains_under_autocast(expanded, dtype):
     assert on_device(model)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=only_cuda)])
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
 def test_an_expanded_network_is_compiled_whole(expanded, backend):
     model, x, _ = expanded
     eager = copy.deepcopy(model)

@@ -1,0 +1,129 @@
+"""One rank over NCCL (on the CPU over gloo); writes told.json. Run by test_gpu_callback.py.
+
+python one_rank.py FOLDER surgery
+python one_rank.py FOLDER train plain|sync_batchnorm
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from channel_twins import masked_twin, random_plan, randomised
+from gpu_device import ACCELERATOR, DEVICE, ON_CUDA, distance
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from small_nets import SmallModule, images, loader, small_net, trainer
+from torch import nn
+
+from gflow_pl import PruningCallback, load_from_checkpoint
+from gflow_pl.channels import trace_channels
+from gflow_pl.surgery import apply_structure, rewrite
+
+BACKEND = "nccl" if ON_CUDA else "gloo"
+
+
+def stand_in_for_what_wants_a_gpu():
+    """torch's synchronised norm refuses the CPU; over one rank it is an ordinary norm."""
+    nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward
+    nn.SyncBatchNorm._check_input_dim = lambda self, x: None
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
+
+
+def number_of_synchronised(module):
+    return sum(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+
+
+def surgery(folder):
+    torch.distributed.init_process_group(BACKEND, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    torch.manual_seed(0)
+    start = randomised(small_net())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(start)).to(DEVICE).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, y = (tensor.to(DEVICE) for tensor in images(16).tensors)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    graph = trace_channels(model, x)
+    plan = random_plan(graph)
+    with torch.no_grad():
+        masked = masked_twin(model.eval(), graph, plan)(x)
+        structure = rewrite(model, graph, plan, optimizers=[optimizer])
+        apart = distance(model(x), masked)
+    before = [p.clone() for p in model.parameters()]
+    model.train()
+    step()
+    step()
+    moved = sum(float((p - q).abs().sum()) for p, q in zip(model.parameters(), before, strict=True))
+
+    # The conversion makes new modules without hooks and buffers of ours; the structure brings both back.
+    late = copy.deepcopy(start)
+    apply_structure(late, structure)
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(late).to(DEVICE)
+    apply_structure(late, structure)
+    late.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        converted = distance(late.eval()(x), model.eval()(x))
+    told = {
+        "backend": torch.distributed.get_backend(),
+        "synchronised": number_of_synchronised(model),
+        "apart": apart,
+        "moved": moved,
+        "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
+        "after conversion": converted,
+    }
+    torch.distributed.destroy_process_group()
+    return told
+
+
+class Look(Callback):
+    """Sees what is only there while it trains."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.synchronised, self.backend = number_of_synchronised(module), torch.distributed.get_backend()
+
+
+def train(folder, sync):
+    def fit(seed, ckpt_path=None, more=()):
+        pl.seed_everything(seed)
+        module, look = SmallModule(), Look()
+        pruning = PruningCallback("loss", fraction=0.6, rounds=3, num_samples=32, keep_momentum=True)
+        lightning = trainer(
+            folder, callbacks=[pruning, look, *more], accelerator=ACCELERATOR, max_epochs=5, sync_batchnorm=sync,
+            strategy=pl.strategies.DDPStrategy(process_group_backend=BACKEND), deterministic="warn", benchmark=False,
+        )  # fmt: skip
+        lightning.fit(module, loader(images(64)), ckpt_path=ckpt_path, weights_only=True)
+        (optimizer,) = lightning.optimizers
+        state = {name: value.cpu().clone() for name, value in module.state_dict().items()}
+        for name, p in module.named_parameters():
+            state[f"{name}/momentum"] = optimizer.state[p]["momentum_buffer"].cpu().clone()
+        return module, state, pruning, look
+
+    keep = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    module, whole, pruning, look = fit(0, more=[keep])
+    _, resumed, _, _ = fit(99, folder / "epoch=1.ckpt")
+    differing = [name for name in whole if name not in resumed or not torch.equal(whole[name], resumed[name])]
+    again = load_from_checkpoint(SmallModule, folder / "epoch=4.ckpt", map_location="cpu")
+    x = images(8).tensors[0]
+    with torch.no_grad():
+        apart = distance(module.to(DEVICE).eval()(x.to(DEVICE)), again.eval()(x))
+    return {
+        "backend": look.backend,
+        "synchronised": look.synchronised,
+        "rounds": pruning.rounds_done,
+        "resumed": differing,
+        "loads on the cpu": apart,
+    }
+
+
+if __name__ == "__main__":
+    if not ON_CUDA:
+        stand_in_for_what_wants_a_gpu()
+    where = Path(sys.argv[1])
+    result = surgery(where) if sys.argv[2] == "surgery" else train(where, sys.argv[3] == "sync_batchnorm")
+    (where / "told.json").write_text(json.dumps(result))
