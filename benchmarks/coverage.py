@@ -28,6 +28,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from zoo import MODES, TIMM, TORCHVISION, faults, measure
 
+PACKAGES = ("torch", "torchvision", "timm")
 HEADINGS = {
     "expand": '`residual="expand"` (the default)',
     "remove": '`residual="remove"`',
@@ -48,6 +49,10 @@ def read(path):
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
+def versions():
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+
+
 def run(options):
     path = Path(options.results)
     done = {(row["model"], row["mode"]) for row in read(path)}
@@ -60,7 +65,7 @@ def run(options):
             except Exception as error:
                 row = {"model": name, "mode": mode, "error": f"{type(error).__name__}: {error}"[:300]}
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({**row, "versions": versions()}) + "\n")
             wrong = faults(row)
             print(name, mode, f"{row.get('coverage', 0):.3f}", *wrong, flush=True)
             gc.collect()
@@ -115,10 +120,10 @@ def table(options):
     rows = list({(row["model"], row["mode"]): row for row in found}.values())  # what was compared, where it was
     good = [row for row in rows if "error" not in row]
     wrong = [(row, fault) for row in rows for fault in faults(row)]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+    ran_on = " and ".join(sorted({row["versions"] for row in rows}))
     lines = ["# Coverage and exactness", "", *__doc__.split("\n\n")[1].split("\n"), ""]
     lines += [
-        f"Made by `benchmarks/coverage.py` with {versions}, on one CPU thread; `make zoo` runs the same checks.",
+        f"Made by `benchmarks/coverage.py` with {ran_on}, on one CPU thread; `make zoo` runs the same checks.",
         "",
     ]
     lines += [*summary(good), ""]

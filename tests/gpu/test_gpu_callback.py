@@ -279,7 +279,8 @@ def test_a_compiled_module_is_pruned_twice(backend, tmp_path):
 def finished(line, folder):
     """Runs a command to its end; what it said, if it failed."""
     folders = [ROOT, ROOT / "tests", ROOT / "tests" / "gpu", ROOT / "tests" / "callbacks"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, cwd=folder, check=False, env=environment)
     assert done.returncode == 0, f"{' '.join(map(str, line))}\n{(done.stderr + done.stdout)[-4000:]}"
     return done.stdout + done.stderr
