@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from itertools import islice
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils._pytree import tree_map
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 __all__ = ["calibration_batches", "evaluation_batches", "has_length", "loader_like"]
 
 
-class _RankShare(Sampler[int]):
-    """The positions of one rank, in a private order: every rank draws the same order and takes its share of each batch.
+class _RankShare(Sampler[Any]):
+    """The keys of one rank, in a private order: every rank draws the same order and takes its share of each batch.
 
     So the ranks' batches together are the batches that one process would see with that many times the batch size. In a
     shuffled order all ranks have equally many, since they score in step; in the plain order no image is left out.
     """
 
-    def __init__(self, length: int, rank: int, world_size: int, seed: int | None) -> None:
-        self._length = length if seed is None else length - length % world_size
+    def __init__(self, keys: Sequence[Any], rank: int, world_size: int, seed: int | None) -> None:
+        self._keys, self._length = keys, len(keys) if seed is None else len(keys) - len(keys) % world_size
         self._rank, self._world_size, self._seed = rank, world_size, seed
 
     def __len__(self) -> int:
         return len(range(self._rank, self._length, self._world_size))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         if self._seed is None:
-            return iter(range(self._rank, self._length, self._world_size))
-        generator = torch.Generator().manual_seed(self._seed)
-        order = torch.randperm(self._length, generator=generator)
-        return iter(order.tolist()[self._rank :: self._world_size])
+            order: Sequence[int] = range(self._length)
+        else:
+            order = torch.randperm(self._length, generator=torch.Generator().manual_seed(self._seed)).tolist()
+        return (self._keys[position] for position in order[self._rank : self._length : self._world_size])
 
 
 def has_length(loaders: Any) -> bool:
@@ -50,32 +55,93 @@ def has_length(loaders: Any) -> bool:
 def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterable[Any]:
     """Training batches, shuffled by `seed`, augmented and moved as in training.
 
-    Same data set, collate function and batch size as the train loader's; under DDP each rank reads its own share.
+    Same data set, collate function and batch size as the train loader's; under DDP each rank reads its own share. A train
+    loader that is no DataLoader is gone through in the order, and on the share of the data, that are its own.
+
+    Raises:
+        ValueError: The training data cannot be read a second time.
     """
-    loaders = tree_map_only(DataLoader, lambda dl: _copy_of(dl, trainer, seed), trainer.train_dataloader)
-    return _Moved(trainer, module, loaders)
+    loaders = tree_map(lambda loader: _copy_of(loader, trainer, seed), trainer.train_dataloader)
+    return _Moved(trainer, module, loaders, training=True)
 
 
 def evaluation_batches(
     trainer: pl.Trainer, module: pl.LightningModule, limit: int | float | None
 ) -> Iterable[Any] | None:
-    """The validation batches of this rank, in order, moved as in training; None if there is no validation loader."""
+    """The validation batches of this rank, in order, moved as in validation; None if there is no validation loader."""
     loaders = trainer.val_dataloaders
     if isinstance(loaders, list) and len(loaders) == 1:
         loaders = loaders[0]
     if not isinstance(loaders, DataLoader) or not has_length(loaders):
         return None
-    copy = _copy_of(loaders, trainer, None)
-    number = len(copy) if limit is None else int(limit if isinstance(limit, int) else limit * len(copy))
-    return islice(_Moved(trainer, module, copy), min(number, len(copy)))
+    try:
+        own = _copy_of(loaders, trainer, None)
+    except ValueError:  # the training goes on without a number that it does not need
+        return None
+    number = len(own) if limit is None else int(limit if isinstance(limit, int) else limit * len(own))
+    return islice(_Moved(trainer, module, own, training=False), min(number, len(own)))
 
 
-def _copy_of(loader: DataLoader[Any], trainer: pl.Trainer, seed: int | None) -> DataLoader[Any]:
+def _copy_of(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
     """A loader over the same data with an order and random numbers of its own."""
+    if not isinstance(loader, DataLoader):
+        return _copy_of_foreign(loader, trainer, seed)
     if isinstance(loader.dataset, IterableDataset):
         return loader_like(loader, seed or 0, batch_size=loader.batch_size, drop_last=loader.drop_last)
-    sampler = _RankShare(len(loader.dataset), trainer.global_rank, trainer.world_size, seed)  # type: ignore[arg-type]
+    sampler: Sampler[Any] = _RankShare(_keys_of(loader), trainer.global_rank, trainer.world_size, seed)
+    if _asks_for_whole_batches(loader):
+        sampler = BatchSampler(sampler, loader.sampler.batch_size, drop_last=False)  # type: ignore[attr-defined]
     return loader_like(loader, seed or 0, batch_size=_batch_size(loader), sampler=sampler)
+
+
+def _copy_of_foreign(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
+    """A shallow copy of a loader of another kind: what going through it writes into its attributes stays in the copy."""
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"PruningCallback: the train loader {type(loader).__name__} keeps its place in itself (it has `__next__`), so batches "
+            "to score on would be missing from training: give a DataLoader, or an object whose `__iter__` begins anew."
+        )
+    own = copy(loader)
+    attributes = getattr(own, "__dict__", {})
+    for name, value in attributes.items():
+        if isinstance(value, DataLoader):
+            attributes[name] = _copy_of(value, trainer, seed)
+        elif isinstance(value, (list, dict, set, deque, torch.Generator)):
+            attributes[name] = copy(value)
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, Random)):
+            attributes[name] = deepcopy(value)
+    return own
+
+
+def _asks_for_whole_batches(loader: DataLoader[Any]) -> bool:
+    """Whether the data set is asked for lists of positions, and makes a batch of each by itself."""
+    return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
+
+
+def _keys_of(loader: DataLoader[Any]) -> Sequence[Any]:
+    """What a map-style data set is asked for: positions, or the keys that it lists where it knows no positions."""
+    dataset: Any = loader.dataset
+    where = f"PruningCallback: the data set {type(dataset).__name__}"
+    if isinstance(dataset, dict):
+        return list(dataset)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{where} has no length, so no batches to score on can be drawn from it: give it `__len__`.")
+    if len(dataset) == 0:
+        return ()
+    try:
+        # As torch's loaders ask.
+        if loader.batch_sampler is not None and getattr(dataset, "__getitems__", None):
+            dataset.__getitems__([0])
+        else:
+            dataset[[0] if _asks_for_whole_batches(loader) else 0]
+    except (KeyError, IndexError, TypeError) as error:
+        if hasattr(dataset, "keys"):
+            return list(dataset.keys())
+        raise ValueError(
+            f"{where} cannot be read by position ({type(error).__name__}: {error}), so no batches to score on can be drawn "
+            "from it: give it a method `keys` that lists what its sampler may ask for."
+        ) from error
+    return range(len(dataset))
 
 
 def loader_like(loader: DataLoader[Any], seed: int = 0, **options: Any) -> DataLoader[Any]:
@@ -101,10 +167,10 @@ def _batch_size(loader: DataLoader[Any]) -> int | None:
 
 
 class _Moved:
-    """Batches of a loader (or a collection of loaders), passed through the module's transfer hooks."""
+    """Batches of a loader (or a collection of loaders), passed through the transfer hooks as in training or validation."""
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
-        self._trainer, self._module = trainer, module
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, *, training: bool) -> None:
+        self._trainer, self._module, self._training = trainer, module, training
         self._loaders = loaders
         self._mode: Any = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
 
@@ -114,6 +180,19 @@ class _Moved:
         else:
             batches = iter(self._loaders)
         for batch in batches:
-            converted = self._trainer.precision_plugin.convert_input(batch)
-            converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
-            yield self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+            with self._in_its_stage():
+                converted = self._trainer.precision_plugin.convert_input(batch)
+                converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
+                moved = self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+            yield moved
+
+    @contextmanager
+    def _in_its_stage(self) -> Iterator[None]:
+        # Hooks augment where `trainer.training`, or the flag of the module (which scoring turns off), tells them to.
+        stage, flag = self._trainer.state.stage, self._module.training
+        setattr(self._trainer, "training" if self._training else "validating", True)
+        self._module.training = self._training
+        try:
+            yield
+        finally:
+            self._trainer.state.stage, self._module.training = stage, flag

@@ -1,0 +1,259 @@
+"""The batches that scores are taken from: any training data, moved and augmented as in training, the loader left alone."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_nets import SmallModule, images, trainer
+
+from gflow_pl import PruningCallback
+
+
+def prune(folder, data, module=None, val=None, **options) -> tuple[pl.LightningModule, PruningCallback]:
+    pl.seed_everything(0)
+    module = module or SmallModule(dropout=0.2)
+    settings = {"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32}
+    pruning = PruningCallback(**{**settings, **options})
+    trainer(folder, callbacks=[pruning]).fit(module, data, val)
+    return module, pruning
+
+
+# Data sets
+
+
+class Keyed(Dataset):
+    """Images that are asked for by name."""
+
+    def __init__(self) -> None:
+        self.images = {f"image {k}": image for k, image in enumerate(images(64))}
+
+    def __getitem__(self, key):
+        return self.images[key]
+
+    def __len__(self):
+        return len(self.images)
+
+
+class Listed(Keyed):
+    def keys(self):
+        return self.images.keys()
+
+
+class Names(Sampler):
+    def __init__(self, names) -> None:
+        self.names = list(names)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __iter__(self):
+        return iter(random.sample(self.names, len(self.names)))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "keys"),
+    [
+        (Listed(), Keyed().images),
+        (Keyed().images, Keyed().images),
+        ({3 * k: image for k, image in enumerate(images(64))}, range(0, 192, 3)),
+    ],
+    ids=["data set with keys", "dict", "dict of numbers with gaps"],
+)
+def test_data_that_is_asked_for_by_key_is_scored_on(dataset, keys, tmp_path) -> None:
+    _, pruning = prune(tmp_path, DataLoader(dataset, batch_size=16, sampler=Names(keys)))
+    assert pruning.finished
+
+
+def test_data_whose_keys_nobody_lists_is_refused_before_the_first_step(tmp_path) -> None:
+    steps = []
+
+    class Counts(SmallModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            steps.append(batch_idx)
+
+    data = DataLoader(Keyed(), batch_size=16, sampler=Names(Keyed().images))
+    with pytest.raises(
+        ValueError, match=r"'?Keyed'? cannot be read by position \(KeyError: 0\).*give it a method `keys`"
+    ):
+        prune(tmp_path, data, Counts())
+    assert not steps
+
+
+def test_map_style_data_without_a_length_is_refused(tmp_path) -> None:
+    class Endless(Dataset):
+        def __getitem__(self, index):
+            return images(64)[index]
+
+    data = DataLoader(Endless(), batch_size=16, sampler=Names(range(64)))
+    with pytest.raises(ValueError, match=r"the data set Endless has no length.*give it `__len__`"):
+        prune(tmp_path, data)
+
+
+def test_validation_data_that_cannot_be_read_again_only_costs_the_accuracy(tmp_path) -> None:
+    val = DataLoader(Keyed(), batch_size=16, sampler=Names(Keyed().images))
+    _, pruning = prune(tmp_path, DataLoader(images(64), batch_size=16, shuffle=True), val=val)
+    assert [row["accuracy_after_cut"] for row in pruning.rows] == ["", ""]
+
+
+def test_a_sampler_that_gives_whole_batches_keeps_their_size(tmp_path) -> None:
+    class Whole(Dataset):
+        """Batches are asked for at once: `batch_size=None`, a sampler that gives lists."""
+
+        asked: set
+
+        def __init__(self):
+            self.asked = set()
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, positions):
+            self.asked.add(len(positions))
+            return images(64)[positions]
+
+    data = Whole()
+    sampler = BatchSampler(RandomSampler(range(64)), batch_size=16, drop_last=False)
+    _, pruning = prune(tmp_path, DataLoader(data, batch_size=None, sampler=sampler))
+    assert pruning.finished
+    assert data.asked - {1} == {16}, "but for the one example that is looked at"
+
+
+# Loaders of other kinds
+
+
+class Loader:
+    """A train loader of somebody's own, with all the state that going through it may change."""
+
+    def __init__(self) -> None:
+        self.data = images(64)
+        self.order = list(range(64))
+        self.random = random.Random(0)
+        self.numpy = np.random.default_rng(0)
+        self.torch = torch.Generator().manual_seed(0)
+        self.epochs = 0
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        self.epochs += 1
+        self.random.shuffle(self.order)
+        for k in range(4):
+            x, y = self.data[self.order[16 * k : 16 * k + 16]]
+            noise = torch.randn(x.shape, generator=self.torch) + float(self.numpy.normal())
+            yield x + 0.1 * noise, y
+
+
+class Around(Loader):
+    """Goes through a DataLoader, whose workers live on between epochs."""
+
+    def __init__(self) -> None:
+        self.inner = DataLoader(
+            images(64),
+            batch_size=16,
+            shuffle=True,
+            num_workers=1,
+            persistent_workers=True,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self):
+        yield from self.inner
+
+
+@pytest.mark.parametrize("kind", [Loader, Around])
+def test_a_train_loader_of_somebodys_own_is_left_alone(kind, tmp_path) -> None:
+    """A run whose cuts take nothing trains on the very batches of a run without any."""
+    one, pruning = prune(tmp_path, kind(), fraction=0.001, epochs=[0, 2], keep_momentum=True)
+    assert [row["filters_removed"] for row in pruning.rows] == [0, 0]
+    pl.seed_everything(0)
+    two = SmallModule(dropout=0.2)
+    trainer(tmp_path).fit(two, kind())
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+    _, pruning = prune(tmp_path, {"a": kind()}, TakesOneOfADict())
+    assert pruning.finished
+
+
+class TakesOneOfADict(SmallModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 3, 8, 8)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_a_train_loader_that_is_an_iterator_is_refused(tmp_path) -> None:
+    batches = iter(list(DataLoader(images(64), batch_size=16)))
+    with pytest.raises(ValueError, match=r"keeps its place in itself.*give a DataLoader"):
+        prune(tmp_path, batches, batches=1)
+
+
+# From the loader to the module
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def hook(name: str):
+    """Adds its power of ten to the images, and leaves the rest to Lightning."""
+
+    def run(self, batch, *arguments):
+        if name == "transfer_batch_to_device":
+            batch = super(type(self), self).transfer_batch_to_device(batch, *arguments)
+        return batch[0] + 10.0 ** (1 + HOOKS.index(name)), batch[1]
+
+    return run
+
+
+@pytest.mark.parametrize("owner", ["module", "data"])
+def test_transfer_hooks_are_applied_to_what_is_scored_on(owner, tmp_path) -> None:
+    seen = {"training": [], "scoring": []}
+
+    class Sees(SmallModule):
+        def training_step(self, batch, batch_idx):
+            seen["training" if self.training else "scoring"].append(float(batch[0].mean()))
+            return super().training_step((batch[0] / 1000, batch[1]), batch_idx)
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(images(64), batch_size=16, shuffle=True)
+
+    hooks = {name: hook(name) for name in HOOKS}
+    module = (type("Hooked", (Sees,), hooks) if owner == "module" else Sees)()
+    data = (type("Hooked", (Data,), hooks) if owner == "data" else Data)()
+    pruning = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=32)
+    trainer(tmp_path, callbacks=[pruning]).fit(module, datamodule=data)
+    assert len(seen["scoring"]) >= 4
+    for stage in seen.values():
+        assert stage == pytest.approx([1110.0] * len(stage), abs=5)
+
+
+def test_augmentation_in_a_hook_is_of_training_batches_and_not_of_validation_ones(tmp_path) -> None:
+    """Both ways of asking, by the Trainer's stage and by the module's own flag, get the same answer."""
+    seen = {"train": set(), "val": set()}
+
+    class Augments(SmallModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            kind = "val" if float(batch[0].mean()) > 100 else "train"
+            seen[kind].add((self.trainer.training, self.training, self.trainer.validating))
+            if self.trainer.training and self.training:
+                return batch[0], torch.full_like(batch[1], 3)
+            return batch
+
+        def forward(self, x):
+            return super().forward(x - 200 if float(x.mean()) > 100 else x)
+
+    val = images(32)
+    val.tensors[0].add_(200)
+    _, pruning = prune(tmp_path, DataLoader(images(64), batch_size=16), Augments(), DataLoader(val, batch_size=16))
+    assert seen == {"train": {(True, True, False)}, "val": {(False, False, True)}}
+    assert all(row["loss_after"] < 1 for row in pruning.rows), "measured on the labels of training"
+    assert all(row["accuracy_after_cut"] == 0.25 for row in pruning.rows), "measured on the labels of validation"
