@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -129,21 +130,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for `log` and `log_dict`."""
+    """Stands in for whatever logs."""
 
 
 @contextmanager
 def quiet(module: pl.LightningModule) -> Iterator[None]:
-    """Within, the module logs nothing; afterwards its metrics, buffers, lists and counters are what they were."""
+    """Within, nothing is logged; afterwards the module's metrics, buffers, lists and counters are what they were."""
+    trainer = getattr(module, "_trainer", None)
+    loggers = [] if trainer is None else list(trainer.loggers)
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     saved = [(m, _metric_state(m)) for m in metrics]
     kept = [_Kept(m) for m in module.modules() if not isinstance(m, Metric)]
     silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         module.__dict__[name] = _nothing
+    if trainer is not None:
+        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
     try:
         yield
     finally:
+        if trainer is not None:
+            trainer.loggers = loggers
         for name, before in silenced.items():
             if before is None:
                 del module.__dict__[name]
@@ -153,6 +160,23 @@ def quiet(module: pl.LightningModule) -> Iterator[None]:
             metric.__dict__.update(state)
         for each in kept:
             each.restore()
+
+
+class _SilentLogger:
+    """Stands in for a logger: takes whatever a training step logs, and knows what the logger knows."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self.experiment = DummyLogger().experiment
+
+    @property
+    def save_dir(self) -> Any:
+        """What `trainer.log_dir` is made of: the folder of the run itself, where the logger has one."""
+        return self._logger.log_dir if is_a(self._logger, "TensorBoardLogger", "CSVLogger") else self._logger.save_dir
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_logger"], name)
+        return _nothing if callable(value) else value
 
 
 class _Kept:

@@ -257,3 +257,39 @@ def test_augmentation_in_a_hook_is_of_training_batches_and_not_of_validation_one
     assert seen == {"train": {(True, True, False)}, "val": {(False, False, True)}}
     assert all(row["loss_after"] < 1 for row in pruning.rows), "measured on the labels of training"
     assert all(row["accuracy_after_cut"] == 0.25 for row in pruning.rows), "measured on the labels of validation"
+
+
+# What scoring leaves in the logs
+
+
+def test_scoring_writes_nothing_to_a_loggers_experiment(tmp_path) -> None:
+    from pytorch_lightning.loggers import CSVLogger
+
+    written, folders = [], set()
+
+    class Spy(CSVLogger):
+        def log_image(self, key, images):
+            written.append(key)
+
+    class Writes(SmallModule):
+        def training_step(self, batch, batch_idx):
+            if not self.training:
+                written.clear()
+            self.logger.log_image("a", [])
+            self.logger.experiment.log_metrics({"raw": float(len(written))})
+            for logger in self.loggers:
+                logger.log_metrics({"also": 1.0})
+            folders.add((self.trainer.log_dir, self.logger.log_dir, self.logger.name, self.logger.version))
+            if not self.training:
+                assert not written
+            return super().training_step(batch, batch_idx)
+
+    pl.seed_everything(0)
+    logger = Spy(tmp_path, name="mine")
+    pruning = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=32)
+    run = trainer(tmp_path, callbacks=[pruning], logger=logger, max_epochs=2)
+    module = Writes()
+    run.fit(module, DataLoader(images(64), batch_size=16))
+    assert run.loggers == [logger]
+    assert written == ["a"] * 4, "the steps after the cut"
+    assert folders == {(logger.log_dir, logger.log_dir, "mine", 0)}
