@@ -19,7 +19,7 @@ from typing_extensions import override
 from gflow_pl.callbacks.held_rate import HeldRate
 from gflow_pl.callbacks.loss import gives_a_loss, quiet, training_loss
 from gflow_pl.callbacks.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
-from gflow_pl.callbacks.refusals import refuse_what_cannot_work
+from gflow_pl.callbacks.refusals import refuse_optimizers, refuse_what_cannot_work
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
 from gflow_pl.callbacks.rng import private_rng, rng_state
 from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
@@ -199,6 +199,11 @@ class PruningCallback(CarriesStructure):
         """The learning rate that is held at present, if one is."""
         return None if self.finished else self.prune_lr
 
+    @property
+    def _decides_otherwise(self) -> bool:
+        """Whether `should_prune` is overridden: then nobody knows beforehand when rounds will be cut."""
+        return getattr(self.should_prune, "__func__", None) is not PruningCallback.should_prune
+
     def phase(self, epoch: int) -> str:
         """What an epoch is for: "warmup", "pruning" (a round is still to come) or "final"."""
         if self.finished:
@@ -254,8 +259,10 @@ class PruningCallback(CarriesStructure):
         """Checks the schedule, keeps the initial weights if a measure needs them, restores random states."""
         super().on_fit_start(trainer, pl_module)
         self._check_same_network(pl_module)
-        if not getattr(trainer, "fast_dev_run", False) and not self.finished:
-            self.times.check_fits(trainer.max_epochs)
+        if not self.finished:
+            if not getattr(trainer, "fast_dev_run", False) and not self._decides_otherwise:
+                self.times.check_fits(trainer.max_epochs)
+            refuse_optimizers(trainer.strategy.optimizers, keep_momentum=self.keep_momentum)
         if self.bias == "distance_from_init" and self._initial is None:
             self._initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
         if self._initial is not None:

@@ -123,6 +123,20 @@ def test_a_subclass_decides_when_and_who(tmp_path) -> None:
     assert [row["epoch"] for row in pruning.rows] == [2]
 
 
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_a_schedule_that_would_not_fit_is_no_obstacle_where_should_prune_decides(how, tmp_path) -> None:
+    class Mine(PruningCallback):
+        def should_prune(self, epoch):
+            return epoch in (1, 2)
+
+    options = {"measure": "magnitude", "fraction": 0.5, "rounds": 2, "warmup_epochs": 20}
+    pruning = Mine(**options) if how == "subclass" else PruningCallback(**options)
+    if how == "instance":
+        pruning.should_prune = lambda epoch: epoch in (1, 2)
+    _, pruning, _ = fit(tmp_path, pruning=pruning)
+    assert [row["epoch"] for row in pruning.rows] == [1, 2]
+
+
 def test_a_subclass_is_asked_once_an_epoch_until_all_rounds_are_done(tmp_path) -> None:
     asked = []
 
@@ -613,6 +627,17 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
 
     assert "fetches its batches itself" in refused(tmp_path, module=Fetches())
     _, pruning, _ = fit(tmp_path, Fetches(), callback(loss_fn=scalar_loss))
+    assert pruning.finished
+
+    class Flat(SmallModule):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=2)
+
+        def on_train_start(self):
+            assert not self.trainer.callbacks[0].keep_momentum, "must be refused before"
+
+    assert "set keep_momentum to false" in refused(tmp_path, module=Flat(), pruning=callback(keep_momentum=True))
+    _, pruning, _ = fit(tmp_path, Flat())
     assert pruning.finished
 
 
