@@ -23,7 +23,7 @@ from gflow_pl.callbacks.refusals import refuse_optimizers, refuse_what_cannot_wo
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
 from gflow_pl.callbacks.rng import private_rng, rng_state
 from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
-from gflow_pl.callbacks.rows import Stopwatch, line_of, numbers_of, units_gone
+from gflow_pl.callbacks.rows import Stopwatch, gone, keep_rows, line_of, numbers_of
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.settings import CutTimes, check_arguments
 from gflow_pl.callbacks.structure import CarriesStructure
@@ -88,6 +88,8 @@ class PruningCallback(CarriesStructure):
             another network.
         evaluate_cuts: Whether to measure the validation accuracy right after each cut (classifiers only).
         unpruned_path: File in which to keep the network as it is just before the first cut.
+        rows_path: CSV file that has a row for every round, written anew after each; None: pruning.csv in the Trainer's
+            log_dir (its default_root_dir where no logger has a folder).
         seed: Seed of the batches that scores are taken from, and of the measure `random`.
 
     Raises:
@@ -132,6 +134,7 @@ class PruningCallback(CarriesStructure):
         reset_best: bool = True,
         evaluate_cuts: bool = True,
         unpruned_path: str | None = None,
+        rows_path: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -159,7 +162,7 @@ class PruningCallback(CarriesStructure):
         self.prune_lr = prune_lr
         self.loss_fn, self.logits_fn = loss_fn, logits_fn
         self.reset_best, self.evaluate_cuts = reset_best, evaluate_cuts
-        self.unpruned_path, self.seed = unpruned_path, seed
+        self.unpruned_path, self.rows_path, self.seed = unpruned_path, rows_path, seed
 
         self.rows: list[dict[str, Any]] = []
         self.graph: ChannelGraph | None = None
@@ -276,8 +279,10 @@ class PruningCallback(CarriesStructure):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gathers the random states of all ranks, for checkpoints of the first epoch."""
+        """Gathers the random states of all ranks, for checkpoints of the first epoch; writes the rows of a resumed run."""
         self._gather_rng(trainer)
+        if self.rows:
+            keep_rows(trainer, self.rows, self.rows_path)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -441,7 +446,7 @@ class PruningCallback(CarriesStructure):
             "gradient_norm_before": before[1],
             "gradient_norm_after": after[1],
             "accuracy_after_cut": self._scoring.accuracy(trainer, module) if self.evaluate_cuts else "",
-            "removed_by_layer": units_gone(groups, graph.groups),
+            **gone(groups, graph.groups),
             "seconds": watch.seconds(),
         }
         self.rows.append(row)
@@ -504,6 +509,7 @@ class PruningCallback(CarriesStructure):
 
     def _tell(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         rank_zero_info(line_of(row, self.schedule.num_rounds, self.target))
+        keep_rows(trainer, self.rows, self.rows_path)
         for logger in trainer.loggers:
             logger.log_metrics(numbers_of(row), step=trainer.global_step)
         if self.reset_best:

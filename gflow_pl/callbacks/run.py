@@ -59,6 +59,13 @@ class RunRecorder(Callback):
         return self.folder / "metrics.csv"
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Has the pruning rounds' rows written into the same folder."""
+        pruning = pruning_callback(trainer)
+        if stage == "fit" and pruning is not None and pruning.rows_path is None:
+            pruning.rows_path = os.fspath(self.folder / "pruning.csv")
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the learning rate that the epoch is trained with."""
         groups = [group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups]
@@ -82,8 +89,6 @@ class RunRecorder(Callback):
             if self.tells:
                 print(_line(row, trainer.max_epochs), flush=True)
             write_rows(self.path, self.rows, METRIC_COLUMNS)
-            if pruning is not None:
-                write_rows(self.folder / "pruning.csv", pruning.rows)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("loss_fn", "logits_fn"):
         if given.get(name) is not None and not callable(given[name]):
             refuse(name, "a function of a module and a batch")
-    if not isinstance(given.get("unpruned_path"), (str, os.PathLike, type(None))):
-        refuse("unpruned_path", "the path of a file")
+    for name in ("unpruned_path", "rows_path"):
+        if not isinstance(given.get(name), (str, os.PathLike, type(None))):
+            refuse(name, "the path of a file")
 
 
 def _is_whole(value: Any) -> bool:

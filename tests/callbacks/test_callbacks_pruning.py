@@ -689,6 +689,7 @@ def test_a_callback_is_not_used_again_for_another_network(max_steps, tmp_path) -
         ({"loss_fn": "mse"}, "`loss_fn` must be a function"),
         ({"logits_fn": 3}, "`logits_fn` must be a function"),
         ({"unpruned_path": 7}, "`unpruned_path`"),
+        ({"rows_path": True}, "`rows_path`"),
         ({"measure": 3}, "measure"),
     ],
 )
