@@ -384,19 +384,18 @@ class PruningCallback(CarriesStructure):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Takes up where a checkpoint left off; to train on with a schedule that contradicts the rounds done is refused."""
+        """Takes up where a checkpoint left off, to train on; a schedule that contradicts the rounds done is refused."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         state = copy.deepcopy(checkpoint.get("callbacks", {}).get(self.state_key))
-        if state is None:
-            return
+        if state is None or trainer.state.fn != "fit":
+            return  # a file that is only tested leaves the rows of the run alone
         self.rows = state["rows"]
         self.graph = None if state["graph"] is None else graph_from_plain(state["graph"])
         self._original_costs = state["original_costs"]
         self._initial = state["initial"] if self.bias == "distance_from_init" else None
         self._tracking.load_state_dict({"tracker": state["tracker"], "epoch": state.get("tracked_epoch")})
-        if trainer.state.fn == "fit":
-            check_same_schedule(state["schedule"], self._describe_schedule(), self.rounds_done)
-            self._rng_to_restore = state["rng"]
+        check_same_schedule(state["schedule"], self._describe_schedule(), self.rounds_done)
+        self._rng_to_restore = state["rng"]
 
     def _describe_schedule(self) -> dict[str, Any]:
         schedule = self.schedule

@@ -336,6 +336,20 @@ def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_
     assert sum(p.numel() for p in module.parameters()) == small
 
 
+def test_a_file_that_is_only_tested_leaves_the_rows_of_the_run_alone(tmp_path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    module, pruning, run = fit(tmp_path, callbacks=[keep])
+    rows, filters = copy.deepcopy(pruning.rows), pruning.num_filters
+    for use in (run.test, run.validate):
+        use(module, shuffled(16), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
+        assert pruning.rows == rows
+        assert pruning.num_filters == filters
+    run.test(module, shuffled(16), ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False, weights_only=True)
+    run.fit_loop.max_epochs = 5
+    run.fit(module, shuffled())
+    assert pruning.rows == rows
+
+
 def test_a_network_that_was_used_from_a_bigger_file_trains_on_from_there(tmp_path) -> None:
     """Tensors of a shape taken in `test` or `predict` are no inference tensors."""
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
@@ -447,6 +461,35 @@ def test_precision_clipping_and_accumulation(options, accumulate, tmp_path) -> N
     pruning = callback(keep_momentum=True)
     _, pruning, _ = fit(tmp_path, SmallModule("AdamW"), pruning, accumulate_grad_batches=accumulate, **options)
     assert pruning.finished
+
+
+@pytest.mark.parametrize("residual", ["expand", "remove"])
+def test_a_channels_last_network_stays_so_and_is_pruned_like_any_other(residual, tmp_path) -> None:
+    same = SmallModule()
+    start = state_of(same)
+
+    class Last(SmallModule):
+        def __init__(self):
+            super().__init__()
+            self.load_state_dict(start)
+            self.to(memory_format=torch.channels_last)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0].to(memory_format=torch.channels_last), batch[1]
+
+    data = DataLoader(images(64, torch.float64), batch_size=16)
+    options = {"residual": residual, "protect_stem": False, "keep_momentum": True, "measure": "biased_loss"}
+    last, one, run = fit(tmp_path, Last(), callback(**options), data=data, precision="64-true")
+    plain, two, _ = fit(tmp_path, same, callback(**options), data=data, precision="64-true")
+    assert [row["removed_by_layer"] for row in one.rows] == [row["removed_by_layer"] for row in two.rows]
+    convs = [p for p in last.parameters() if p.ndim == 4 and p.shape[2:] == (3, 3)]
+    assert len(convs) == 4
+    for parameter in convs:
+        for tensor in (parameter, run.optimizers[0].state[parameter]["momentum_buffer"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            assert not tensor.is_contiguous()
+    for a, b in zip(last.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
