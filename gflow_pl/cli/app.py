@@ -179,7 +179,7 @@ class GflowCLI(LightningCLI):
             self._check_network()  # again: a file may be of as many layers and other classes
         config = self._get(self.config_init, "trainer")
         if config.get("fast_dev_run"):
-            return super().instantiate_trainer(**kwargs)
+            return _checked(super().instantiate_trainer(**kwargs))
         # On the class: whoever cleans up after a failed start has no instance.
         GflowCLI.folder = claim_folder(
             self._get(self.config, "out"), self._get(self.config, "name") or self._run_name()
@@ -193,10 +193,7 @@ class GflowCLI(LightningCLI):
             kwargs["enable_progress_bar"] = False  # on no terminal; the recorder prints a line an epoch there
         if config.get("logger") is None:
             kwargs["logger"] = self._logger()
-        trainer = super().instantiate_trainer(**kwargs)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, PruningCallback):
-                refuse_what_cannot_work(trainer, callback)  # here: processes that are spawned would bury the sentence
+        trainer = _checked(super().instantiate_trainer(**kwargs))
         self._fill_in_pruning_settings(trainer)
         self._take_over_the_unpruned_network()
         return trainer
@@ -330,6 +327,14 @@ class GflowCLI(LightningCLI):
         predictions = self.trainer.predict(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if is_first_process():
             outcome.write_predictions(self.folder / "predictions.csv", predictions, datamodule)
+
+
+def _checked(trainer: pl.Trainer) -> pl.Trainer:
+    """The Trainer, unless its set-up cannot work: processes that are spawned would bury the sentence."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, PruningCallback):
+            refuse_what_cannot_work(trainer, callback)
+    return trainer
 
 
 def _full_path(class_path: str) -> str:

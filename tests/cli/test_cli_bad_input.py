@@ -78,6 +78,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*SMALL, "--out", "/proc/nowhere"], ["/proc/nowhere", "cannot be written"]),
         ([*SMALL, "--trainer.callbacks", "gflow_pl.PruningCallback"], ["two of these callbacks", "keep one"]),
         ([*SMALL, "--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"], ["use strategy='ddp'"]),
+        ([*SMALL, "--trainer.devices", "2", "--trainer.strategy", "ddp_notebook"], ["use strategy='ddp'"]),
+        (
+            [*SMALL, "--trainer.devices", "2", "--trainer.strategy", "ddp_notebook", "--trainer.fast_dev_run", "true"],
+            ["use strategy='ddp'"],
+        ),
         ([*SMALL, "--pruning.ignore", "[features.99]"], ["'features.99'", "Did you mean"]),
     ],
 )
