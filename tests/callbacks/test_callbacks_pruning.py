@@ -684,6 +684,19 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
     assert pruning.finished
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    # Lightning's own of the second name is made from the same class, and asks for deepspeed to be installed.
+    [pl.strategies.FSDPStrategy, type("DeepSpeedStrategy", (pl.strategies.DDPStrategy,), {})],
+)
+def test_sharded_parameters_are_refused(strategy, tmp_path) -> None:
+    run = trainer(tmp_path)
+    run._accelerator_connector.strategy = strategy()
+    told = f"{strategy.__name__} shards parameters.*use strategy='ddp'"
+    with pytest.raises(MisconfigurationException, match=told):
+        refuse_what_cannot_work(run, callback())
+
+
 @pytest.mark.parametrize("max_steps", [6, -1], ids=["between rounds", "finished"])
 def test_a_callback_is_not_used_again_for_another_network(max_steps, tmp_path) -> None:
     pruning = callback()

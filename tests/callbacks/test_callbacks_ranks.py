@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gflow_pl.files import read_rows
+
 HERE = Path(__file__).parent
 
 
@@ -121,6 +123,7 @@ def test_ranks_with_other_data_and_seeds_still_agree_on_every_plan(tmp_path) -> 
     options = {"norm": True, "data_differs": True, "seed_differs": True, "callback": callback}
     first, second = run(tmp_path, 2, **options)
     assert_same(first, second, ("parameters", "scored_with"))
+    assert [row["epoch"] for row in read_rows(tmp_path / "pruning.csv")] == [1, 2]
     assert any(not torch.equal(value, second["buffers"][name]) for name, value in first["buffers"].items())
 
 

@@ -50,6 +50,10 @@ def test_the_rows_lie_beside_the_run(tmp_path) -> None:
     prune(tmp_path, logger=CSVLogger(tmp_path, name="logged", version=3))
     assert tables(tmp_path) == ["logged/version_3/pruning.csv", "without/pruning.csv"]
 
+    logged = [row for row in read_rows(tmp_path / "logged/version_3/metrics.csv") if row["pruning/round"]]
+    for name in ("filters_removed", "units_removed", "parameters", "loss_before", "gradient_norm_after"):
+        assert [row[f"pruning/{name}"] for row in logged] == [row[name] for row in pruning.rows]
+
     prune(tmp_path / "root", rows_path=str(tmp_path / "chosen" / "mine.csv"))
     assert tables(tmp_path) == ["chosen/mine.csv", "logged/version_3/pruning.csv", "without/pruning.csv"]
 
