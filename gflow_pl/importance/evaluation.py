@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from gflow_pl.importance.layers import recompute_weights
+
 __all__ = ["scoring_mode"]
 
 
@@ -41,6 +43,7 @@ def scoring_mode(model: nn.Module, *, autocast_dtype: torch.dtype | None = None)
             stack.enter_context(torch.enable_grad())
             for module, _ in modules:
                 module.training = False
+                recompute_weights(module)
             for tensor in frozen:
                 tensor.requires_grad_(True)
             yield

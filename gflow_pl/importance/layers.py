@@ -13,8 +13,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["Reads", "ScoredLayer", "TensorRef", "find_layers", "gradient_rows", "unique_refs", "weight_rows"]
+__all__ = [
+    "Reads",
+    "ScoredLayer",
+    "TensorRef",
+    "find_layers",
+    "gradient_rows",
+    "recompute_weights",
+    "unique_refs",
+    "weight_rows",
+]
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +48,41 @@ class TensorRef:
     def value_by(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The tensor as it would be by other parameters and buffers of the model; None where these do not say it.
 
-        A parametrization computes it anew from its own; buffers that are not given are those of the model.
+        A parametrization, or a hook, computes it anew from its own; buffers that are not given are those of the model.
         """
-        if self.name in tensors or not parametrize.is_parametrized(self.owner, self.attribute):
-            return tensors.get(self.name)
+        if self.name in tensors:
+            return tensors[self.name]
+        if parametrize.is_parametrized(self.owner, self.attribute):
+            start = "parametrizations."
+        elif any(hook.name == self.attribute for hook in _computing_hooks(self.owner)):
+            start = f"{self.attribute}_"
+        else:
+            return None
         prefix = self.name.removesuffix(self.attribute)
-        parts = [name for name, _ in self.owner.named_parameters() if name.startswith("parametrizations.")]
+        parts = [name for name, _ in self.owner.named_parameters() if name.startswith(start)]
         if any(prefix + name not in tensors for name in parts):
             return None
         parts += [name for name, _ in self.owner.named_buffers() if prefix + name in tensors]
         own = {f"owner.{name}": tensors[prefix + name] for name in parts}
-        return torch.func.functional_call(_Reading(self.owner, self.attribute), own, ())
+        try:
+            return torch.func.functional_call(_Reading(self.owner, self.attribute), own, ())
+        finally:
+            recompute_weights(self.owner)
+
+
+def _computing_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
+    """What `torch.nn.utils.weight_norm` and `spectral_norm`, those before parametrizations, compute a weight by."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+
+
+@torch.no_grad()
+def recompute_weights(module: nn.Module) -> None:
+    """Make a weight that a hook computes that of the parameters as they are: until now it was of the last forward pass.
+
+    In evaluation mode, where the hook of a spectral norm moves nothing.
+    """
+    for hook in _computing_hooks(module):
+        hook(module, ())
 
 
 class _Reading(nn.Module):
@@ -58,6 +93,7 @@ class _Reading(nn.Module):
         self.owner, self.attribute = owner, attribute
 
     def forward(self) -> Tensor:
+        recompute_weights(self.owner)
         return getattr(self.owner, self.attribute)
 
 

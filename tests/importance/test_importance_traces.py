@@ -1,5 +1,7 @@
 """Scoring leaves nothing behind: flags, gradients, statistics, random generators."""
 
+import warnings
+
 import pytest
 import torch
 from importance_nets import Mixed, class_batches, largest_difference, mixed
@@ -107,22 +109,36 @@ def test_spectral_norm_does_not_move_and_its_weight_is_scored(measure):
     assert all(torch.allclose(ours[layer], theirs[layer], rtol=1e-7, atol=1e-18) for layer in theirs)
 
 
-@pytest.mark.parametrize("kind", ["state", "parameters"])
-@pytest.mark.parametrize("measure", ["biased_loss", "grasp"])
-def test_the_distance_of_a_parametrized_weight_is_that_of_the_weights_it_computes(measure, kind):
+def norm_weights(net, kind, *, spectral=True):
+    """A weight norm on the hidden layer and a spectral norm on the first, of parametrizations or of the hooks before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old weight norm is deprecated
+        norms = nn.utils if kind == "hooks" else parametrizations
+        norms.weight_norm(net.hidden)
+        if spectral:
+            norms.spectral_norm(net.conv1)
+
+
+@pytest.mark.parametrize("kind", ["state", "parameters", "hooks"])
+@pytest.mark.parametrize("measure", ["biased_loss", "biased_loss_tracked", "grasp"])
+def test_the_distance_of_a_computed_weight_is_that_of_the_weights_it_computes(measure, kind):
     torch.manual_seed(0)
     net = mixed()
-    parametrizations.weight_norm(net.hidden)
-    if kind == "state":  # its vectors move in training: parameters alone do not say what it computed
-        parametrizations.spectral_norm(net.conv1)
+    # The vectors of a spectral norm move in training: parameters alone do not say what it computed.
+    norm_weights(net, kind, spectral=kind != "parameters")
     names = [name for name, _ in net.named_parameters()]
-    start = {name: value.clone() for name, value in net.state_dict().items() if kind == "state" or name in names}
+    start = {name: value.clone() for name, value in net.state_dict().items() if kind != "parameters" or name in names}
     with torch.no_grad():
-        first = {name: getattr(net.eval(), name).weight.clone() for name in ("conv1", "hidden")}
+        net.eval()(class_batches()[0][0])
+        first = {name: getattr(net, name).weight.clone() for name in ("conv1", "hidden")}
         for parameter in net.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
         net.train()(class_batches()[0][0])
     ours = score_filters(net, measure, class_batches(), initial_state=start)
+    left = net.eval().hidden.weight.clone()
+    with torch.no_grad():
+        net(class_batches()[0][0])
+    assert torch.equal(left, net.hidden.weight), "the initial weight does not stay behind"
 
     plain, plain_start = mixed(), {**mixed().state_dict()}
     with torch.no_grad():
@@ -134,6 +150,22 @@ def test_the_distance_of_a_parametrized_weight_is_that_of_the_weights_it_compute
             plain_start[f"{name}.weight"] = weight
     theirs = score_filters(plain, measure, class_batches(), initial_state=plain_start)
     assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in theirs)
+
+
+@pytest.mark.parametrize("measure", ["magnitude", "biased_loss_tracked"])
+def test_a_weight_that_a_hook_computes_is_scored_as_it_is_now_and_not_as_the_last_pass_had_it(measure):
+    torch.manual_seed(0)
+    net = mixed().eval()
+    norm_weights(net, "hooks")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    ours = score_filters(net, measure, class_batches())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    net(class_batches()[0][0])  # from here on the weights are those of the parameters anyway
+    theirs = score_filters(net, measure, class_batches())
+    assert all(torch.equal(ours[layer], theirs[layer]) for layer in theirs)
 
 
 @BY_NAME
