@@ -143,7 +143,8 @@ class GradientFlowMonitor(Callback):
         if not self._is_on:
             return
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        scale = scale_of_gradients(trainer, optimizer, pl_module.device)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = scale_of_gradients(scaler, optimizer, pl_module.device)
         with torch.no_grad():
             measured = {
                 name: self._statistics(name, parameter, _gradient(parameter, scale))

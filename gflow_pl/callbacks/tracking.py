@@ -12,7 +12,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gflow_pl.callbacks.ranks import mean_over_ranks
 from gflow_pl.importance import Tracker
+from gflow_pl.importance.computed import ComputedWeights
 from gflow_pl.types import Scores
 
 __all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window", "scale_of_gradients"]
@@ -31,9 +33,8 @@ def in_window(trainer: pl.Trainer, batch_idx: int, track_batches: int) -> bool:
     return batch_idx // size >= math.ceil(trainer.num_training_batches / size) - track_batches
 
 
-def scale_of_gradients(trainer: pl.Trainer, optimizer: Optimizer, device: torch.device) -> Tensor | None:
-    """What the gradients are still multiplied by; None for 1. Fused optimizers divide by it within their step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+def scale_of_gradients(scaler: Any, optimizer: Optimizer, device: torch.device) -> Tensor | None:
+    """What a scaler's gradients are still multiplied by; None for 1. Fused optimizers divide by it within their step."""
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
     return scaler.scale(torch.ones((), device=device))
@@ -46,42 +47,49 @@ class StepGradients:
         tracker: What is fed.
         order: "formula": gradient and weights of the same step; "published": the weights after the step, as the
             published code has it.
+        reduce: Averages a tensor over the ranks; gradients of parameters are averaged already.
     """
 
-    def __init__(self, tracker: Tracker, order: TrackOrder) -> None:
-        self.tracker, self._order = tracker, order
+    def __init__(self, tracker: Tracker, order: TrackOrder, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.tracker, self._order, self._reduce = tracker, order, reduce
         self._names: list[str] | None = None
+        self._computed: ComputedWeights | None = None
         self._kept: dict[str, Tensor] | None = None
 
-    def before_step(
-        self,
-        module: pl.LightningModule,
-        optimizer: Optimizer,
-        batch: Any,
-        *,
-        may_overflow: bool = False,
-        scale: Tensor | None = None,
-    ) -> None:
+    def begin(self, module: pl.LightningModule) -> None:
+        """Until `end`, a batch is trained on; without these two, weights that are computed have no gradients."""
+        if self._computed is None:
+            self._computed = ComputedWeights(module, self._names_of(module))
+        self._computed.watch()
+
+    def end(self) -> None:
+        """The batch was trained on."""
+        if self._computed is not None:
+            self._computed.unwatch()
+
+    def before_step(self, module: pl.LightningModule, optimizer: Optimizer, batch: Any, *, scaler: Any = None) -> None:
         """Looks at the gradients that an optimizer is about to use; accumulation and reduction are done.
 
-        With `may_overflow` a step whose gradients are not finite is left out: the gradient scaler leaves it out too.
-        `scale` is what the gradients are still multiplied by, see `scale_of_gradients`.
+        With a gradient scaler a step whose gradients are not finite is left out: the scaler leaves it out too.
         """
-        if self._names is None:
-            self._names = self.tracker.names(module)
+        wanted = set(self._names_of(module))
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        wanted = set(self._names)
         gradients = {
             name: p.grad
             for name, p in module.named_parameters()
             if name in wanted and id(p) in mine and p.grad is not None
         }
-        if wanted and not gradients:
+        computed = {} if self._computed is None else self._computed.take(mine, self._reduce)
+        if wanted and not gradients and not computed:
             return  # this optimizer holds nothing that is scored
-        if may_overflow and not _are_finite(optimizer):
-            return
-        if scale is not None:
-            gradients = {name: gradient / scale for name, gradient in gradients.items()}
+        if scaler is not None:
+            if not _are_finite(optimizer):
+                return
+            scale = scaler.scale(torch.ones((), device=module.device))
+            computed = {name: gradient / scale for name, gradient in computed.items()}
+            if scale_of_gradients(scaler, optimizer, module.device) is not None:
+                gradients = {name: gradient / scale for name, gradient in gradients.items()}
+        gradients |= computed
         if self._order == "formula":
             self.tracker.update(module, gradients, batch=batch)
         else:
@@ -94,6 +102,11 @@ class StepGradients:
         if self._kept is not None:
             kept, self._kept = self._kept, None
             self.tracker.update(module, kept, batch=batch)
+
+    def _names_of(self, module: pl.LightningModule) -> list[str]:
+        if self._names is None:
+            self._names = self.tracker.names(module)
+        return self._names
 
 
 class Tracking:
@@ -116,6 +129,7 @@ class Tracking:
         self._batch: Any = None
         self._epoch: int | None = None
         self._saved: dict[str, Tensor] | None = None
+        self._told = False
 
     @property
     def is_in_a_step(self) -> bool:
@@ -133,17 +147,21 @@ class Tracking:
             self._steps = self._begun_or_resumed(trainer, module, batch)
             self._epoch = trainer.current_epoch
         self._batch = (batch,)
+        # Where the module decides over its steps, gradients may be thrown away without one.
+        if module.automatic_optimization and not _decides_over_steps(module):
+            self._steps.begin(module)
 
     def end(self) -> None:
         """Lets go of the batch."""
         self._batch = None
+        if self._steps is not None:
+            self._steps.end()
 
     def before_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Takes in the gradients that an optimizer is about to use."""
         assert self._steps is not None
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        scale = scale_of_gradients(trainer, optimizer, module.device)
-        self._steps.before_step(module, optimizer, self._batch[0], may_overflow=scales, scale=scale)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._steps.before_step(module, optimizer, self._batch[0], scaler=scaler)
 
     def after_step(self, module: pl.LightningModule) -> None:
         """In the published order, takes in the weights after the step."""
@@ -172,10 +190,17 @@ class Tracking:
 
     def _begun_or_resumed(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:
         tracker = self._new_tracker(trainer, module, batch)
+        # Every epoch has a new one, and every rank its own: one of them speaks.
+        tracker.told, self._told = self._told or trainer.global_rank > 0, True
         if self._saved is not None:
             tracker.load_state_dict({name: value.to(module.device) for name, value in self._saved.items()})
             self._saved = None
-        return StepGradients(tracker, self._order)
+        return StepGradients(tracker, self._order, mean_over_ranks(trainer))
+
+
+def _decides_over_steps(module: pl.LightningModule) -> bool:
+    """Whether `optimizer_step` is the module's own."""
+    return next(cls for cls in type(module).__mro__ if "optimizer_step" in vars(cls)).__name__ != "LightningModule"
 
 
 def _are_finite(optimizer: Optimizer) -> bool:

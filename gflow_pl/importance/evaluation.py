@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from gflow_pl.importance.layers import recompute_weights
+from gflow_pl.importance.layers import computing_hooks, recompute_weights
 
 __all__ = ["scoring_mode"]
 
@@ -55,7 +56,24 @@ def scoring_mode(model: nn.Module, *, autocast_dtype: torch.dtype | None = None)
 
 
 @contextmanager
-def one_weight_a_pass() -> Iterator[None]:
-    """A parametrized weight is computed once, so that the tensor that is asked for is the one in the graph."""
+def one_weight_a_pass(model: nn.Module | None = None) -> Iterator[None]:
+    """A weight that is computed is computed once, so that the tensor that is asked for is the one in the graph.
+
+    Args:
+        model: Also those of its weights that hooks compute, which do so at every call of their layers.
+    """
+    hooked = [module for module in (model.modules() if model is not None else ()) if computing_hooks(module)]
+    before = [module._forward_pre_hooks for module in hooked]
     with parametrize.cached():
-        yield
+        try:
+            for module, hooks in zip(hooked, before, strict=True):
+                computing = computing_hooks(module)
+                for hook in computing:
+                    hook(module, ())
+                module._forward_pre_hooks = OrderedDict(
+                    (key, hook) for key, hook in hooks.items() if hook not in computing
+                )
+            yield
+        finally:
+            for module, hooks in zip(hooked, before, strict=True):
+                module._forward_pre_hooks = hooks

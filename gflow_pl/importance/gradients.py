@@ -82,7 +82,7 @@ def batch_gradients(
     """
     for number, batch in enumerate(batches):
         examples = to_device(batch, device)
-        with one_weight_a_pass():
+        with one_weight_a_pass(model):
             value = scalar_loss(loss, model, examples)
             if number == 0:
                 refuse_reentrant(value)

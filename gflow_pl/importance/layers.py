@@ -20,6 +20,8 @@ __all__ = [
     "Reads",
     "ScoredLayer",
     "TensorRef",
+    "computed_from",
+    "computing_hooks",
     "find_layers",
     "gradient_rows",
     "recompute_weights",
@@ -50,16 +52,10 @@ class TensorRef:
 
         A parametrization, or a hook, computes it anew from its own; buffers that are not given are those of the model.
         """
-        if self.name in tensors:
-            return tensors[self.name]
-        if parametrize.is_parametrized(self.owner, self.attribute):
-            start = "parametrizations."
-        elif any(hook.name == self.attribute for hook in _computing_hooks(self.owner)):
-            start = f"{self.attribute}_"
-        else:
-            return None
+        parts = computed_from(self.owner, self.attribute)
+        if self.name in tensors or not parts:
+            return tensors.get(self.name)
         prefix = self.name.removesuffix(self.attribute)
-        parts = [name for name, _ in self.owner.named_parameters() if name.startswith(start)]
         if any(prefix + name not in tensors for name in parts):
             return None
         parts += [name for name, _ in self.owner.named_buffers() if prefix + name in tensors]
@@ -70,7 +66,21 @@ class TensorRef:
             recompute_weights(self.owner)
 
 
-def _computing_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
+def computed_from(owner: nn.Module, attribute: str) -> list[str]:
+    """The parameters, by their names in a module, that a parametrization or a hook computes an attribute from.
+
+    None for a parameter.
+    """
+    if parametrize.is_parametrized(owner, attribute):
+        start = f"parametrizations.{attribute}."
+    elif any(hook.name == attribute for hook in computing_hooks(owner)):
+        start = f"{attribute}_"
+    else:
+        return []
+    return [name for name, _ in owner.named_parameters() if name.startswith(start)]
+
+
+def computing_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
     """What `torch.nn.utils.weight_norm` and `spectral_norm`, those before parametrizations, compute a weight by."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
 
@@ -81,7 +91,7 @@ def recompute_weights(module: nn.Module) -> None:
 
     In evaluation mode, where the hook of a spectral norm moves nothing.
     """
-    for hook in _computing_hooks(module):
+    for hook in computing_hooks(module):
         hook(module, ())
 
 

@@ -46,6 +46,9 @@ class Tracker:
         reduce: Of Hessian measures: averages a tensor over the ranks. Gradients are given as those of the global batch.
         seed: Of `random`.
 
+    Attributes:
+        told: Whether what there is to say is said already; else the first update says it.
+
     Raises:
         ValueError: A setting is unknown or out of range.
     """
@@ -75,10 +78,8 @@ class Tracker:
         self._loss = loss_function(loss_fn, logits_fn, checked_temperature(self.measure, temperature))
         self._reduce = reduce
         self._running: dict[str, Tensor] = {}
-        self._told = False
+        self.told = False
         self._made: HessianProducts | None = None
-        if self.measure.needs_hessian:
-            log.warning("Tracking '%s' costs a Hessian-gradient product for every tracked batch.", self.measure.name)
 
     def names(self, model: nn.Module) -> list[str]:
         """The parameters, by name, whose gradients `update` wants; none for measures that need no gradient.
@@ -106,8 +107,10 @@ class Tracker:
         """
         with scoring_mode(model):
             layers = find_layers(model, self.graph)
-            if not self._told:
+            if not self.told:
                 say_what_stands_in(layers, self.measure.reads, self.measure.name)
+                if self.measure.needs_hessian:
+                    log.warning("Tracking '%s' costs a Hessian-gradient product a tracked step.", self.measure.name)
             flows = None
             if self.measure.needs_hessian:
                 flows = self._products(model, layers, batch)
@@ -117,7 +120,7 @@ class Tracker:
             new = self._formula.vectors(layers, values_of(layers, self.measure), flows, generator)
         self._running = step_average(self._running, new, self.alpha)
         self.num_updates += 1
-        self._told = True
+        self.told = True
 
     def _flows(
         self, layers: list[ScoredLayer], gradients: Mapping[str, Tensor | None] | None
@@ -129,8 +132,12 @@ class Tracker:
         missing = [layer.name for layer in layers if layer not in reached]
         if not reached:
             raise ValueError(f"Tracker: none of the layers has a gradient ({', '.join(missing[:3])}, ...).")
-        if missing and not self._told:
-            log.warning("Layers without a gradient of their own weights are not scored: %s.", ", ".join(missing))
+        if missing and not self.told:
+            log.warning(
+                "Layers whose weights get no gradient in training (frozen, or computed where it cannot be followed) are not "
+                "scored, so that they have no say over their groups, which stay whole if nobody else has: %s.",
+                ", ".join(missing),
+            )
         wanted = [ref.name for ref in unique_refs(reached, self.measure.reads)]
         wide = {name: given[name].to(accumulator_dtype(given[name])) for name in wanted}
         flows = rows_of(reached, self.measure, wide)

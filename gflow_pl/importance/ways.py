@@ -56,7 +56,7 @@ def _fact(node: Any) -> str:
 
 def watched_loss(model: nn.Module, batch: Any, loss: LossFn) -> tuple[Tensor, tuple[str, ...]]:
     """The loss of a batch and all its facts, also what its graph does not show."""
-    with one_weight_a_pass(), _Stops() as stops:
+    with one_weight_a_pass(model), _Stops() as stops:
         value = scalar_loss(loss, model, batch)
     facts = facts_of(value)
     return value, (*facts, _OUTSIDE) if stops.seen else facts
@@ -80,7 +80,7 @@ def possible_ways(refs: list[TensorRef], facts: Collection[str]) -> tuple[Way, .
 def _double_backward(
     model: nn.Module, refs: list[TensorRef], scored: list[int], direction: list[Tensor], batch: Any, loss: LossFn
 ) -> list[Tensor]:
-    with one_weight_a_pass():
+    with one_weight_a_pass(model):
         value = scalar_loss(loss, model, batch)
         tensors = [ref.value for ref in refs]
         gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
@@ -231,7 +231,7 @@ def choose_way(
     Raises:
         ValueError: The model can be differentiated twice by no way; the message names the operator.
     """
-    with one_weight_a_pass():
+    with one_weight_a_pass(model):
         value, facts = watched_loss(model, batch, loss)
         refuse_reentrant(value)
         ways = possible_ways(refs, facts)
@@ -274,7 +274,7 @@ def _try_double_backward(
 
     `torch.autograd.grad` walks to its inputs alone and would pass by: the product would be wrong without a word.
     """
-    with one_weight_a_pass():
+    with one_weight_a_pass(model):
         value = scalar_loss(loss, model, batch)
         gradients = torch.autograd.grad(value, [ref.value for ref in refs], create_graph=True, allow_unused=True)
     _check_no_end(*(gradient for gradient in gradients if gradient is not None))
