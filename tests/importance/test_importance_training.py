@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.multiprocessing as mp
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from gflow_pl import PruningCallback
+from gflow_pl.importance.computed import ComputedWeights
 
 KINDS = pytest.mark.parametrize("kind", ["parametrizations", "hooks"])
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05
@@ -236,3 +238,65 @@ def test_what_tracking_costs_is_said_once_and_by_one_rank(rank, tmp_path, caplog
         fit(Module("parametrizations"), pruning, data(), tmp_path, max_epochs=3, precision="64-true")
     assert len(pruning.rows) == 2
     assert caplog.text.count("a Hessian-gradient product a tracked step") == 1 - rank
+
+
+def average(tensor):
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+def backward_of_half(net: Normed, rank: int) -> ComputedWeights:
+    """Rank 1 does not use the layer `twice`; nobody uses `unused`."""
+    x, labels = data().dataset.tensors
+    own = slice(20 * rank, 20 * rank + 20)
+    computed = ComputedWeights(net.eval(), ["weighted.weight", "twice.weight", "unused.weight", "head.weight"])
+    computed.watch()
+    hidden = net.plain(torch.tanh(net.weighted(x[own])))
+    F.cross_entropy(net.head(hidden if rank else net.twice(hidden)), labels[own]).backward()
+    computed.unwatch()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what a reduction leaves
+    return computed
+
+
+def normed_with_one_more() -> Normed:
+    net = Module("parametrizations").net
+    net.unused = parametrizations.weight_norm(nn.Linear(8, 8).double())
+    return net
+
+
+def take_on_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = normed_with_one_more()
+    taken = backward_of_half(net, rank).take({id(p) for p in net.parameters()}, average)
+    torch.save(taken, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_average_the_gradients_of_computed_weights_also_of_those_that_one_of_them_does_not_use(tmp_path):
+    mp.spawn(take_on_rank, args=(str(tmp_path),), nprocs=2)
+    alone = []
+    for rank in (0, 1):
+        net = normed_with_one_more()
+        alone.append(backward_of_half(net, rank).take({id(p) for p in net.parameters()}, None))
+    assert set(alone[0]) == {"weighted.weight", "twice.weight"}
+    assert set(alone[1]) == {"weighted.weight"}
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert set(found) == {"weighted.weight", "twice.weight"}
+        assert torch.allclose(found["weighted.weight"], (alone[0]["weighted.weight"] + alone[1]["weighted.weight"]) / 2)
+        assert torch.allclose(found["twice.weight"], alone[0]["twice.weight"] / 2)
+
+
+def test_what_is_compiled_while_weights_are_watched_does_not_go_on_adding_to_them():
+    torch._dynamo.reset()
+    net = Module("parametrizations").net.eval()
+    x, compiled = data().dataset.tensors[0], torch.compile(net, backend="eager")
+    computed = ComputedWeights(net, ["weighted.weight"])
+    computed.watch()
+    compiled(x).sum().backward()
+    computed.unwatch()
+    compiled(x).sum().backward()
+    assert computed.take({id(p) for p in net.parameters()}, None) == {}

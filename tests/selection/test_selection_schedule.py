@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from gflow_pl import PruningCallback
 from gflow_pl.selection import PruningSchedule, round_fraction
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "rounds.npz"
@@ -87,6 +92,46 @@ def test_targets_with_the_published_truncation_end_where_the_published_rounds_en
     for k in range(1, 26):
         present -= schedule.target(k, 2128, present)
     assert present == 2128 - math.floor(0.82 * 2128)
+
+
+class HundredFilters(pl.LightningModule):
+    """Filters that are left are per cent."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 60), nn.ReLU(), nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(4, 3), torch.arange(4) % 2), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        *((f"p{p}_n{n}", {"fraction": p / 100, "rounds": n}) for p in (25, 50, 75, 90) for n in (1, 5, 25)),
+        ("thresholds_10_50_80", {"thresholds": [0.1, 0.5, 0.8]}),
+    ],
+)
+def test_a_whole_run_with_the_published_truncation_leaves_what_the_published_rounds_leave(
+    golden, name, schedule, tmp_path
+):
+    expected = golden[f"{name}__p_cumulative_int"].tolist()
+    pruning = PruningCallback("magnitude", **schedule, published_truncation=True, min_kept=0.0)
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    module = HundredFilters()
+    pl.Trainer(max_epochs=len(expected) + 1, callbacks=[pruning], **settings).fit(module)
+    assert [row["filters_left"] for row in pruning.rows] == expected
+    assert module.net[0].out_features + module.net[2].out_features == expected[-1]
 
 
 def test_a_round_makes_up_for_what_an_earlier_one_left_over():
