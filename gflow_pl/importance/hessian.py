@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gflow_pl.importance.batches import batch_size, map_tensors, to_device
-from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients, scalar_loss
+from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
 from gflow_pl.importance.ranks import Ranks
-from gflow_pl.importance.ways import WAYS, Way, choose_way, facts_of, watched_loss
+from gflow_pl.importance.ways import WAYS, Way, choose_way, watched_loss
 
 __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
 
@@ -63,8 +63,7 @@ class HessianProducts:
         refs: The tensors whose products are asked for.
         loss: The mean loss of a batch.
         first: A batch on the model's device; two examples of it are used to choose the way, before anything is spent on
-            the others. A batch that other operators turn out to compute, by a branch of the model's, gets a way of its own;
-            what a branch only takes out of the graph, with no operator more or less in it, is not seen.
+            the others. A batch that turns out to be computed otherwise, by a branch of the model's, gets a way of its own.
         prefer: The way to try first; None: the order of `possible_ways`.
 
     Raises:
@@ -122,22 +121,21 @@ class HessianProducts:
         return {name: means[place] for name, place in zip(self.names, self._place, strict=True)}
 
     def _way_for(self, batch: Any, facts: tuple[str, ...]) -> Way:
-        """The way of a batch of whose graph these are the facts; a graph that was not met before is looked at closely."""
+        """The way of a batch that is computed by these operators."""
         if facts not in self._ways:
-            _, closely = watched_loss(self.model, batch, self.loss)
-            known = [way for met, way in self._ways.items() if set(closely) <= set(met)]
+            known = [way for met, way in self._ways.items() if set(facts) <= set(met)]
             self._ways[facts] = (
                 known[0] if known else choose_way(self.model, self.refs, self.scored, batch, self.loss, self.prefer)[0]
             )
         return self._ways[facts]
 
     def _gradient(self, sample: list[Any], ranks: Ranks) -> tuple[list[Tensor], list[tuple[str, ...]]]:
-        """The gradient, and the facts of every batch as the graph of its pass shows them: no further pass is needed."""
+        """The gradient, and the facts of every batch as its pass shows them: no further pass is needed."""
         facts: list[tuple[str, ...]] = []
 
         def watched(model: nn.Module, batch: Any) -> Tensor:
-            value = scalar_loss(self.loss, model, batch)
-            facts.append(facts_of(value))
+            value, found = watched_loss(model, batch, self.loss)
+            facts.append(found)
             return value
 
         sums = [_zeros(ref.value) for ref in self.refs]

@@ -195,6 +195,9 @@ WAYS: dict[Way, _Product] = {
 }
 
 
+_READS_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Stops(TorchFunctionMode):
     """Sees whether anything is computed while no graph is made, or read out of it as ``.data``."""
 
@@ -203,7 +206,7 @@ class _Stops(TorchFunctionMode):
         self.seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= not torch.is_grad_enabled() or func == torch.Tensor.data.__get__  # type: ignore[attr-defined]
+        self.seen = self.seen or not torch.is_grad_enabled() or func == _READS_DATA
         return func(*args, **(kwargs or {}))
 
 

@@ -403,29 +403,30 @@ def without_graph(h):
 class Branching(nn.Module):
     """Computes batches of many positive images by another operator."""
 
-    def __init__(self, operator):
+    def __init__(self, operator, usual=lambda h: h):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.head, self.operator = nn.Linear(50, 6), nn.Linear(6, 3), operator
+        self.first, self.head, self.operator, self.usual = nn.Linear(50, 6), nn.Linear(6, 3), operator, usual
         self.double()
 
     def forward(self, x):
         h = torch.tanh(self.first(x.flatten(1)))
-        return self.head(self.operator(h) if x.mean() > 0.5 else h)
+        return self.head(self.operator(h) if x.mean() > 0.5 else self.usual(h))
 
 
 BRANCHES = {
-    "layer_norm": (lambda h: F.layer_norm(h, (6,)), "forward_over_reverse"),
-    "no_grad": (without_graph, "double_backward"),
-    "data": (lambda h: h / h.data.abs().mean(), "double_backward"),
-    "custom": (lambda h: Cube.apply(h), "double_backward"),
+    "layer_norm": (lambda h: F.layer_norm(h, (6,)), lambda h: h, "forward_over_reverse"),
+    "no_grad": (without_graph, lambda h: h, "double_backward"),
+    "data": (lambda h: h / h.data.abs().mean(), lambda h: h, "double_backward"),
+    "custom": (lambda h: Cube.apply(h), lambda h: h, "double_backward"),
+    "no_grad, in the same graph": (without_graph, lambda h: h / h.new_tensor(2.0), "double_backward"),
 }
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_batch_that_takes_another_branch_gets_a_way_of_its_own(branch, monkeypatch):
-    operator, expected = BRANCHES[branch]
-    net, batches, taken = Branching(operator).eval(), class_batches(4), []
+    operator, usual, expected = BRANCHES[branch]
+    net, batches, taken = Branching(operator, usual).eval(), class_batches(4), []
     batches[2] = (batches[2][0] + 1, batches[2][1])
 
     def noted(way, product):
