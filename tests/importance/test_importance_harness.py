@@ -1,6 +1,7 @@
 """One harness over the public list: what a measure declares is what it does."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,15 @@ def test_a_measure_of_the_users_own_is_scored_like_any_other():
     own, tfo = (score_filters(mixed(), m, class_batches()) for m in (Momentum(), "tfo"))
     assert own.measure == "squared_sum"
     assert all(torch.allclose(own[layer], tfo[layer] ** 2) for layer in own)
+
+
+def test_the_measure_that_the_documentation_adds_is_ten_lines_and_runs():
+    page = (Path(__file__).parents[2] / "docs" / "measures.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(code, found := {})
+    scores, loss = (score_filters(mixed(), m, class_batches()) for m in (found["MeanLoss"](), "loss"))
+    assert torch.allclose(scores["hidden"], loss["hidden"] / 4)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist():
