@@ -354,6 +354,7 @@ class PruningCallback(CarriesStructure):
         self._let_go()
 
     def _let_go(self) -> None:
+        self._tracking.end()
         if self._held_rate is not None:
             self._held_rate.remove()
             self._held_rate = None

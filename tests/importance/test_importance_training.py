@@ -152,6 +152,20 @@ def test_tracked_scores_of_computed_weights_are_the_average_of_a_bare_loop(kind,
     assert not any(m._forward_hooks for m in module.modules()), "nobody watches any longer"
 
 
+@KINDS
+def test_nobody_watches_after_a_step_that_failed(kind, tmp_path):
+    class Failing(Module):
+        def on_after_backward(self):
+            raise RuntimeError("enough")
+
+    module = Failing(kind)
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(module, Recorder("loss", fraction=0.3, track=True), data(), tmp_path, max_epochs=2)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()] == before
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
 class ScalerOnly(MixedPrecision):
     """A gradient scaler without autocast, so that its steps can be compared."""
 
