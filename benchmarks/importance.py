@@ -217,8 +217,9 @@ def against_the_published_way(
     net = models.resnet56(num_classes=num_classes).to(device).eval()
     # One image of every class more than is asked for: the published collection goes on until it has seen it.
     classes = [torch.arange(num_classes).repeat(count) for count in (per_class, 1)]
-    labels = torch.cat([part[torch.randperm(len(part))] for part in classes])
-    data = list(zip(torch.randn(len(labels), 3, 32, 32).split(size), labels.split(size), strict=True))
+    labels = torch.cat([part[torch.randperm(len(part))] for part in classes]).to(device)
+    images = torch.randn(len(labels), 3, 32, 32).to(device)
+    data = list(zip(images.split(size), labels.split(size), strict=True))
     found: dict[str, Any] = {}
 
     def ours() -> None:

@@ -115,8 +115,7 @@ class HessianProducts:
             products = WAYS[self._way_for(examples, made_by)](
                 self.model, self.refs, self.scored, direction, examples, self.loss
             )
-            for total, product in zip(totals, products, strict=True):
-                total.add_(product, alpha=batch_size(batch))
+            torch._foreach_add_(totals, products, alpha=batch_size(batch))
         means = ranks.weighted_mean(totals, sum(map(batch_size, sample)))
         return {name: means[place] for name, place in zip(self.names, self._place, strict=True)}
 
@@ -141,8 +140,7 @@ class HessianProducts:
         sums = [_zeros(ref.value) for ref in self.refs]
         device = sums[0].device
         for size, gradients in batch_gradients(self.model, self.refs, sample, watched, device):
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.add_(gradient, alpha=size)
+            torch._foreach_add_(sums, gradients, alpha=size)
         means = ranks.weighted_mean(sums, sum(map(batch_size, sample)))
         return [mean.to(ref.value.dtype) for mean, ref in zip(means, self.refs, strict=True)], facts
 

@@ -170,8 +170,7 @@ def _mean_gradients(
         if not sums:
             sums = [gradient.to(accumulator_dtype(gradient), copy=True).mul_(size) for gradient in gradients]
         else:
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.add_(gradient, alpha=size)
+            torch._foreach_add_(sums, gradients, alpha=size)
         count += size
     return dict(zip((ref.name for ref in refs), ranks.weighted_mean(sums, count), strict=True))
 
