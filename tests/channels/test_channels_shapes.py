@@ -114,9 +114,13 @@ BAD = [
 
 @pytest.mark.parametrize(("op", "args"), BAD, ids=[f"{op.name()}-{i}" for i, (op, _) in enumerate(BAD)])
 def test_what_does_not_fit_is_refused_as_torch_does(op, args) -> None:
-    with pytest.raises(RuntimeError):
+    try:
         op(*args)
-    with pytest.raises(RuntimeError):
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            Shapes().computed(op, args, {})
+    else:  # torch 2.11 divides whole numbers in place without contents
+        assert op == ATEN.div_.Scalar
         Shapes().computed(op, args, {})
 
 

@@ -50,7 +50,7 @@ def test_a_conv_before_a_norm_can_be_rescaled(measure, power):
     net, scaled = mixed(), mixed()
     with torch.no_grad():
         for n in (net, scaled):
-            n.bn2.eps = 0.0
+            n.bn2.eps = 1e-30
         scaled.grouped.weight.mul_(3)
         scaled.bn2.running_mean.mul_(3)
         scaled.bn2.running_var.mul_(9)
@@ -87,7 +87,7 @@ def test_a_layer_without_norm_is_scored_as_if_an_identity_followed_and_that_is_s
 
     class Identity(nn.BatchNorm1d):
         def __init__(self, width):
-            super().__init__(width, eps=0.0)
+            super().__init__(width, eps=1e-30)
             self.double()
 
     bare, normed = mixed(), mixed()

@@ -339,6 +339,6 @@ def test_a_compiled_optimizer_step_goes_on_after_a_rewrite():
     model(torch.ones(2, 3, 4, 4)).square().mean().backward()
     step()
     reference(torch.ones(2, 3, 4, 4)).square().mean().backward()
-    fresh.step()
+    torch.compile(fresh.step, backend="eager")()  # compiled, too: torch 2.11 rounds otherwise then
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(ours, theirs)
