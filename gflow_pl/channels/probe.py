@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gflow_pl.channels.attributes import shape_attributes
 from gflow_pl.channels.book import Book, Boundary, Nodes, input_of
 from gflow_pl.channels.cuts import Cuts
-from gflow_pl.channels.recorder import Call, Seen, Watch
+from gflow_pl.channels.recorder import Call, Seen, Watch, copied
 from gflow_pl.channels.stage import Stage
 from gflow_pl.channels.survey import Survey
 from gflow_pl.channels.units import Partition
@@ -25,7 +25,7 @@ __all__ = ["Blame", "Probe"]
 _SHARES = (0.37, 0.29, 0.46, 0.22, 0.41, 0.33, 0.26)
 # copies that come and go with the memory layout
 _SILENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
-# whole numbers among their arguments are sizes, which the shapes of the outputs show
+# whole numbers among their arguments are sizes, which the shapes of the outputs show where these move
 _SIZED = frozenset(
     """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
     new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
@@ -44,7 +44,7 @@ class Blame:
         site: Place in the code whose next choice is to be taken, or None.
         call: (training, number of the op) whose labels are to be frozen, or None.
         reason: Why they are frozen.
-        ends: Whether nothing behind that op can be compared, so that the labels of all the rest are to be frozen.
+        ends: Whether the sizes of all that follows it depend on values, so that the labels of all the rest are to be frozen.
     """
 
     site: tuple[Any, ...] | None
@@ -57,24 +57,13 @@ class _Mismatch(Exception):
     """An op did not come out as predicted."""
 
 
-class _Enough(Exception):
-    """What follows cannot be compared."""
-
-
 class _Watcher(Watch):
     """Counts along with the recorded ops, and stops where something differs."""
 
     def __init__(
-        self,
-        stage: Stage,
-        stand_ins: dict[int, Tensor],
-        calls: Sequence[Call],
-        end: int | None,
-        book: Book,
-        gone: Nodes,
+        self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], book: Book, gone: Nodes
     ) -> None:
         super().__init__(stand_ins, stage.meta, stage.shapes)
-        self.end = end
         self.calls, self.book, self.gone = calls, book, gone
         self.gone_before = np.concatenate([[0], np.cumsum(gone)])
         self.left: dict[int, int] = {}  # id of labels to how many of them are left
@@ -90,9 +79,8 @@ class _Watcher(Watch):
                 return func.decompose(*args, **kwargs)
         self.inside = True
         call = None if name in _SILENT else self._next(name)
-        if call is not None and self.at == self.end:
-            raise _Enough
-        out = self.computed(func, args, kwargs)
+        answered = call is not None and call.answer is not None
+        out = copied(call.answer) if answered else self.computed(func, args, kwargs)  # type: ignore[union-attr]
         self.alive.append(out)
         if call is not None:
             outs = out if isinstance(out, (list, tuple)) else [out]
@@ -138,7 +126,7 @@ class _Watcher(Watch):
             if args[position] != self._left(nodes):
                 raise _Mismatch(f"a position that does not follow the channels ('{call.name}')")
         resized = call.summed is not None and call.summed != [tensor.shape for tensor in seen.tensors]
-        if resized or _comparable(call.name, call.numbers) != _comparable(call.name, seen.numbers):
+        if resized or _comparable(call, call.numbers) != _comparable(call, seen.numbers):
             self.differing.append(self.at)
 
     def _left(self, nodes: Nodes) -> int:
@@ -157,10 +145,22 @@ def _plain(name: str) -> str:
     return "view" if name in ("_unsafe_view", "_reshape_alias", "reshape") else name
 
 
-def _comparable(name: str, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
-    if name in _FILLED:
-        return numbers[-1:]
-    return tuple(x for x in numbers if isinstance(x, float)) if name in _SIZED else numbers
+def _comparable(call: Call, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of the numbers among the arguments those that no shape shows."""
+    if call.name in _FILLED:
+        return numbers[len(call.shapes[0]) :]
+    if call.name not in _SIZED or _stands_still(call):
+        return numbers
+    if call.name == "convolution":
+        return numbers[:-1]  # the groups follow the channels
+    if call.name == "slice" and call.labels[0] is not None and call.labels[0][numbers[0] if numbers else 0] is None:
+        return numbers
+    return tuple(x for x in numbers if isinstance(x, float))
+
+
+def _stands_still(call: Call) -> bool:
+    """Whether nothing that comes out moves."""
+    return all(labels is not None and all(label is None for label in labels) for labels in call.labels)
 
 
 class Probe:
@@ -194,17 +194,25 @@ class Probe:
         self.differing = differing
         return blame
 
-    def numbers(self) -> list[tuple[Nodes, str]]:
-        """Nodes whose removal changes a plain number that some op is given, beyond those known to be soft."""
+    def numbers(self) -> tuple[list[tuple[Nodes, str]], Blame | None]:
+        """Nodes whose removal changes a plain number that some op is given, beyond those known to be soft.
+
+        Returns:
+            The nodes, with the reasons; and what a later trial met that the first one did not, if it met anything.
+        """
         soft: list[tuple[Nodes, str]] = []
         looked_at = self.differing
-        for _ in range(8):
-            for training, number in looked_at:
-                soft += self._soften(training, number)
-            if not looked_at or self._try(exact=True, soft=soft) is not None:
-                break
+        while looked_at:
+            more = [pair for training, number in looked_at for pair in self._soften(training, number)]
+            if not more:  # it stands before all that moves, and comes from something behind
+                why = f"a number that follows the width ('{self.found.calls[looked_at[0][0]][looked_at[0][1]].name}')"
+                return [*soft, (np.flatnonzero(self.live), why)], None
+            soft += more
+            blame = self._try(exact=True, soft=soft)
+            if blame is not None:
+                return soft, blame
             looked_at = self.differing
-        return soft
+        return soft, None
 
     def _soften(self, training: bool, number: int) -> list[tuple[Nodes, str]]:
         """The units that the op sees, or those that the nearest op before it sees."""
@@ -246,14 +254,12 @@ class Probe:
         for training, calls in self.found.calls.items():
             if training in self.found.torn:
                 continue
-            watcher = _Watcher(self.stage, stand_ins, calls, self.found.ends.get(training), self.found.book, self.gone)
+            watcher = _Watcher(self.stage, stand_ins, calls, self.found.book, self.gone)
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
                     enter = self._enter if self.cuts.any_gather else None
                     self.stage.run(watcher, enter, self._leave if self.cuts.modules else None)
-                except _Enough:
-                    pass
                 except Exception as error:
                     return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]
@@ -323,7 +329,8 @@ class Probe:
         number = min(max(number, 0), len(calls) - 1)
         reason = str(error) if isinstance(error, _Mismatch) else "a size that does not follow the channels"
         here = calls[number]
-        if here.by_value and isinstance(error, _Mismatch) and not between:
+        answered = any(call.answer is not None for call in calls)
+        if here.by_value and isinstance(error, _Mismatch) and not between and not answered:
             return Blame(None, (training, number), f"behind '{here.name}', whose values decide on sizes", ends=True)
         for call in calls[number:] if between else [here]:
             if call.module != here.module:

@@ -53,7 +53,7 @@ class Kept:
                     self._keep(value.values() if isinstance(value, dict) else value, seen)
             elif isinstance(value, Tensor):
                 self.tensors.append(value)
-            elif isinstance(value, _GENERATORS):
+            elif isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
                 self.generators.append(_rewinding(value))
 
     def put_back(self) -> None:
@@ -121,7 +121,7 @@ def untouched(modules: Sequence[Kept], tensors: Iterable[Tensor]) -> Iterator[No
         modules: They may be changed in any way inside the block, and are afterwards what they were when they were kept.
         tensors: Those whose contents are saved and restored too (where the forward runs on the real ones).
     """
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    contents = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors if _may_be_written(tensor)]
     try:
         with _random_state():
             yield
@@ -129,6 +129,22 @@ def untouched(modules: Sequence[Kept], tensors: Iterable[Tensor]) -> Iterator[No
         for module in modules:
             module.put_back()
         with torch.no_grad():
-            for tensor, value in contents:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+            for tensor, version, value in contents:
+                _restore(tensor, version, value)
+
+
+def _may_be_written(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or tensor.is_inference() or tensor.is_nested)
+
+
+def _restore(tensor: Tensor, version: int, value: Tensor) -> None:
+    """Puts the contents back, also those of a tensor that was given another size or memory."""
+    if tensor.shape != value.shape:
+        tensor.data = value
+    elif tensor._version != version or (tensor.layout == torch.strided and not _is_equal(tensor, value)):
+        tensor.copy_(value)
+
+
+def _is_equal(tensor: Tensor, value: Tensor) -> bool:
+    """Whether they hold the same, numbers that are none included."""
+    return bool(torch.eq(tensor, value).logical_or_((tensor != tensor) & (value != value)).all())

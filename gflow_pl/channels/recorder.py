@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gflow_pl.channels.book import Book, Nodes
 from gflow_pl.channels.shapes import Shapes
 
-__all__ = ["Call", "Labels", "Op", "Recorder", "Seen", "Tag", "Watch", "location"]
+__all__ = ["Call", "Labels", "Op", "Recorder", "Seen", "Tag", "Watch", "copied", "location"]
 
 Labels = list[Nodes | None]
 Rule = Callable[["Recorder", "Op"], None]
@@ -24,7 +24,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _TORCH_NN = os.path.join(_TORCH, "nn") + os.sep
 _CALL = os.path.join(_TORCH_NN, "modules", "module.py")
 _HERE = os.path.dirname(__file__) + os.sep
-_REMEMBERED = 64  # a tensor made from Python numbers is compared by value up to this size
+_REMEMBERED = 1024  # a tensor made from Python numbers is compared by value up to this size
 _META = torch.device("meta")
 
 
@@ -76,6 +76,7 @@ class Call:
         place: The place in the code, where places were asked for.
         summed: Shapes of its tensors, where nothing but their sizes decides what comes out (a sum of ones).
         by_value: Whether the sizes of its outputs may follow the values of its inputs.
+        answer: What it put out, kept where the probe is to go on with it.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Call:
     place: tuple[Any, ...] | None = None
     summed: list[torch.Size] | None = None
     by_value: bool = False
+    answer: Any = None
 
 
 class _Unreadable(Exception):
@@ -127,9 +129,9 @@ def _sort_out(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) 
     """The tensors and the plain numbers among arguments; ops know no other containers than lists."""
     for value in values:
         kind = value.__class__
-        if kind is int or kind is float:
+        if kind is int or kind is float or kind is bool:
             numbers.append(value)
-        elif kind is bool or value is None:
+        elif value is None:
             continue
         elif isinstance(value, Tensor):
             tensors.append(value)
@@ -146,6 +148,18 @@ def _replaced(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_replaced(item, by) for item in value]
     return value
+
+
+def copied(out: Any) -> Any:
+    """What an op put out, safe from later writes."""
+    if isinstance(out, (list, tuple)):
+        return [copied(part) for part in out]
+    return out.clone() if isinstance(out, Tensor) else out
+
+
+def writes(func: Any) -> bool:
+    """Whether an op puts out what it was given, or a view of it."""
+    return any(part.alias_info is not None for part in func._schema.returns)
 
 
 class Watch(TorchDispatchMode):
@@ -244,6 +258,7 @@ class Recorder(Watch):
         shapes: See `Watch`.
         choices: Place in the code to the number of the choice to make there.
         places: Whether to note where in the code every op is.
+        end: Number of the op from which on the probe goes on with what ops put out here, if their sizes follow values.
     """
 
     def __init__(
@@ -257,8 +272,10 @@ class Recorder(Watch):
         shapes: Shapes,
         choices: dict[tuple[Any, ...], int],
         places: bool,
+        end: int | None,
     ) -> None:
         super().__init__(stand_ins, meta, shapes)
+        self.end = end
         self.book, self.rules, self.names = book, rules, names
         self.pointwise, self.unknown = fallback
         self.choices, self.places = choices, places
@@ -374,8 +391,14 @@ class Recorder(Watch):
             if out is not NotImplemented:
                 return out
         out = self.computed(func, args, kwargs)
-        by_value = not self.meta and (rule in (None, self.unknown) or torch.Tag.dynamic_output_shape in func.tags)
-        self._record(Op(name, args, kwargs, seen.tensors, out), rule or self.unknown, seen.numbers, by_value)
+        decides = rule in (None, self.unknown) or torch.Tag.dynamic_output_shape in func.tags
+        by_value = decides and not self.meta
+        answer = None
+        if self.end is not None and len(self.calls) >= self.end and (by_value or name == "_local_scalar_dense"):
+            answer = None if writes(func) else copied(out)
+        op = Op(name, args, kwargs, seen.tensors, out)
+        self._record(op, rule or self.unknown, seen.numbers)
+        self.calls[-1].by_value, self.calls[-1].answer = by_value, answer
         return out
 
     def _rule_of(self, func: Any) -> tuple[str, Rule | None]:
@@ -391,7 +414,7 @@ class Recorder(Watch):
             known = self._found[func] = (name, rule)
         return known
 
-    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...], by_value: bool) -> None:
+    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
         tags = [self.tags.get(id(tensor)) or self._first_sight(tensor) for tensor in op.tensors]
         for tensor in op.tensors:
             if id(tensor) in self.readers:
@@ -424,7 +447,6 @@ class Recorder(Watch):
                 self.expected,
                 location() if self.places else None,
                 summed,
-                by_value,
             )
         )
 

@@ -26,6 +26,8 @@ def pointwise(t: Recorder, op: Op) -> None:
     outs = [out for out in (op.out if isinstance(op.out, (tuple, list)) else [op.out]) if isinstance(out, Tensor)]
     if not outs:
         return
+    if op.name.endswith("_"):
+        _note_partial_write(t, op)
     if op.name in _WRITES and _writes_into_unknown(t, op):
         return
     tags = [t.tag(tensor) for tensor in op.tensors]
@@ -94,6 +96,13 @@ def _zero_dims(t: Recorder, op: Op, out: Tensor) -> set[int]:
     return set()
 
 
+def _note_partial_write(t: Recorder, op: Op) -> None:
+    """Of a tensor that one number fills, a part now holds others."""
+    target = op.tensors[0]
+    if target._base is not None and target.numel() < target._base.numel():
+        t.tag(target).uniform = t.tag(target._base).uniform = False
+
+
 def _writes_into_unknown(t: Recorder, op: Op) -> bool:
     """In-place writes: a view of a tensor that has no labels of its own would lose those of what is written."""
     target = op.tensors[0]
@@ -153,6 +162,7 @@ def _restrided(t: Recorder, op: Op) -> None:
 
 def _in_place_fill(t: Recorder, op: Op) -> None:
     """The positions stay, the values are new."""
+    _note_partial_write(t, op)
     target = op.tensors[0]
     tag = t.tag(target)
     t.put(op.out, tag.labels, (), tag.uniform)
@@ -167,6 +177,9 @@ def unknown(t: Recorder, op: Op) -> None:
     for out in flat:
         if isinstance(out, Tensor) and not any(out is tensor for tensor in op.tensors):
             t.put(out, [None] * out.ndim)
+        elif isinstance(out, Tensor):
+            whole = out if out._base is None else out._base
+            t.tag(out).uniform = t.tag(whole).uniform = False  # what was written is not known
 
 
 _WRITES = frozenset(["copy_", "add_", "mul_", "sub_", "div_"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gflow_pl.channels.book import Nodes
-from gflow_pl.channels.containers import mapped
+from gflow_pl.channels.containers import listed, mapped
 from gflow_pl.channels.protection import Kept, untouched
 from gflow_pl.channels.shapes import Shapes
 
@@ -150,8 +149,7 @@ class Stage:
         hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
-                output = self.model(*self.args)
-                return list(output) if isinstance(output, GeneratorType) else output
+                return listed(self.model(*self.args))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -69,7 +69,6 @@ class Survey:
         gathering: Layers that read only some channels of their input already.
         cuts_at_norm: Layer name to the channel-wise norm that alone reads its output.
         torn: Per mode, the error that ended the forward early.
-        ends: Per mode, number of the op from which on nothing can be compared.
         guessed: Whether a rule had to suppose what a size follows.
     """
 
@@ -81,7 +80,6 @@ class Survey:
     gathering: set[str] = field(default_factory=set)
     cuts_at_norm: dict[str, str | None] = field(default_factory=dict)
     torn: dict[bool, Exception] = field(default_factory=dict)
-    ends: dict[bool, int] = field(default_factory=dict)
     guessed: bool = False
 
 
@@ -281,6 +279,7 @@ def survey(
             stage.shapes,
             choices,
             bool(frozen_calls),
+            ends[training][0] if training in ends else None,
         )
         for tensor in stage.inputs:
             recorder.put(tensor, [None] * tensor.ndim)
@@ -300,8 +299,8 @@ def survey(
             # a forward that broke off has coupled only half of what belongs together
             _freeze_all(found, recorder.calls, "the forward could not be followed to its end")
         if training in ends:
-            found.ends[training], why = ends[training]
-            _freeze_all(found, recorder.calls[found.ends[training] :], why)
+            number, why = ends[training]
+            _freeze_all(found, recorder.calls[number:], why)
     _one_layer_a_norm(found)
     _freeze_places(found, frozen_calls)
     return found

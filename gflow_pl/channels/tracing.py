@@ -79,6 +79,9 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
         cuts, parts = _partition(found, residual, frozen, exact_only, [])
         probe = Probe(stage, found, cuts, parts)
         blame = probe.shapes()
+        soft: list[tuple[Nodes, str]] = []
+        if blame is None:
+            soft, blame = probe.numbers()
         if blame is None:
             break
         if blame.site is not None:
@@ -91,11 +94,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
     else:
         for call in (call for calls in found.calls.values() for call in calls):
             found.book.frozen += [(label, "the probe did not settle") for label in call.nodes]
+        soft = []
         cuts, parts = _partition(found, residual, frozen, exact_only, [])
-        return _graph(stage, found, parts)
-    numbers = probe.numbers()
-    if numbers:
-        _, parts = _partition(found, residual, frozen, exact_only, numbers)
+    if soft:
+        _, parts = _partition(found, residual, frozen, exact_only, soft)
     return _graph(stage, found, parts)
 
 

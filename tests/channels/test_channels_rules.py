@@ -482,3 +482,115 @@ def test_what_lies_before_a_size_that_values_decide_on_may_go(least, frozen):
     assert off < 1e-12 < 1e-3 < change
     assert ("values decide on sizes" in graph.frozen.get("c", "")) == frozen
     assert {group.name for group in graph.groups} >= {"a"}
+
+
+def picking(behind):
+    """A network that picks tokens by their scores, in numbers that values decide on, and what it does with them."""
+
+    def forward(m, x):
+        y = m.a(x).relu()
+        z = m.b(y)
+        score = m.score(z).flatten(1)
+        return behind(m, y, z.flatten(2).transpose(1, 2)[score > score.mean()])
+
+    torch.manual_seed(0)
+    return Net(forward, a=conv(3, 8), b=conv(8, 6), score=conv(6, 1), c=nn.Linear(6, 5), h=nn.Linear(5, 3))
+
+
+def headed(m, picked):
+    return m.h(m.c(picked).relu())
+
+
+@pytest.mark.parametrize("residual", ["expand", "remove"])
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda m, y, picked: headed(m, picked).sum(0) / y.shape[1],
+        lambda m, y, picked: headed(m, picked).sum(0) * torch.ones(y.shape[1]).sum(),
+        lambda m, y, picked: headed(m, picked if y.shape[1] == 8 else -picked).sum(0),
+        lambda m, y, picked: headed(m, picked).sum(0)[: y.shape[1] // 2 - 1],
+        lambda m, y, picked: headed(m, picked).sum(0).repeat(8).view(y.shape[1], 3).sum(0),
+        lambda m, y, picked: headed(m, picked).sum(0) + torch.histc(headed(m, picked), bins=y.shape[1]).mean(),
+    ],
+)
+def test_a_width_that_is_used_behind_a_size_that_values_decide_on_is_found(behind, residual):
+    torch.manual_seed(1)
+    off, _, graph, small = deviation(picking(behind), (torch.randn(2, 3, 12, 12),), residual=residual)
+    assert off < 1e-12
+    assert all(group.name != "a" or group.inexact is not None for group in graph.groups)
+    small.train()(torch.randn(3, 3, 12, 12).double())
+
+
+def test_a_width_is_found_also_where_sizes_that_values_decide_on_are_equal_by_chance():
+    model = picking(lambda m, y, picked: headed(m, picked).mean(0) / y.shape[1])
+    for seed in range(40):
+        torch.manual_seed(seed)
+        off, _, graph, _ = deviation(model, (torch.randn(2, 3, 4, 4),))
+        assert off < 1e-12, seed
+        assert graph.group("a").inexact is not None, seed
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+@pytest.mark.parametrize("number", [lambda y: y.shape[1], lambda y: torch.ones(y.shape[1]).sum()])
+def test_a_number_of_the_width_is_found_however_far_behind_it_is_used(number, depth):
+    def forward(m, x):
+        z = y = m.a(x).relu()
+        for layer in m.layers:
+            z = layer(z).relu()
+        return m.h(pooled(z)) * number(y)
+
+    layers = nn.ModuleList([conv(8, 8) for _ in range(depth)])
+    model = Net(forward, a=conv(3, 8), layers=layers, h=nn.Linear(8, 3))
+    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 4, 4),))
+    assert off < 1e-12
+    assert "number that follows the width" in graph.group("a").inexact
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: w[:4].zero_(),
+        lambda w: w[::2].fill_(3.0),
+        lambda w: w[1:].add_(1),
+        lambda w: w[2:].relu_().mul_(0.5),
+        lambda w: w.__setitem__(torch.tensor([0, 1, 2]), 0.0),
+    ],
+)
+def test_what_one_number_fills_is_no_longer_so_when_a_part_is_written(write):
+    def forward(m, x):
+        y = m.a(x).relu()
+        weights = torch.ones(y.shape[1], dtype=y.dtype)
+        write(weights)
+        return m.h(pooled(m.b(y * weights.view(-1, 1, 1)).relu()))
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 6), h=nn.Linear(6, 3))
+    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert "meets a tensor whose channels are not known" in graph.frozen["a"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z, width: z[:, :, width // 4 : width // 4 + 2],
+        lambda z, width: z * torch.arange(width, width + 6, dtype=z.dtype),
+        lambda z, width: z * torch.arange(0, 6 * width, width, dtype=z.dtype),
+        lambda z, width: z * (width == 8),
+        lambda z, width: z.masked_fill(torch.full((6,), width >= 8), 0.5),
+        lambda z, width: z * torch.tensor([float(width)] * 100).mean(),
+        lambda z, width: F.max_pool2d(z, 3, 1, 1) if width == 8 else F.max_pool2d(z, 1, 1, 0),
+        lambda z, width: F.conv2d(
+            z, torch.ones(6, 1, 3, 3, dtype=z.dtype), padding=width // 4, dilation=width // 4, groups=6
+        ),
+    ],
+)
+def test_numbers_of_the_width_that_show_in_no_shape_make_units_inexact(use):
+    def forward(m, x):
+        y = m.a(x).relu()
+        return m.h(pooled(use(m.b(y), y.shape[1])))
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 6), h=nn.Linear(6, 3))
+    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12
+    assert all(group.name != "a" or group.inexact is not None for group in graph.groups)

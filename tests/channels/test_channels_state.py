@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import random
+import types
 
 import numpy as np
 import pytest
@@ -154,6 +155,24 @@ class Slotted:
         self.logits = logits
 
 
+class OneSlot:
+    """Its only slot is named by a plain string."""
+
+    __slots__ = "logits"
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class PrivateSlot:
+    """A slot whose name Python mangles."""
+
+    __slots__ = ("__logits",)
+
+    def __init__(self, logits):
+        self.__logits = logits
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -163,6 +182,11 @@ class Slotted:
         lambda y: collections.UserDict(logits=y),
         lambda y: {y},
         lambda y: (part for part in [y]),
+        lambda y: (y.sum(), map(lambda part: part, [y])),
+        lambda y: types.MappingProxyType({"logits": y}),
+        lambda y: {"logits": y}.values(),
+        OneSlot,
+        PrivateSlot,
         lambda y: torch.distributions.Categorical(logits=y, validate_args=False),
     ],
 )
@@ -207,6 +231,123 @@ def test_inputs_in_any_object_are_activations(wrap, read):
     graph = trace_channels(Filtering(), batch)
     assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
     assert graph.layers["a"].reads_input
+
+
+class Uncopied:
+    """Its copy is itself."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __copy__(self):
+        return self
+
+
+class Strict(Uncopied):
+    """It can only be made with its argument."""
+
+    def __new__(cls, x):
+        return super().__new__(cls)
+
+    __copy__ = None
+
+
+class Library(Uncopied):
+    """It keeps a Python module and itself."""
+
+    def __init__(self, x):
+        super().__init__(x)
+        self.library, self.me = torch, self
+
+
+@dataclasses.dataclass(slots=True, weakref_slot=True)
+class Weak:
+    """Slots, and one for weak references."""
+
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Uncopied, Strict, Library, Weak])
+def test_inputs_that_cannot_be_copied_are_left_alone(kind):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, batch):
+            return self.b(self.a(batch.x).relu())
+
+    x = torch.zeros(1, 4)
+    batch = kind(x)
+    graph = trace_channels(Reading(), batch)
+    assert batch.x is x
+    assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
+    assert graph.frozen == {"b": "the model's output"}
+
+
+def test_a_forward_without_an_end_is_frozen_whole():
+    class Endless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            while True:
+                yield self.b(self.a(x))
+
+    graph = trace_channels(Endless(), torch.zeros(2, 4))
+    assert graph.groups == []
+    assert set(graph.frozen) == {"a", "b"}
+
+
+def sparse():
+    return torch.eye(4).to_sparse()
+
+
+ODD = {
+    "sparse": sparse,
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "meta": lambda: torch.zeros(3, device="meta"),
+    "expanded nan": lambda: torch.full((1,), float("nan")).expand(3),
+    "inference": lambda: torch.inference_mode()(torch.zeros)(3),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_module_may_keep_any_tensor(name, looks):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.kept = nn.Linear(4, 6), nn.Linear(6, 2), ODD[name]()
+            self.system = random.SystemRandom()
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(-y if looks and y.sum().item() > 1e9 else y)
+
+    model = Keeping()
+    kept = model.kept
+    assert [group.name for group in trace_channels(model, torch.zeros(2, 4)).groups] == ["a"]
+    assert model.kept is kept
+
+
+@pytest.mark.parametrize("change", [lambda q: q.resize_(5), lambda q: setattr(q, "data", torch.ones(2))])
+def test_a_kept_tensor_gets_its_size_and_contents_back(change):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.kept = nn.Linear(4, 6), nn.Linear(6, 2), torch.zeros(2)
+
+        def forward(self, x):
+            change(self.kept)
+            y = self.a(x)
+            return self.b(-y if y.sum().item() > 1e9 else y)
+
+    model = Changing()
+    trace_channels(model, torch.zeros(2, 4))
+    assert model.kept.tolist() == [0, 0]
 
 
 def test_what_a_module_keeps_for_itself_is_what_it_was():
