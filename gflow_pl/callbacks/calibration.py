@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -16,9 +17,24 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-__all__ = ["calibration_batches", "evaluation_batches", "has_length", "loader_like"]
+from gflow_pl.callbacks.twins import is_a
+
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+"""Torch's own, which ask for positions."""
+
+__all__ = ["NotByPosition", "calibration_batches", "evaluation_batches", "has_length", "loader_like"]
 
 
 class _RankShare(Sampler[Any]):
@@ -41,6 +57,25 @@ class _RankShare(Sampler[Any]):
         else:
             order = torch.randperm(self._length, generator=torch.Generator().manual_seed(self._seed)).tolist()
         return (self._keys[position] for position in order[self._rank : self._length : self._world_size])
+
+
+class NotByPosition(ValueError):
+    """A data set knows no positions, and nobody lists its keys."""
+
+
+class _ByPosition(DataLoader[Any]):
+    """Asks for positions where the sampler of training may ask for something else."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except (LookupError, TypeError) as error:
+            # A worker's error is its whole traceback.
+            reason = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+            raise NotByPosition(
+                f"PruningCallback: the data set {type(self.dataset).__name__} cannot be read by position ({reason}), so no "
+                "batches to score on can be drawn from it: give it a method `keys` that lists what its sampler may ask for."
+            ) from error
 
 
 def has_length(loaders: Any) -> bool:
@@ -88,10 +123,12 @@ def _copy_of(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
         return _copy_of_foreign(loader, trainer, seed)
     if isinstance(loader.dataset, IterableDataset):
         return loader_like(loader, seed or 0, batch_size=loader.batch_size, drop_last=loader.drop_last)
-    sampler: Sampler[Any] = _RankShare(_keys_of(loader), trainer.global_rank, trainer.world_size, seed)
+    keys, guessed = _keys_of(loader)
+    sampler: Sampler[Any] = _RankShare(keys, trainer.global_rank, trainer.world_size, seed)
     if _asks_for_whole_batches(loader):
         sampler = BatchSampler(sampler, loader.sampler.batch_size, drop_last=False)  # type: ignore[attr-defined]
-    return loader_like(loader, seed or 0, batch_size=_batch_size(loader), sampler=sampler)
+    kind = _ByPosition if guessed else DataLoader
+    return loader_like(loader, seed or 0, kind, batch_size=_batch_size(loader), sampler=sampler)
 
 
 def _copy_of_foreign(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
@@ -118,33 +155,36 @@ def _asks_for_whole_batches(loader: DataLoader[Any]) -> bool:
     return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
 
 
-def _keys_of(loader: DataLoader[Any]) -> Sequence[Any]:
-    """What a map-style data set is asked for: positions, or the keys that it lists where it knows no positions."""
+def _keys_of(loader: DataLoader[Any]) -> tuple[Sequence[Any], bool]:
+    """What a map-style data set is asked for, and whether that is a guess: positions, or keys that it lists.
+
+    No item is read to find out: data sets may open files, or draw random numbers, where they are first read.
+    """
     dataset: Any = loader.dataset
-    where = f"PruningCallback: the data set {type(dataset).__name__}"
     if isinstance(dataset, dict):
-        return list(dataset)
+        return list(dataset), False
+    is_foreign = type(_sampler_of(loader)) not in _SAMPLERS
+    if is_foreign and hasattr(dataset, "keys"):
+        return list(dataset.keys()), False
     if not hasattr(dataset, "__len__"):
-        raise ValueError(f"{where} has no length, so no batches to score on can be drawn from it: give it `__len__`.")
-    if len(dataset) == 0:
-        return ()
-    try:
-        # As torch's loaders ask.
-        if loader.batch_sampler is not None and getattr(dataset, "__getitems__", None):
-            dataset.__getitems__([0])
-        else:
-            dataset[[0] if _asks_for_whole_batches(loader) else 0]
-    except (KeyError, IndexError, TypeError) as error:
-        if hasattr(dataset, "keys"):
-            return list(dataset.keys())
         raise ValueError(
-            f"{where} cannot be read by position ({type(error).__name__}: {error}), so no batches to score on can be drawn "
-            "from it: give it a method `keys` that lists what its sampler may ask for."
-        ) from error
-    return range(len(dataset))
+            f"PruningCallback: the data set {type(dataset).__name__} has no length, so no batches to score on can be drawn "
+            "from it: give it `__len__`."
+        )
+    return range(len(dataset)), is_foreign
 
 
-def loader_like(loader: DataLoader[Any], seed: int = 0, **options: Any) -> DataLoader[Any]:
+def _sampler_of(loader: DataLoader[Any]) -> Any:
+    """What decides which examples a loader asks for: the sampler below torch's batches and Lightning's shares of ranks."""
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return sampler.dataset._sampler if is_a(sampler, "DistributedSamplerWrapper") else sampler
+
+
+def loader_like(
+    loader: DataLoader[Any], seed: int = 0, kind: type[DataLoader[Any]] = DataLoader, **options: Any
+) -> DataLoader[Any]:
     """A loader over the same data, that reads it like another, in batches of its own (`options`)."""
     shared = {
         "num_workers": loader.num_workers,
@@ -155,7 +195,7 @@ def loader_like(loader: DataLoader[Any], seed: int = 0, **options: Any) -> DataL
         "multiprocessing_context": loader.multiprocessing_context,
         "generator": torch.Generator().manual_seed(seed),
     }
-    return DataLoader(loader.dataset, **shared, **options)
+    return kind(loader.dataset, **shared, **options)
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from gflow_pl.callbacks.calibration import calibration_batches, evaluation_batches, has_length
+from gflow_pl.callbacks.calibration import NotByPosition, calibration_batches, evaluation_batches, has_length
 from gflow_pl.callbacks.loss import classifies, default_logits, evaluating, in_true_precision, quiet, training_loss
 from gflow_pl.callbacks.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.rng import private_rng
@@ -115,7 +115,10 @@ class Scoring:
         if batches is None:
             return ""
         rest = iter(batches)
-        start = list(islice(rest, 1))
+        try:
+            start = list(islice(rest, 1))
+        except NotByPosition:  # the training goes on without a number that it does not need
+            start = []
         known = bool(start) and (self._logits_fn is not None or classifies(module, start[0]))
         # All ranks go on or none, also those that have no image.
         if not broadcast(trainer, known):
