@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from numbers import Number
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -163,20 +164,71 @@ def quiet(module: pl.LightningModule) -> Iterator[None]:
 
 
 class _SilentLogger:
-    """Stands in for a logger: takes whatever a training step logs, and knows what the logger knows."""
+    """Stands in for a logger: takes whatever a training step logs, and is and knows what the logger is and knows."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
-        self.experiment = DummyLogger().experiment
+
+    __class__: Any = property(lambda self: type(self._logger))  # what `isinstance` asks, too
 
     @property
-    def save_dir(self) -> Any:
-        """What `trainer.log_dir` is made of: the folder of the run itself, where the logger has one."""
-        return self._logger.log_dir if is_a(self._logger, "TensorBoardLogger", "CSVLogger") else self._logger.save_dir
+    def experiment(self) -> Any:
+        """Takes whatever is logged past the logger."""
+        return _SilentExperiment(self._logger.experiment)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["_logger"], name)
+        if name == "_logger":  # of a copy that is only being made
+            raise AttributeError(name)
+        value = getattr(self._logger, name)
         return _nothing if callable(value) else value
+
+
+class _SilentExperiment:
+    """Takes whatever is done to a logger's experiment, or a part of it; gives the texts, paths and numbers that it holds.
+
+    Args:
+        real: The experiment, or its part; None: what a call would have given, which nobody knows.
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self._real = real
+
+    __class__: Any = property(lambda self: _SilentExperiment if self._real is None else type(self._real))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_real" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        value = None if self._real is None else getattr(self._real, name)
+        return value if name == "get_logdir" and value is not None else _shown(value)
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return _shown(self._real[key])
+        except (LookupError, TypeError):  # what a step has put there before is not there
+            return _SilentExperiment()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __delitem__(self, key: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> _SilentExperiment:
+        return _SilentExperiment()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> _SilentExperiment:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _shown(value: Any) -> Any:
+    """A part of an experiment: itself where nothing can be done to it."""
+    return value if isinstance(value, (str, os.PathLike, Number)) else _SilentExperiment(value)
 
 
 class _Kept:

@@ -1,5 +1,7 @@
 """The batches that scores are taken from: any training data, moved and augmented as in training, the loader left alone."""
 
+import copy
+import os
 import random
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger, Logger
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -317,9 +320,74 @@ def test_augmentation_in_a_hook_is_of_training_batches_and_not_of_validation_one
 # What scoring leaves in the logs
 
 
-def test_scoring_writes_nothing_to_a_loggers_experiment(tmp_path) -> None:
-    from pytorch_lightning.loggers import CSVLogger
+class Run:
+    """An experiment as hosted loggers have them."""
 
+    dir, path, number = "/somewhere", Path("/somewhere"), 3
+
+    def __init__(self) -> None:
+        self.summary, self.config, self.calls = {}, {"lr": 0.5}, []
+
+    def get_logdir(self):
+        return self.dir
+
+    def log(self, *values):
+        self.calls.append(values)
+        return self
+
+
+class Hosted(CSVLogger):
+    def __init__(self, folder) -> None:
+        super().__init__(folder)
+        self.run = Run()
+
+    @property
+    def experiment(self):
+        return self.run
+
+    def _takes(self, *_, **__):
+        pass
+
+    log_hyperparams = log_metrics = save = finalize = _takes
+
+
+def test_a_training_step_finds_the_logger_that_it_knows(tmp_path) -> None:
+    """Whatever a step may do with a logger and its experiment works while filters are scored, and writes nothing."""
+    written = []
+
+    class Writes(SmallModule):
+        def training_step(self, batch, batch_idx):
+            logger, before = self.logger, [len(kept.calls), dict(kept.summary)]
+            assert isinstance(logger, Hosted)
+            assert isinstance(logger, Logger)
+            assert logger.save_dir == str(tmp_path)
+            assert self.trainer.log_dir == logger.log_dir == str(tmp_path / "lightning_logs" / "version_0")
+            run = logger.experiment
+            assert isinstance(run, Run)
+            assert os.path.join(run.dir, run.get_logdir(), run.path, "x")
+            assert run.number * run.config["lr"] == 1.5
+            run.summary["best"] = batch_idx
+            run.config["more"] = 1
+            del run.config["more"]
+            run.log({"a": 1}).log("b")
+            if not self.training:
+                assert not hasattr(run, "no_such_thing")
+                with run.log("c").section("d") as section:
+                    section["e"].f(list(section))
+                copy.deepcopy(logger)
+                assert before == [len(kept.calls), kept.summary]
+                written.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    pruning = PruningCallback("loss", fraction=0.5, rounds=1, num_samples=32)
+    logger = Hosted(tmp_path)
+    kept = logger.run
+    trainer(tmp_path, callbacks=[pruning], logger=logger, max_epochs=2).fit(Writes(), DataLoader(images(64), 16))
+    assert written
+    assert len(kept.calls) == 16
+
+
+def test_scoring_writes_nothing_to_a_loggers_experiment(tmp_path) -> None:
     written, folders = [], set()
 
     class Spy(CSVLogger):
