@@ -170,6 +170,7 @@ class Tracking:
 
     def scores(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Scores | None:
         """The average, which ends with it; None, with a warning, if no step was tracked."""
+        self.end()
         if self._saved is not None and self._steps is None:
             self._steps = self._begun_or_resumed(trainer, module, batch)
         steps, self._steps, self._saved = self._steps, None, None
@@ -186,6 +187,7 @@ class Tracking:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the average of a checkpoint."""
+        self.end()
         self._steps, self._saved, self._epoch = None, state["tracker"], state["epoch"]
 
     def _begun_or_resumed(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:

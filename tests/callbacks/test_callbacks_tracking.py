@@ -13,12 +13,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, loader, trainer
 
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.tracking import StepGradients, in_window
+from gflow_pl.callbacks.tracking import StepGradients, Tracking, in_window
 from gflow_pl.importance import TrackedBiasedLoss, Tracker
 
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05
@@ -236,6 +237,36 @@ def test_an_average_that_a_checkpoint_cut_in_two_goes_on(tmp_path) -> None:
 
     assert fit() == 5
     assert fit(tmp_path / "step=8.ckpt") == 5, "three before the checkpoint, two after it"
+
+
+def test_a_batch_that_was_skipped_is_watched_no_longer_after_the_cut(tmp_path) -> None:
+    """`on_train_batch_start` of a module may end the epoch, with no end of a batch."""
+    watched = []
+
+    class Skips(SmallModule):
+        def __init__(self):
+            super().__init__()
+            self.net[0] = weight_norm(self.net[0])
+
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+        def on_train_epoch_start(self):
+            watched.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()))
+
+    pruning = PruningCallback("loss", fraction=0.5, track=True, residual="remove")
+    trainer(tmp_path, callbacks=[pruning], max_epochs=4, enable_checkpointing=False).fit(Skips(), loader(images(64)))
+    assert pruning.finished
+    assert watched[1:] == [0, 0, 0]
+
+
+def test_an_average_of_a_checkpoint_takes_the_place_of_one_whose_batch_is_in_hand() -> None:
+    tracking, steps = Tracking(20, "formula", lambda *_: None), SimpleNamespace(ended=False)
+    steps.end = lambda: setattr(steps, "ended", True)
+    tracking._steps, tracking._batch = steps, (None,)
+    tracking.load_state_dict({"tracker": None, "epoch": 1})
+    assert steps.ended
+    assert not tracking.is_in_a_step
 
 
 def test_a_temperature_that_tracking_cannot_follow_is_said(tmp_path) -> None:
