@@ -34,7 +34,14 @@ from gflow_pl.callbacks.twins import is_a
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 """Torch's own, which ask for positions."""
 
-__all__ = ["NotByPosition", "calibration_batches", "evaluation_batches", "has_length", "loader_like"]
+__all__ = [
+    "NotByPosition",
+    "calibration_batches",
+    "evaluation_batches",
+    "foreign_samplers",
+    "has_length",
+    "loader_like",
+]
 
 
 class _RankShare(Sampler[Any]):
@@ -87,11 +94,21 @@ def has_length(loaders: Any) -> bool:
     )
 
 
+def foreign_samplers(loaders: Any) -> list[str]:
+    """The samplers of somebody's own in a loader or a collection of them: which examples they draw, nobody else knows."""
+    samplers = [
+        _sampler_of(loader)
+        for loader in CombinedLoader(loaders, "max_size_cycle").flattened
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    ]
+    return [type(sampler).__name__ for sampler in samplers if type(sampler) not in _SAMPLERS]
+
+
 def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterable[Any]:
     """Training batches, shuffled by `seed`, augmented and moved as in training.
 
-    Same data set, collate function and batch size as the train loader's; under DDP each rank reads its own share. A train
-    loader that is no DataLoader is gone through in the order, and on the share of the data, that are its own.
+    Same data set, collate function and batch size as the train loader's, and of a SubsetRandomSampler the same subset; under
+    DDP each rank reads its own share. A train loader that is no DataLoader is gone through in the order, and on the share of the data, that are its own.
 
     Raises:
         ValueError: The training data cannot be read a second time.
@@ -163,7 +180,10 @@ def _keys_of(loader: DataLoader[Any]) -> tuple[Sequence[Any], bool]:
     dataset: Any = loader.dataset
     if isinstance(dataset, dict):
         return list(dataset), False
-    is_foreign = type(_sampler_of(loader)) not in _SAMPLERS
+    sampler = _sampler_of(loader)
+    if type(sampler) is SubsetRandomSampler:
+        return list(sampler.indices), False
+    is_foreign = type(sampler) not in _SAMPLERS
     if is_foreign and hasattr(dataset, "keys"):
         return list(dataset.keys()), False
     if not hasattr(dataset, "__len__"):

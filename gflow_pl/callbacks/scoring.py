@@ -12,7 +12,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from gflow_pl.callbacks.calibration import NotByPosition, calibration_batches, evaluation_batches, has_length
+from gflow_pl.callbacks.calibration import (
+    NotByPosition,
+    calibration_batches,
+    evaluation_batches,
+    foreign_samplers,
+    has_length,
+)
 from gflow_pl.callbacks.loss import classifies, default_logits, evaluating, in_true_precision, quiet, training_loss
 from gflow_pl.callbacks.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.rng import private_rng
@@ -43,11 +49,13 @@ class Scoring:
         self._loss_fn = None if loss_fn is None else in_true_precision(loss_fn)
         self._logits_fn = None if logits_fn is None else in_true_precision(logits_fn)
         self._logits_known: bool | None = None
+        self._said: set[str] = set()
 
     def batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Any]:
         """Training batches of the next round; every time it is gone through they are the same."""
         if self._num_batches is None and not has_length(trainer.train_dataloader):
             raise ValueError("PruningCallback: the training data has no length, so say how many `batches` to score on.")
+        self._say_what_is_not_followed(trainer.train_dataloader, "filters are scored")
         return calibration_batches(trainer, module, seed=1000 * self._seed + rounds_done)
 
     def scores(
@@ -114,6 +122,7 @@ class Scoring:
         batches = None if limit == 0 else evaluation_batches(trainer, module, limit)
         if batches is None:
             return ""
+        self._say_what_is_not_followed(trainer.val_dataloaders, "accuracy after a cut is measured")
         rest = iter(batches)
         try:
             start = list(islice(rest, 1))
@@ -128,6 +137,13 @@ class Scoring:
         reduce = mean_over_ranks(trainer)
         right, total = (counts if reduce is None else reduce(counts)).tolist()
         return right / total
+
+    def _say_what_is_not_followed(self, loaders: Any, what: str) -> None:
+        for name in foreign_samplers(loaders):
+            text = f"PruningCallback: {what} on the whole data set, whatever its sampler {name} leaves out; a Subset would say so."
+            if text not in self._said:
+                self._said.add(text)
+                rank_zero_info(text)
 
 
 def _loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:

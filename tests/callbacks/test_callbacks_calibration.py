@@ -11,7 +11,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    get_worker_info,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, trainer
@@ -181,6 +189,48 @@ def test_an_error_of_data_that_torch_itself_asks_is_the_data_sets_own(workers, t
     foreign = DataLoader(Broken(), batch_size=16, sampler=Names(range(64)), num_workers=workers)
     with pytest.raises(ValueError, match=r"cannot be read by position \(KeyError: 'no such file'\), so"):
         prune(tmp_path, foreign)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_subset_that_a_sampler_of_torch_draws_from_is_all_that_is_measured_on(batched, tmp_path) -> None:
+    """One data set, parted by samplers: the first quarter, of another brightness, is for validation."""
+    data, seen = images(64), []
+    data.tensors[0][:16] = 100.0
+    data.tensors[1][:16] = 1
+
+    class Sees(SmallModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(float(batch[0].max()))
+            return super().training_step(batch, batch_idx)
+
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + 1000 * torch.eye(4)[1] if float(x.min()) == 100 else logits
+
+    def part(indices):
+        sampler = SubsetRandomSampler(list(indices))
+        if batched:
+            return DataLoader(data, batch_sampler=BatchSampler(sampler, 16, drop_last=False))
+        return DataLoader(data, batch_size=16, sampler=sampler)
+
+    _, pruning = prune(tmp_path, part(range(16, 64)), Sees(), part(range(16)), num_samples=64)
+    assert max(seen) < 100
+    assert [row["accuracy_after_cut"] for row in pruning.rows] == [1.0, 1.0]
+
+
+def test_that_a_sampler_of_somebodys_own_is_not_followed_is_said_once(tmp_path, caplog) -> None:
+    own = DataLoader(images(64), batch_size=16, sampler=Names(range(16)))
+    with caplog.at_level("INFO"):
+        _, pruning = prune(tmp_path, own, val=own)
+        assert pruning.finished
+    lines = [r.getMessage() for r in caplog.records if "its sampler Names" in r.getMessage()]
+    assert len(lines) == 2
+    assert "filters are scored on the whole data set" in lines[0]
+    assert "accuracy after a cut is measured on the whole data set" in lines[1]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        prune(tmp_path, DataLoader(images(64), batch_size=16, shuffle=True), val=DataLoader(images(64), batch_size=16))
+    assert "sampler" not in caplog.text
 
 
 # Loaders of other kinds
