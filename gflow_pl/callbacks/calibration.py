@@ -16,6 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
+from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import (
     BatchSampler,
@@ -226,12 +227,17 @@ def _batch_size(loader: DataLoader[Any]) -> int | None:
     return size or math.ceil(len(loader.dataset) / len(loader))  # type: ignore[arg-type]
 
 
+_END = object()
+
+
 class _Moved:
     """Batches of a loader (or a collection of loaders), passed through the transfer hooks as in training or validation."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any, *, training: bool) -> None:
         self._trainer, self._module, self._training = trainer, module, training
         self._loaders = loaders
+        # As it is now, while nothing is scored.
+        self._flags = {m: training and m.training for m in module.modules()}
         self._mode: Any = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
 
     def __iter__(self) -> Iterator[Any]:
@@ -239,8 +245,11 @@ class _Moved:
             batches = (batch for batch, _, _ in CombinedLoader(self._loaders, self._mode))
         else:
             batches = iter(self._loaders)
-        for batch in batches:
+        while True:
             with self._in_its_stage():
+                batch = next(batches, _END)
+                if batch is _END:
+                    return
                 converted = self._trainer.precision_plugin.convert_input(batch)
                 converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
                 moved = self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
@@ -248,11 +257,17 @@ class _Moved:
 
     @contextmanager
     def _in_its_stage(self) -> Iterator[None]:
-        # Hooks augment where `trainer.training`, or the flag of the module (which scoring turns off), tells them to.
-        stage, flag = self._trainer.state.stage, self._module.training
+        # Data and hooks augment where `trainer.training`, or the flag of a module (which scoring turns off), tells them to.
+        stage, flags = self._trainer.state.stage, {m: m.training for m in self._flags}
         setattr(self._trainer, "training" if self._training else "validating", True)
-        self._module.training = self._training
+        _set_flags(self._flags)
         try:
             yield
         finally:
-            self._trainer.state.stage, self._module.training = stage, flag
+            self._trainer.state.stage = stage
+            _set_flags(flags)
+
+
+def _set_flags(flags: dict[nn.Module, bool]) -> None:
+    for module, training in flags.items():
+        module.training = training

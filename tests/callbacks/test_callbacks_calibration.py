@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -361,10 +362,55 @@ def test_augmentation_in_a_hook_is_of_training_batches_and_not_of_validation_one
 
     val = images(32)
     val.tensors[0].add_(200)
+    pl.seed_everything(0)
     _, pruning = prune(tmp_path, DataLoader(images(64), batch_size=16), Augments(), DataLoader(val, batch_size=16))
     assert seen == {"train": {(True, True, False)}, "val": {(False, False, True)}}
     assert all(row["loss_after"] < 1 for row in pruning.rows), "measured on the labels of training"
     assert all(row["accuracy_after_cut"] == 0.25 for row in pruning.rows), "measured on the labels of validation"
+
+
+def test_parts_of_a_module_that_augment_by_their_own_flag_do_so_in_training_alone(tmp_path) -> None:
+    """And data that looks at it; a part that training keeps in evaluation mode stays in it."""
+    seen: dict[str, set] = {"train": set(), "val": set()}
+
+    class Mixes(nn.Module):
+        def forward(self, batch):
+            return (batch[0], torch.full_like(batch[1], 3)) if self.training else batch
+
+    class Hooked(SmallModule):
+        def __init__(self):
+            super().__init__()
+            self.mixes, self.frozen = Mixes(), nn.Dropout().eval()
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            before = {m: m.training for m in self.modules()}
+            assert before[self.mixes] == before[self.net] == self.trainer.training
+            assert not before[self.frozen]
+            return self.mixes(batch)
+
+        def training_step(self, batch, batch_idx):
+            assert batch[1].unique().tolist() == [3]
+            return super().training_step(batch, batch_idx)
+
+        def forward(self, x):
+            return super().forward(x) + 1000 * torch.eye(4)[3]  # the answer is always 3
+
+    class Looks(Dataset):
+        def __init__(self, module, kind):
+            self.module, self.kind = module, kind
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            seen[self.kind].add(self.module.mixes.training)
+            return images(64)[index][0], 0
+
+    module = Hooked()
+    train, val = (DataLoader(Looks(module, kind), batch_size=16) for kind in seen)
+    _, pruning = prune(tmp_path, train, module, val)
+    assert seen == {"train": {True}, "val": {False}}
+    assert [row["accuracy_after_cut"] for row in pruning.rows] == [0.0, 0.0]
 
 
 # What scoring leaves in the logs
