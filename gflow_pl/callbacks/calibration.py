@@ -150,7 +150,7 @@ def _copy_of(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
 
 
 def _copy_of_foreign(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
-    """A shallow copy of a loader of another kind: what going through it writes into its attributes stays in the copy."""
+    """A copy of a loader of another kind: what going through it writes into its attributes, or their parts, stays in it."""
     if isinstance(loader, Iterator):
         raise ValueError(
             f"PruningCallback: the train loader {type(loader).__name__} keeps its place in itself (it has `__next__`), so batches "
@@ -158,14 +158,19 @@ def _copy_of_foreign(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
         )
     own = copy(loader)
     attributes = getattr(own, "__dict__", {})
-    for name, value in attributes.items():
-        if isinstance(value, DataLoader):
-            attributes[name] = _copy_of(value, trainer, seed)
-        elif isinstance(value, (list, dict, set, deque, torch.Generator)):
-            attributes[name] = copy(value)
-        elif isinstance(value, (np.random.Generator, np.random.RandomState, Random)):
-            attributes[name] = deepcopy(value)
+    attributes.update(tree_map(lambda part: _own_part(part, trainer, seed), dict(attributes)))
     return own
+
+
+def _own_part(part: Any, trainer: pl.Trainer, seed: int | None) -> Any:
+    """What stands for a part of a foreign loader, at any depth of lists, tuples and dicts, in its copy."""
+    if isinstance(part, DataLoader):
+        return _copy_of(part, trainer, seed)
+    if isinstance(part, (list, dict, set, deque, torch.Generator)):
+        return copy(part)
+    if isinstance(part, (np.random.Generator, np.random.RandomState, Random)):
+        return deepcopy(part)
+    return part
 
 
 def _asks_for_whole_batches(loader: DataLoader[Any]) -> bool:

@@ -263,13 +263,13 @@ class Loader:
 class Around(Loader):
     """Goes through a DataLoader, whose workers live on between epochs."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_workers: int = 1) -> None:
         self.inner = DataLoader(
             images(64),
             batch_size=16,
             shuffle=True,
-            num_workers=1,
-            persistent_workers=True,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(0),
         )
 
@@ -277,7 +277,25 @@ class Around(Loader):
         yield from self.inner
 
 
-@pytest.mark.parametrize("kind", [Loader, Around])
+class Several(Around):
+    """Goes through several of them, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(num_workers=0)
+        one = self.inner
+        super().__init__(num_workers=0)
+        self.inner = {"some": [(one, random.Random(0))], "more": (self.inner,)}
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        (one, generator), more = self.inner["some"][0], self.inner["more"][0]
+        for batch in (*one, *more):
+            yield batch[0] + generator.random(), batch[1]
+
+
+@pytest.mark.parametrize("kind", [Loader, Around, Several])
 def test_a_train_loader_of_somebodys_own_is_left_alone(kind, tmp_path) -> None:
     """A run whose cuts take nothing trains on the very batches of a run without any."""
     one, pruning = prune(tmp_path, kind(), fraction=0.001, epochs=[0, 2], keep_momentum=True)
