@@ -144,7 +144,7 @@ def _copy_of(loader: Any, trainer: pl.Trainer, seed: int | None) -> Any:
     keys, guessed = _keys_of(loader)
     sampler: Sampler[Any] = _RankShare(keys, trainer.global_rank, trainer.world_size, seed)
     if _asks_for_whole_batches(loader):
-        sampler = BatchSampler(sampler, loader.sampler.batch_size, drop_last=False)  # type: ignore[attr-defined]
+        sampler = BatchSampler(sampler, _size_of(loader.sampler, loader), drop_last=False)
     kind = _ByPosition if guessed else DataLoader
     return loader_like(loader, seed or 0, kind, batch_size=_batch_size(loader), sampler=sampler)
 
@@ -225,11 +225,13 @@ def loader_like(
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:
-    """Examples in a batch; of batches that somebody's own sampler makes, on average; None if nothing makes batches."""
-    if loader.batch_sampler is None:
-        return None
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    return size or math.ceil(len(loader.dataset) / len(loader))  # type: ignore[arg-type]
+    """Examples in a batch; None if nothing makes batches."""
+    return None if loader.batch_sampler is None else loader.batch_size or _size_of(loader.batch_sampler, loader)
+
+
+def _size_of(batches: Any, loader: DataLoader[Any]) -> int:
+    """Examples in a batch of a sampler of batches; of those that do not tell, on average."""
+    return getattr(batches, "batch_size", None) or math.ceil(len(loader.dataset) / len(loader))  # type: ignore[arg-type]
 
 
 _END = object()

@@ -114,7 +114,21 @@ def test_validation_data_that_cannot_be_read_again_only_costs_the_accuracy(tmp_p
     assert [row["accuracy_after_cut"] for row in pruning.rows] == ["", ""]
 
 
-def test_a_sampler_that_gives_whole_batches_keeps_their_size(tmp_path) -> None:
+class OfSixteen(BatchSampler):
+    """Tells no size."""
+
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter(torch.randperm(64).view(4, 16).tolist())
+
+
+@pytest.mark.parametrize("sampler", [BatchSampler(RandomSampler(range(64)), 16, drop_last=False), OfSixteen()])
+def test_a_sampler_that_gives_whole_batches_keeps_their_size(sampler, tmp_path) -> None:
     class Whole(Dataset):
         """Batches are asked for at once: `batch_size=None`, a sampler that gives lists."""
 
@@ -131,7 +145,6 @@ def test_a_sampler_that_gives_whole_batches_keeps_their_size(tmp_path) -> None:
             return images(64)[positions]
 
     data = Whole()
-    sampler = BatchSampler(RandomSampler(range(64)), batch_size=16, drop_last=False)
     _, pruning = prune(tmp_path, DataLoader(data, batch_size=None, sampler=sampler))
     assert pruning.finished
     assert data.asked == {16}
