@@ -23,7 +23,7 @@ from gflow_pl.callbacks.refusals import refuse_optimizers, refuse_what_cannot_wo
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
 from gflow_pl.callbacks.rng import private_rng, rng_state
 from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
-from gflow_pl.callbacks.rows import Stopwatch, gone, keep_rows, line_of, numbers_of
+from gflow_pl.callbacks.rows import RowsFile, Stopwatch, gone, line_of, numbers_of
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.settings import CutTimes, check_arguments
 from gflow_pl.callbacks.structure import CarriesStructure
@@ -89,7 +89,8 @@ class PruningCallback(CarriesStructure):
         evaluate_cuts: Whether to measure the validation accuracy right after each cut (classifiers only).
         unpruned_path: File in which to keep the network as it is just before the first cut.
         rows_path: CSV file that has a row for every round, written anew after each; None: pruning.csv in the Trainer's
-            log_dir (its default_root_dir where no logger has a folder).
+            log_dir (its default_root_dir where no logger has a folder), or pruning-v1.csv and so on beside the files of other
+            runs; a run that is resumed goes on with the name that it had.
         seed: Seed of the batches that scores are taken from, and of the measure `random`.
 
     Raises:
@@ -173,6 +174,7 @@ class PruningCallback(CarriesStructure):
         self._saved_before_the_cut: dict[ModelCheckpoint, int] = {}
         self._rng_to_restore: list[Any] | None = None
         self._rng_of_ranks: list[Any] | None = None
+        self._rows_file = RowsFile()
 
     # What others ask of it
 
@@ -238,6 +240,9 @@ class PruningCallback(CarriesStructure):
         """Refuses what cannot work, and makes the module's checkpoints carry its shape."""
         if stage == "fit":
             refuse_what_cannot_work(trainer, self)
+            if not self.rows:
+                self._rows_file = RowsFile()
+            self._rows_file.refuse(trainer, self.rows_path)
             if self.loss_fn is None and not gives_a_loss(pl_module):
                 raise ValueError(
                     f"PruningCallback: {type(pl_module).__name__} optimizes by hand or fetches its batches itself, so its "
@@ -281,8 +286,9 @@ class PruningCallback(CarriesStructure):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gathers the random states of all ranks, for checkpoints of the first epoch; writes the rows of a resumed run."""
         self._gather_rng(trainer)
+        self._rows_file.choose(trainer)
         if self.rows:
-            keep_rows(trainer, self.rows, self.rows_path)
+            self._rows_file.write(trainer, self.rows, self.rows_path)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -372,6 +378,7 @@ class PruningCallback(CarriesStructure):
         checkpoint.setdefault("callbacks", {})[self.state_key] = {
             "version": 1,
             "rows": [dict(row) for row in self.rows],
+            "rows_name": self._rows_file.name,
             "schedule": self._describe_schedule(),
             "graph": None if self.graph is None else graph_to_plain(self.graph),
             "original_costs": dict(self._original_costs),
@@ -390,7 +397,7 @@ class PruningCallback(CarriesStructure):
         state = copy.deepcopy(checkpoint.get("callbacks", {}).get(self.state_key))
         if state is None or trainer.state.fn != "fit":
             return  # a file that is only tested leaves the rows of the run alone
-        self.rows = state["rows"]
+        self.rows, self._rows_file.name = state["rows"], state.get("rows_name") or "pruning.csv"
         self.graph = None if state["graph"] is None else graph_from_plain(state["graph"])
         self._original_costs = state["original_costs"]
         self._initial = state["initial"] if self.bias == "distance_from_init" else None
@@ -509,7 +516,7 @@ class PruningCallback(CarriesStructure):
 
     def _tell(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         rank_zero_info(line_of(row, self.schedule.num_rounds, self.target))
-        keep_rows(trainer, self.rows, self.rows_path)
+        self._rows_file.write(trainer, self.rows, self.rows_path)
         for logger in trainer.loggers:
             logger.log_metrics(numbers_of(row), step=trainer.global_step)
         if self.reset_best:

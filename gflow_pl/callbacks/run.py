@@ -37,7 +37,8 @@ def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
 
 
 class RunRecorder(Callback):
-    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each.
+    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each. A
+    PruningCallback writes the rounds' rows into the same folder.
 
     The rows are in its state, so a resumed run carries on with those of its parent. Test columns hold the metrics of the
     validation loader, which is the test set unless the data module keeps a share of the training set for it.
@@ -57,13 +58,6 @@ class RunRecorder(Callback):
     def path(self) -> Path:
         """Where the rows are written."""
         return self.folder / "metrics.csv"
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Has the pruning rounds' rows written into the same folder."""
-        pruning = pruning_callback(trainer)
-        if stage == "fit" and pruning is not None and pruning.rows_path is None:
-            pruning.rows_path = os.fspath(self.folder / "pruning.csv")
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -112,14 +112,14 @@ def test_a_resumed_run_writes_the_rows_of_its_checkpoint_anew(tmp_path) -> None:
     at_start = []
 
     class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, *_):
+        def on_train_start(self, trainer, *_):
             at_start.append(len(read_rows(tmp_path / "again" / "pruning.csv")))
 
     # A row that the checkpoint knows nothing of, of a run that was killed.
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "pruning.csv").write_text("round,epoch\n1,1\n2,2\n3,3\n")
     prune(tmp_path / "again", ckpt_path=tmp_path / "epoch=1.ckpt", more=[Look()])
-    assert at_start == [2] * len(at_start)
+    assert at_start == [1]
     rows = [read_rows(tmp_path / name / "pruning.csv") for name in ("whole", "again")]
     for row in (*rows[0], *rows[1]):
         row.pop("seconds")
@@ -131,10 +131,57 @@ def test_a_resumed_run_writes_the_rows_of_its_checkpoint_anew(tmp_path) -> None:
     assert len(read_rows(tmp_path / "late" / "pruning.csv")) == 2
 
 
+def test_the_rows_of_another_run_stay(tmp_path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
+    (tmp_path / "pruning.csv").write_text("my,own,table\n")
+    one = prune(tmp_path, more=[keep])
+    two = prune(tmp_path, rounds=1)
+    assert tables(tmp_path) == ["pruning-v1.csv", "pruning-v2.csv", "pruning.csv"]
+    assert (tmp_path / "pruning.csv").read_text() == "my,own,table\n"
+    assert read_rows(tmp_path / "pruning-v1.csv") == plain(one.rows)
+    assert read_rows(tmp_path / "pruning-v2.csv") == plain(two.rows)
+
+    # A run that is resumed, from before its first round or after it, goes on with its own file.
+    for epoch in (0, 1):
+        again = prune(tmp_path, ckpt_path=tmp_path / "kept" / f"epoch={epoch}.ckpt")
+        assert tables(tmp_path) == ["pruning-v1.csv", "pruning-v2.csv", "pruning.csv"]
+        assert read_rows(tmp_path / "pruning-v1.csv") == plain(again.rows)
+    assert read_rows(tmp_path / "pruning-v2.csv") == plain(two.rows)
+
+
+def test_a_place_that_cannot_be_written_to_is_said_once_and_training_goes_on(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"rows cannot be written to '.*/file/pruning.csv' \(") as said:
+        pruning = prune(tmp_path / "file", enable_checkpointing=False)
+    assert pruning.finished
+    assert len([w for w in said if "cannot be written" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("folder", "it is a folder"), ("folder/file/mine.csv", "'.*/folder/file' is no folder")]
+)
+def test_a_path_that_cannot_be_a_file_is_refused_at_the_start(path, reason, tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    with pytest.raises(ValueError, match=rf"no rows can be written to `rows_path` '.*{path}', since {reason}\.$"):
+        prune(tmp_path, rows_path=tmp_path / path)
+
+
 def test_a_recorder_has_them_written_into_its_folder_and_nowhere_else(tmp_path) -> None:
     pruning = prune(tmp_path / "root", more=[RunRecorder(tmp_path / "run")])
     assert tables(tmp_path) == ["run/pruning.csv"]
     assert read_rows(tmp_path / "run" / "pruning.csv") == plain(pruning.rows)
+
+
+def test_a_callback_follows_the_recorder_that_it_is_used_with(tmp_path) -> None:
+    pruning = PruningCallback("magnitude", thresholds=[0.2, 0.5], epochs=[1, 2])
+    module, data = SmallModule(), DataLoader(images(32), batch_size=16)
+    for name in ("one", "two"):
+        more = [RunRecorder(tmp_path / name), pruning]
+        trainer(tmp_path, callbacks=more, enable_checkpointing=False).fit(module, data)
+    trainer(tmp_path / "root", callbacks=[pruning], enable_checkpointing=False).fit(module, data)
+    assert pruning.rows_path is None
+    assert tables(tmp_path) == ["one/pruning.csv", "root/pruning.csv", "two/pruning.csv"]
 
 
 def test_a_row_and_a_line_say_how_many_units_and_filters_each_layer_lost(tmp_path, caplog) -> None:
