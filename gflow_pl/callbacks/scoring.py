@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -29,6 +31,33 @@ from gflow_pl.types import Scores
 __all__ = ["Scoring"]
 
 
+class _Once:
+    """Lets each text be said once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def is_new(self, text: str) -> bool:
+        """Whether a text was not said before; from now on it was."""
+        new = text not in self._said
+        self._said.add(text)
+        return new
+
+    @contextmanager
+    def heard(self, name: str) -> Iterator[None]:
+        """Within, a logger says nothing that it has said before."""
+        logger = logging.getLogger(name)
+
+        def is_new(record: logging.LogRecord) -> bool:
+            return self.is_new(record.getMessage())
+
+        logger.addFilter(is_new)
+        try:
+            yield
+        finally:
+            logger.removeFilter(is_new)
+
+
 class Scoring:
     """The measure of a callback, and what it is taken from; arguments as in `PruningCallback`."""
 
@@ -49,7 +78,7 @@ class Scoring:
         self._loss_fn = None if loss_fn is None else in_true_precision(loss_fn)
         self._logits_fn = None if logits_fn is None else in_true_precision(logits_fn)
         self._logits_known: bool | None = None
-        self._said: set[str] = set()
+        self._once = _Once()
 
     def batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Any]:
         """Training batches of the next round; every time it is gone through they are the same."""
@@ -74,7 +103,7 @@ class Scoring:
             options["num_samples"] = math.ceil(self._num_samples / num_ranks(trainer))
         else:
             batches = islice(iter(batches), self._num_batches)
-        with quiet(module):
+        with quiet(module), self._once.heard("gflow_pl.importance.score"):
             return score_filters(
                 module,
                 self._measure,
@@ -141,8 +170,7 @@ class Scoring:
     def _say_what_is_not_followed(self, loaders: Any, what: str) -> None:
         for name in foreign_samplers(loaders):
             text = f"PruningCallback: {what} on the whole data set, whatever its sampler {name} leaves out; a Subset would say so."
-            if text not in self._said:
-                self._said.add(text)
+            if self._once.is_new(text):
                 rank_zero_info(text)
 
 

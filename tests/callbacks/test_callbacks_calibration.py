@@ -1,6 +1,7 @@
 """The batches that scores are taken from: any training data, moved and augmented as in training, the loader left alone."""
 
 import copy
+import logging
 import os
 import random
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import (
@@ -19,6 +21,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SubsetRandomSampler,
+    TensorDataset,
     get_worker_info,
 )
 
@@ -543,3 +546,22 @@ def test_scoring_writes_nothing_to_a_loggers_experiment(tmp_path) -> None:
     assert run.loggers == [logger]
     assert written == ["a"] * 4, "the steps after the cut"
     assert folders == {(logger.log_dir, logger.log_dir, "mine", 0)}
+
+
+def test_that_samples_are_not_balanced_is_said_once_a_fit(tmp_path, caplog) -> None:
+    def loss(module, batch):
+        return F.mse_loss(module(batch[0]).mean(1), batch[1])
+
+    data = images(64)
+    data = DataLoader(TensorDataset(data.tensors[0], data.tensors[1].float()), batch_size=16)
+
+    class Regresses(SmallModule):
+        def training_step(self, batch, batch_idx):
+            return loss(self, batch)
+
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            prune(tmp_path, data, Regresses(), measure="grasp", loss_fn=loss, rounds=3)
+        assert caplog.text.count("Samples are not balanced over classes") == 1
+        assert not logging.getLogger("gflow_pl.importance.score").filters
