@@ -109,7 +109,8 @@ def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, seed: i
     """Training batches, shuffled by `seed`, augmented and moved as in training.
 
     Same data set, collate function and batch size as the train loader's, and of a SubsetRandomSampler the same subset; under
-    DDP each rank reads its own share. A train loader that is no DataLoader is gone through in the order, and on the share of the data, that are its own.
+    DDP each rank reads its own share. A train loader that is no DataLoader is gone through in the order, and on the share of
+    the data, that are its own.
 
     Raises:
         ValueError: The training data cannot be read a second time.

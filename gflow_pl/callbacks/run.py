@@ -37,11 +37,11 @@ def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
 
 
 class RunRecorder(Callback):
-    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each. A
-    PruningCallback writes the rounds' rows into the same folder.
+    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each.
 
-    The rows are in its state, so a resumed run carries on with those of its parent. Test columns hold the metrics of the
-    validation loader, which is the test set unless the data module keeps a share of the training set for it.
+    A PruningCallback writes the rounds' rows into the same folder. The epochs' rows are in the recorder's state, so a resumed
+    run carries on with those of its parent. Test columns hold the metrics of the validation loader, which is the test set
+    unless the data module keeps a share of the training set for it.
 
     Args:
         folder: The run's folder.
