@@ -32,7 +32,8 @@ TARGET = {
 def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
     for residual, num_groups in (("expand", num_expand), ("remove", num_remove)):
         torch.manual_seed(0)
-        model = randomised(getattr(detection, name)(weights=None, weights_backbone=None).double())
+        sizes = {} if "320" in name or "ssd" in name else {"min_size": 160, "max_size": 200}
+        model = randomised(getattr(detection, name)(weights=None, weights_backbone=None, **sizes).double())
         images = [torch.rand(3, 160, 160, dtype=torch.float64) for _ in range(2)]
         graph = trace_channels(model, (images,), residual=residual)
         assert len(graph.groups) == num_groups
