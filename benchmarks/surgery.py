@@ -277,7 +277,7 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
         "",
         f"DenseNet-201 is traced in {densenet201_trace():.2f} s (goal: under 3 s).",
         "",
-        "mobilenet_v3_small is the nearest to the limits: two runs one after the other gave 1.31 and 1.36 for everything, 0.17 and 0.17 "
+        "mobilenet_v3_small is the nearest to the limits: four runs gave 1.31 to 1.42 for everything, 0.17 to 0.18 "
         "for rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small steps.",
         "",
     ]

@@ -126,7 +126,7 @@ class _Watcher(Watch):
             if args[position] != self._left(nodes):
                 raise _Mismatch(f"a position that does not follow the channels ('{call.name}')")
         resized = call.summed is not None and call.summed != [tensor.shape for tensor in seen.tensors]
-        if resized or _comparable(call, call.numbers) != _comparable(call, seen.numbers):
+        if resized or not _are_equal(_comparable(call, call.numbers), _comparable(call, seen.numbers)):
             self.differing.append(self.at)
 
     def _left(self, nodes: Nodes) -> int:
@@ -156,6 +156,13 @@ def _comparable(call: Call, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     if call.name == "slice" and call.labels[0] is not None and call.labels[0][numbers[0] if numbers else 0] is None:
         return numbers
     return tuple(x for x in numbers if isinstance(x, float))
+
+
+def _are_equal(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
+    """Whether these are the same numbers; what is no number is equal to itself here."""
+    if ours == theirs:
+        return True
+    return len(ours) == len(theirs) and all(a == b or (a != a and b != b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _stands_still(call: Call) -> bool:

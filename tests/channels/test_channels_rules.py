@@ -425,6 +425,7 @@ def test_numbers_of_the_width_in_tensors_make_units_inexact(number):
         lambda y: y.new_full((y.shape[1], 1, 1), 8),
         lambda y: torch.ones(8).sum(),
         lambda y: y.new_ones(y.shape[2:]).sum(),
+        lambda y: torch.full((), float("nan")).nan_to_num(nan=8.0),
     ],
 )
 def test_numbers_in_tensors_that_are_kept_leave_units_exact(number):
