@@ -12,26 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_nets import images, loader, trainer
+from small_nets import images, loader, trainer, two_convs
 
 from gflow_pl import PruningCallback
 
 CUT_EPOCH, EPOCHS, LR = 2, 4, 0.05
-
-
-def build(a: int = 8, b: int = 6) -> nn.Sequential:
-    """Two convs with their norms and a linear layer; `a` and `b` filters."""
-    return nn.Sequential(
-        nn.Conv2d(3, a, 3),
-        nn.BatchNorm2d(a),
-        nn.ReLU(),
-        nn.Conv2d(a, b, 3),
-        nn.BatchNorm2d(b),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(b, 4),
-    )
 
 
 OPTIMIZERS = {
@@ -80,7 +65,7 @@ def filters_that_stay(*weights: Tensor, gone: int) -> list[Tensor]:
 
 
 def cut(name: str, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """A tensor of `build`'s parameters, buffers or their optimizer state, sliced by hand."""
+    """A tensor of `two_convs`' parameters, buffers or their optimizer state, sliced by hand."""
     if value.ndim == 0:
         return value.clone()
     if name.startswith(("0.", "1.")):
@@ -126,7 +111,7 @@ def bare_loop(net: nn.Module, optimizer: str, scheduler: str, clip: float | None
     for epoch in range(EPOCHS):
         if epoch == CUT_EPOCH:
             first, second = filters_that_stay(net[0].weight, net[3].weight, gone=7)
-            old, net = net.state_dict(), build(len(first), len(second))
+            old, net = net.state_dict(), two_convs(len(first), len(second))
             net.load_state_dict({name: cut(name, value, first, second) for name, value in old.items()})
             opt = smaller_optimizer(opt, net, make, first, second)
             schedule = anew(schedule, make_scheduler, opt)
@@ -174,7 +159,7 @@ def assert_bit_equal(net: nn.Module, optimizer, reference: nn.Module, wanted) ->
 def test_a_pruned_fit_equals_a_loop_that_builds_everything_anew(optimizer, clip, tmp_path) -> None:
     for seed, scheduler in itertools.product((0, 1), SCHEDULERS):
         torch.manual_seed(seed)
-        start = build()
+        start = two_convs()
         reference, wanted = bare_loop(copy.deepcopy(start), optimizer, scheduler, clip)
         module, got = lightning(tmp_path, copy.deepcopy(start), optimizer, scheduler, clip)
         assert module.net[0].out_channels + module.net[3].out_channels == 7
@@ -184,7 +169,7 @@ def test_a_pruned_fit_equals_a_loop_that_builds_everything_anew(optimizer, clip,
 @pytest.mark.parametrize("optimizer", ["SGD nesterov", "AdamW"])
 def test_a_graph_that_a_user_keeps_alive_changes_nothing(optimizer, tmp_path) -> None:
     torch.manual_seed(3)
-    start = build()
+    start = two_convs()
     reference, wanted = bare_loop(copy.deepcopy(start), optimizer, "MultiStepLR", None)
     module, got = lightning(tmp_path, copy.deepcopy(start), optimizer, "MultiStepLR", None, keeps=True)
     assert module.last_loss.grad_fn is not None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from channel_twins import deviation, masked_twin, random_plan, randomised
 from gpu_device import DEVICE, ON_CUDA, distance, inductor, on_device, only_cuda
+from small_nets import two_convs
 from torch import nn
 
 from gflow_pl import models
@@ -69,19 +70,7 @@ def test_parameters_keep_identity_dtype_device_and_memory_format(dtype, channels
 
 
 def build(a: int = 8, b: int = 6) -> nn.Sequential:
-    """Two convs with their norms and a linear layer; `a` and `b` filters."""
-    net = nn.Sequential(
-        nn.Conv2d(3, a, 3),
-        nn.BatchNorm2d(a),
-        nn.ReLU(),
-        nn.Conv2d(a, b, 3),
-        nn.BatchNorm2d(b),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(b, 4),
-    )
-    return net.to(DEVICE, torch.float64)
+    return two_convs(a, b).to(DEVICE, torch.float64)
 
 
 OPTIMIZERS = {
