@@ -23,9 +23,9 @@ import torchvision
 from torch import nn
 
 from gflow_pl import models
-from gflow_pl.channels import ChannelGraph, trace_channels
+from gflow_pl.channels import trace_channels
 from gflow_pl.surgery import rewrite
-from gflow_pl.types import KeepPlan
+from gflow_pl.values import ChannelGraph, KeepPlan
 
 CPU = torch.device("cpu")
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks_surgery.md"

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gflow_pl import data, importance, models
     from gflow_pl.callbacks import GradientFlowMonitor, PruningCallback
-    from gflow_pl.channels import ChannelGraph, trace_channels
+    from gflow_pl.channels import trace_channels
     from gflow_pl.importance import Importance, score_filters
     from gflow_pl.selection import select_units
     from gflow_pl.surgery import StructureMixin, apply_structure, load_from_checkpoint, rewrite, structure_of
     from gflow_pl.tasks import ImageClassifier
-    from gflow_pl.types import ChannelGroup, KeepPlan, Scores, Structure
+    from gflow_pl.values import ChannelGraph, ChannelGroup, KeepPlan, Scores, Structure
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ChannelGraph": "channels",
-    "ChannelGroup": "types",
+    "ChannelGraph": "values",
+    "ChannelGroup": "values",
     "GradientFlowMonitor": "callbacks",
     "ImageClassifier": "tasks",
     "Importance": "importance",
-    "KeepPlan": "types",
+    "KeepPlan": "values",
     "PruningCallback": "callbacks",
-    "Scores": "types",
-    "Structure": "types",
+    "Scores": "values",
+    "Structure": "values",
     "StructureMixin": "surgery",
     "apply_structure": "surgery",
     "load_from_checkpoint": "surgery",

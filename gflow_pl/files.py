@@ -1,47 +1,100 @@
-"""Files that are never half written: bytes, text, and rows of a table."""
+"""Atomic file writes, and rows of CSV files."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import io
 import os
+import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["read_rows", "write_bytes", "write_rows", "write_text"]
+import torch
+
+__all__ = ["atomic_save", "read_rows", "write_bytes", "write_rows", "write_text"]
+
+
+def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
+    """Save an object like ``torch.save``, atomically.
+
+    A process killed at any moment leaves the old file or the new one, never a torn one. Several processes may write the
+    same target: the file of one of them remains, whole.
+
+    Args:
+        obj: The object to save.
+        path: The target; its folder is created if it is missing.
+    """
+    _write_atomically(path, lambda file: torch.save(obj, file))
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
-
-    The folder is made if it is missing.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for the replacement to be one step; not by `tempfile`, whose files only their owner may read.
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-        raise
+    """Write a file atomically; create its folder if it is missing."""
+    _write_atomically(path, lambda file: file.write(data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Like `write_bytes`, in UTF-8."""
+    """Write a text file atomically, in UTF-8."""
     write_bytes(path, text.encode())
 
 
+def _write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a temporary file beside the target, sync it to the disk and rename it over the target."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    # Beside the target: the temporary folder may be on another file system, where a move is a copy. Not by `tempfile`,
+    # whose files only their owner may read.
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.part")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete the temporary files of this target whose process, on this host, was killed."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(socket.gethostname())}.*.part"):
+        pid = leftover.name.split(".")[-3]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            with contextlib.suppress(OSError):  # another process was faster
+                leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there, signal 0 ends a process instead of looking for it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # the process of another user
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where folders can be synced (not on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Write the rows in place of the file, all or nothing.
+    """Write rows to a CSV file atomically, replacing it.
 
     Numbers are written so that they read back exactly; None and a missing column are empty fields.
 
@@ -59,7 +112,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], 
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a CSV file: whole numbers as int, other numbers as float, empty fields as None, the rest as text."""
+    """Read the rows of a CSV file: whole numbers as int, other numbers as float, empty fields as None, the rest as text."""
     with open(path, newline="", encoding="utf-8") as file:
         return [{name: _value(field) for name, field in row.items()} for row in csv.DictReader(file)]
 

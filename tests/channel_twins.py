@@ -7,7 +7,7 @@ import torch
 
 from gflow_pl.channels import trace_channels
 from gflow_pl.surgery import rewrite
-from gflow_pl.types import KeepPlan
+from gflow_pl.values import KeepPlan
 
 
 def randomised(model):

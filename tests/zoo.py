@@ -16,9 +16,9 @@ from channel_twins import masked_twin, random_plan, randomised
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gflow_pl.channels import trace_channels, tracing
+from gflow_pl.channels import trace, trace_channels
 from gflow_pl.surgery import apply_structure, rewrite
-from gflow_pl.types import KeepPlan
+from gflow_pl.values import KeepPlan
 
 __all__ = ["MODES", "NAMES", "TIMM", "TORCHVISION", "faults", "measure"]
 
@@ -87,17 +87,17 @@ class _Rounds:
     """Counts how often the probe had the network surveyed again."""
 
     def __enter__(self):
-        self.count, self.shapes = 0, tracing.Probe.shapes
+        self.count, self.shapes = 0, trace.Probe.shapes
 
         def counted(probe):
             self.count += 1
             return self.shapes(probe)
 
-        tracing.Probe.shapes = counted
+        trace.Probe.shapes = counted
         return self
 
     def __exit__(self, *_):
-        tracing.Probe.shapes = self.shapes
+        trace.Probe.shapes = self.shapes
 
 
 def prunable(graph):

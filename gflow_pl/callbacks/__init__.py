@@ -1,9 +1,9 @@
 """Callbacks that prune while a Trainer trains, and that keep what it does."""
 
+from gflow_pl.callbacks.lightning.carries_structure import CarriesStructure
 from gflow_pl.callbacks.monitor import GradientFlowMonitor
 from gflow_pl.callbacks.pruning import PruningCallback
-from gflow_pl.callbacks.run import BestCheckpoint, LastCheckpoint, RunRecorder
-from gflow_pl.callbacks.structure import CarriesStructure
+from gflow_pl.callbacks.run_folder import BestCheckpoint, LastCheckpoint, RunRecorder
 
 __all__ = [
     "BestCheckpoint",

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from gflow_pl.surgery import atomic_save
+from gflow_pl.files import atomic_save
 
 __all__ = ["AtomicCheckpointIO", "use_atomic_files"]
 

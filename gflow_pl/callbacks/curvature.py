@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from gflow_pl.callbacks.loss import quiet
+from gflow_pl.callbacks.lightning.training_loss import quiet
 from gflow_pl.importance.batches import batch_size
-from gflow_pl.importance.evaluation import one_weight_a_pass, scoring_mode
 from gflow_pl.importance.hessian import second_order_kernels
-from gflow_pl.importance.ranks import Ranks
+from gflow_pl.importance.reduction import Ranks
+from gflow_pl.importance.scoring_mode import one_weight_a_pass, scoring_mode
 
 __all__ = ["curvature_along_gradient"]
 

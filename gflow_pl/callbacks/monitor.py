@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.curvature import curvature_along_gradient
-from gflow_pl.callbacks.loss import in_true_precision, training_loss
-from gflow_pl.callbacks.ranks import mean_over_ranks
-from gflow_pl.callbacks.tracking import scale_of_gradients
+from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
+from gflow_pl.callbacks.lightning.training_loss import in_true_precision, training_loss
+from gflow_pl.callbacks.tracked_scoring import scale_of_gradients
 
 __all__ = ["GradientFlowMonitor"]
 

@@ -16,24 +16,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from gflow_pl.callbacks.held_rate import HeldRate
-from gflow_pl.callbacks.loss import gives_a_loss, quiet, training_loss
-from gflow_pl.callbacks.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
-from gflow_pl.callbacks.refusals import refuse_optimizers, refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.carries_structure import CarriesStructure
+from gflow_pl.callbacks.lightning.held_lr import HeldRate
+from gflow_pl.callbacks.lightning.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
+from gflow_pl.callbacks.lightning.rng import private_rng, rng_state
+from gflow_pl.callbacks.lightning.training_loss import gives_a_loss, quiet, training_loss
+from gflow_pl.callbacks.lightning.unsupported import refuse_optimizers, refuse_what_cannot_work
+from gflow_pl.callbacks.pruning_settings import CutTimes, check_arguments
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
-from gflow_pl.callbacks.rng import private_rng, rng_state
 from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
-from gflow_pl.callbacks.rows import RowsFile, Stopwatch, gone, line_of, numbers_of
+from gflow_pl.callbacks.round_row import RowsFile, Stopwatch, gone, line_of, numbers_of
 from gflow_pl.callbacks.scoring import Scoring
-from gflow_pl.callbacks.settings import CutTimes, check_arguments
-from gflow_pl.callbacks.structure import CarriesStructure
-from gflow_pl.callbacks.tracking import Tracking
-from gflow_pl.channels import ChannelGraph
-from gflow_pl.channels.plain import graph_from_plain, graph_to_plain
+from gflow_pl.callbacks.tracked_scoring import Tracking
 from gflow_pl.importance import Importance, Tracker, resolve_measure
 from gflow_pl.selection import PruningSchedule, select_units
-from gflow_pl.selection.protection import groups_named
-from gflow_pl.types import KeepPlan, Scores
+from gflow_pl.selection.floors import groups_named
+from gflow_pl.values import ChannelGraph, KeepPlan, Scores
 
 __all__ = ["PruningCallback"]
 
@@ -380,7 +378,7 @@ class PruningCallback(CarriesStructure):
             "rows": [dict(row) for row in self.rows],
             "rows_name": self._rows_file.name,
             "schedule": self._describe_schedule(),
-            "graph": None if self.graph is None else graph_to_plain(self.graph),
+            "graph": None if self.graph is None else self.graph.as_dict(),
             "original_costs": dict(self._original_costs),
             "initial": self._initial,
             "tracker": tracking["tracker"],
@@ -398,7 +396,7 @@ class PruningCallback(CarriesStructure):
         if state is None or trainer.state.fn != "fit":
             return  # a file that is only tested leaves the rows of the run alone
         self.rows, self._rows_file.name = state["rows"], state.get("rows_name") or "pruning.csv"
-        self.graph = None if state["graph"] is None else graph_from_plain(state["graph"])
+        self.graph = None if state["graph"] is None else ChannelGraph.from_dict(state["graph"])
         self._original_costs = state["original_costs"]
         self._initial = state["initial"] if self.bias == "distance_from_init" else None
         self._tracking.load_state_dict({"tracker": state["tracker"], "epoch": state.get("tracked_epoch")})

@@ -7,8 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
 
-from gflow_pl.callbacks.ranks import num_ranks
-from gflow_pl.callbacks.rng import restore_rng
+from gflow_pl.callbacks.lightning.ranks import num_ranks
+from gflow_pl.callbacks.lightning.rng import restore_rng
 
 __all__ = ["check_same_schedule", "restore_rng_of_ranks"]
 

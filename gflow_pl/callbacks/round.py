@@ -12,13 +12,14 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import evaluating, first_input, true_precision
-from gflow_pl.callbacks.ranks import rebuild_wrapper
-from gflow_pl.callbacks.twins import averages_of, callbacks_of, is_a
-from gflow_pl.channels import ChannelGraph, trace_channels
+from gflow_pl.callbacks.lightning.packages import averages_of, callbacks_of, is_a
+from gflow_pl.callbacks.lightning.ranks import rebuild_wrapper
+from gflow_pl.callbacks.lightning.training_loss import first_input, true_precision
+from gflow_pl.channels import trace_channels
+from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.selection import cost_after
 from gflow_pl.surgery import drop_state, rewrite
-from gflow_pl.types import KeepPlan
+from gflow_pl.values import ChannelGraph, KeepPlan
 
 __all__ = [
     "apply_plan",
@@ -63,7 +64,7 @@ def trace_module(
     for way, inputs in ways:
         with _forward_of(module, way), true_precision(module):
             try:
-                with evaluating(module), torch.no_grad():
+                with evaluation_mode(module), torch.no_grad():
                     module(*inputs)
             except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
                 reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])

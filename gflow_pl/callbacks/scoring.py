@@ -14,19 +14,25 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from gflow_pl.callbacks.calibration import (
+from gflow_pl.callbacks.lightning.loaders import (
     NotByPosition,
     calibration_batches,
     evaluation_batches,
     foreign_samplers,
     has_length,
 )
-from gflow_pl.callbacks.loss import classifies, default_logits, evaluating, in_true_precision, quiet, training_loss
-from gflow_pl.callbacks.ranks import broadcast, mean_over_ranks, num_ranks
-from gflow_pl.callbacks.rng import private_rng
-from gflow_pl.channels import ChannelGraph
+from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
+from gflow_pl.callbacks.lightning.rng import private_rng
+from gflow_pl.callbacks.lightning.training_loss import (
+    classifies,
+    default_logits,
+    in_true_precision,
+    quiet,
+    training_loss,
+)
+from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance import Importance, score_filters
-from gflow_pl.types import Scores
+from gflow_pl.values import ChannelGraph, Scores
 
 __all__ = ["Scoring"]
 
@@ -177,7 +183,7 @@ class Scoring:
 def _loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
     """(2,) loss and L2 norm of its gradient on one batch, in evaluation mode; `.grad` is not touched."""
     parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    with evaluating(module), torch.enable_grad():
+    with evaluation_mode(module), torch.enable_grad():
         loss = loss_fn(module, batch)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
@@ -191,7 +197,7 @@ def _count_accuracy(
     """(2,) number of right answers and of examples, in evaluation mode; float64."""
     device = next(module.parameters()).device
     right, total = torch.zeros((), device=device, dtype=torch.float64), 0
-    with evaluating(module), torch.no_grad():
+    with evaluation_mode(module), torch.no_grad():
         for batch in batches:
             logits, labels = logits_fn(module, batch)
             right += (logits.argmax(dim=1) == labels).sum()

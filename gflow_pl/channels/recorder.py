@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflow_pl.channels.book import Book, Nodes
-from gflow_pl.channels.shapes import Shapes
+from gflow_pl.channels.constraints import Book, Nodes
+from gflow_pl.channels.shape_cache import Shapes
 
 __all__ = ["Call", "Labels", "Op", "Recorder", "Seen", "Tag", "Watch", "copied", "location"]
 

@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from gflow_pl import data  # noqa: F401 - so that the data modules are known by their short names
 from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, PruningCallback, RunRecorder
-from gflow_pl.callbacks.refusals import refuse_what_cannot_work
-from gflow_pl.callbacks.twins import callbacks_of
+from gflow_pl.callbacks.lightning.packages import callbacks_of
+from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
 from gflow_pl.cli import outcome
-from gflow_pl.cli.folder import claim_folder, is_first_process
+from gflow_pl.cli.claimed_folder import claim_folder, is_first_process
 from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.trainer import GflowTrainer
 from gflow_pl.files import write_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from gflow_pl.callbacks.calibration import has_length, loader_like
+from gflow_pl.callbacks.lightning.loaders import has_length, loader_like
 from gflow_pl.data.sharing import EachOnce
 
 __all__ = ["undivided_test_images"]

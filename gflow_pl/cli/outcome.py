@@ -14,10 +14,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.loss import first_input
+from gflow_pl.callbacks.lightning.training_loss import first_input
 from gflow_pl.channels import trace_channels
+from gflow_pl.cli.claimed_folder import is_first_process
 from gflow_pl.cli.evaluation import undivided_test_images
-from gflow_pl.cli.folder import is_first_process
 from gflow_pl.files import write_text
 from gflow_pl.reports import (
     NetworkReport,

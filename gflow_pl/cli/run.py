@@ -9,8 +9,8 @@ import warnings
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gflow_pl.cli.app import GflowCLI
+from gflow_pl.cli.claimed_folder import release_if_empty
 from gflow_pl.cli.configs import with_config_paths
-from gflow_pl.cli.folder import release_if_empty
 from gflow_pl.cli.parser import one_sentence
 
 __all__ = ["run"]

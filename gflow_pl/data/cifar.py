@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torchvision import datasets
 
-from gflow_pl.data.base import ImageDataModule
+from gflow_pl.data.image_data import ImageDataModule
 from gflow_pl.data.images import ImagesInMemory
 
 __all__ = ["CIFAR10", "CIFAR100"]

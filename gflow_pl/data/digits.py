@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from gflow_pl.data.base import ImageDataModule
+from gflow_pl.data.image_data import ImageDataModule
 from gflow_pl.data.images import ImagesInMemory
 
 __all__ = ["Digits"]

@@ -5,9 +5,9 @@ from gflow_pl.importance.fisher import Fisher, NvidiaTaylor
 from gflow_pl.importance.gradient_flow import GradientPreservation, Grasp
 from gflow_pl.importance.loss import BiasedLoss, LossPreservation, TaylorFirstOrder, TrackedBiasedLoss
 from gflow_pl.importance.magnitude import BatchNormScale, L1Norm, Magnitude, Random
-from gflow_pl.importance.registry import measure_names, resolve_measure
+from gflow_pl.importance.measures import measure_names, resolve_measure
 from gflow_pl.importance.score import score_filters
-from gflow_pl.importance.tracking import Tracker
+from gflow_pl.importance.tracker import Tracker
 
 __all__ = [
     "BatchNormScale",

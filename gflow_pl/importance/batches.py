@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gflow_pl.importance.ranks import Ranks
+from gflow_pl.importance.reduction import Ranks
 
 __all__ = ["balanced_sample", "batch_size", "labels_of", "map_tensors", "take_whole"]
 

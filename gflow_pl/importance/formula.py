@@ -11,7 +11,7 @@ from torch import Tensor
 from gflow_pl.importance.base import Bias, Importance
 from gflow_pl.importance.gradients import accumulator_dtype
 from gflow_pl.importance.layers import ScoredLayer, gradient_rows, unique_refs, weight_rows
-from gflow_pl.types import Scores
+from gflow_pl.values import Scores
 
 __all__ = ["FilterFormula", "rows_of", "step_average", "values_of"]
 

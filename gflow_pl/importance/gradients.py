@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gflow_pl.importance.batches import batch_size, to_device
-from gflow_pl.importance.evaluation import one_weight_a_pass
 from gflow_pl.importance.layers import TensorRef
+from gflow_pl.importance.scoring_mode import one_weight_a_pass
 
 __all__ = ["LogitsFn", "LossFn", "accumulator_dtype", "batch_gradients", "loss_function", "plain_logits"]
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.importance.batches import batch_size, map_tensors, to_device
 from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
+from gflow_pl.importance.hessian_strategies import WAYS, Way, choose_way, watched_loss
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
-from gflow_pl.importance.ranks import Ranks
-from gflow_pl.importance.ways import WAYS, Way, choose_way, watched_loss
+from gflow_pl.importance.reduction import Ranks
 
 __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
 
@@ -22,13 +23,8 @@ __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
 @contextmanager
 def second_order_kernels() -> Iterator[None]:
     """Only kernels with second derivatives: plain attention, no fused transformer layer, nothing compiled."""
-    is_fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(is_fused)
+    with attention_fast_path_disabled(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]:

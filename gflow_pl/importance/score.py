@@ -19,7 +19,6 @@ from gflow_pl.importance.batches import (
     take_whole,
     to_device,
 )
-from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.formula import FilterFormula, rows_of, step_average, values_of
 from gflow_pl.importance.gradients import (
     LogitsFn,
@@ -37,9 +36,10 @@ from gflow_pl.importance.layers import (
     say_what_stands_in,
     unique_refs,
 )
-from gflow_pl.importance.ranks import Ranks, Reduce
-from gflow_pl.importance.registry import resolve_measure
-from gflow_pl.types import Scores
+from gflow_pl.importance.measures import resolve_measure
+from gflow_pl.importance.reduction import Ranks, Reduce
+from gflow_pl.importance.scoring_mode import scoring_mode
+from gflow_pl.values import Scores
 
 __all__ = ["checked_temperature", "private_generator", "score_filters"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+
+from gflow_pl.common.attention import attention_fast_path_disabled
 
 __all__ = ["Counts", "count_network", "state_bytes"]
 
@@ -136,7 +137,7 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[dict[str, int], 
         module.register_forward_pre_hook(partial(enter, name), prepend=True)
         module.register_forward_hook(partial(leave, name))
     listener = _Uncounted(counter)
-    with torch.no_grad(), _no_fused_attention(), counter, listener:
+    with torch.no_grad(), attention_fast_path_disabled(), counter, listener:
         model(*arguments)
     return own, listener.calls
 
@@ -155,14 +156,3 @@ class _Uncounted(TorchDispatchMode):
         if self._counter.get_total_flops() == before and not getattr(func, "is_view", False):
             self.calls[str(func).split(".")[1]] += 1
         return out
-
-
-@contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    """Transformer layers step by step: the fused kernel of evaluation mode has no formula."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

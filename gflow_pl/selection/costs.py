@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gflow_pl.channels.graph import ChannelGraph
+    from gflow_pl.values import ChannelGraph
 
 __all__ = ["cost_after"]
 

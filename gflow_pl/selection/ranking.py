@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from gflow_pl.types import ChannelGroup, Layer, Scores
+from gflow_pl.values import ChannelGroup, Layer, Scores
 
 __all__ = ["SCOPES", "UNIT_SCORES", "Ranking", "Scope", "UnitScore", "rank_units"]
 

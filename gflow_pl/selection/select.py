@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gflow_pl.selection.costs import CostModel
-from gflow_pl.selection.protection import groups_named, protect_units
+from gflow_pl.selection.floors import groups_named, protect_units
 from gflow_pl.selection.ranking import SCOPES, UNIT_SCORES, Ranking, Scope, UnitScore, rank_units
 from gflow_pl.selection.schedule import percent_hint
-from gflow_pl.types import KeepPlan, Scores
+from gflow_pl.values import KeepPlan, Scores
 
 if TYPE_CHECKING:
-    from gflow_pl.channels.graph import ChannelGraph
+    from gflow_pl.values import ChannelGraph
 
 __all__ = ["TARGETS", "Target", "select_units"]
 

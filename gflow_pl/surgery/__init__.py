@@ -1,6 +1,5 @@
 """Rewriting networks exactly, and keeping their shape in files; why a unit goes is none of its business."""
 
-from gflow_pl.surgery.atomic import atomic_save
 from gflow_pl.surgery.checkpoint import (
     StructureMixin,
     add_structure,
@@ -11,16 +10,15 @@ from gflow_pl.surgery.checkpoint import (
 )
 from gflow_pl.surgery.emptied import drop_empty_parameters
 from gflow_pl.surgery.expansion import scatter_output
+from gflow_pl.surgery.module_structure import apply_structure, structure_of
 from gflow_pl.surgery.optimizer_state import drop_state
 from gflow_pl.surgery.rewrite import rewrite
-from gflow_pl.surgery.structure import apply_structure, structure_of
 
 __all__ = [
     "StructureMixin",
     "add_structure",
     "apply_from_checkpoint",
     "apply_structure",
-    "atomic_save",
     "drop_empty_parameters",
     "drop_state",
     "load_from_checkpoint",

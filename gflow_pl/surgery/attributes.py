@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gflow_pl.channels.attributes import shape_attributes
 from gflow_pl.surgery.tensors import TensorTable
+from gflow_pl.values.module_sizes import shape_attributes
 
 __all__ = [
     "conv_groups",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gflow_pl.surgery.atomic import atomic_save
-from gflow_pl.surgery.structure import apply_structure, structure_of
+from gflow_pl.files import atomic_save
+from gflow_pl.surgery.module_structure import apply_structure, structure_of
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

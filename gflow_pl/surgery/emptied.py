@@ -19,9 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from gflow_pl.channels.graph import ChannelGraph
-from gflow_pl.surgery.decisions import Decision
-from gflow_pl.types import ChannelGroup, Slice
+from gflow_pl.surgery.plan_masks import Decision
+from gflow_pl.values import ChannelGraph, ChannelGroup, Slice
 
 __all__ = ["dead_groups", "drop_empty_parameters", "follow_emptiness", "output_width"]
 

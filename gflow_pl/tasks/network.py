@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.models import build
 
 __all__ = ["HANDED_OVER", "build_network", "check_classifies", "hyper_parameter"]
@@ -70,19 +71,14 @@ def check_classifies(network: nn.Module, num_classes: int, image_size: int) -> N
     name = type(network).__name__
     if next(network.parameters(), None) is None:
         raise ValueError(f"`network`: {name} has no weights to train.")
-    flags = {module: module.training for module in network.modules()}
     try:
-        network.eval()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with evaluation_mode(network), torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = network(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"`network`: {name} does not run on images of 3x{image_size}x{image_size} ({reason})."
         ) from error
-    finally:
-        for module, training in flags.items():
-            module.training = training
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes):
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gflow_pl.models import is_published, read_checkpoint, strip_prefix
 from gflow_pl.surgery import apply_structure, structure_of
-from gflow_pl.types import Structure
+from gflow_pl.values import Structure
 
 __all__ = ["load_pretrained", "read_file"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from gflow_pl.callbacks.held_rate import HeldRate
-from gflow_pl.callbacks.rng import private_rng, restore_rng, rng_state
-from gflow_pl.callbacks.settings import CutTimes
+from gflow_pl.callbacks.lightning.held_lr import HeldRate
+from gflow_pl.callbacks.lightning.rng import private_rng, restore_rng, rng_state
+from gflow_pl.callbacks.pruning_settings import CutTimes
 
 
 def test_round_k_is_cut_at_the_start_of_epoch_warmup_plus_k() -> None:

@@ -26,7 +26,7 @@ from small_nets import SmallModule, images, loader, trainer
 
 import gflow_pl
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.refusals import refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
 
 
 def shuffled(number: int = 64) -> DataLoader:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, loader, trainer
 
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.tracking import StepGradients, Tracking, in_window
+from gflow_pl.callbacks.tracked_scoring import StepGradients, Tracking, in_window
 from gflow_pl.importance import TrackedBiasedLoss, Tracker
 
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05

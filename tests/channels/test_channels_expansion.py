@@ -11,7 +11,7 @@ from torch import nn
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
 from gflow_pl.surgery import apply_structure, rewrite, structure_of
-from gflow_pl.types import Expansion
+from gflow_pl.values import Expansion
 
 
 class PreActivation(nn.Module):

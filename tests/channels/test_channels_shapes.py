@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from gflow_pl.channels import shapes as shapes_module
-from gflow_pl.channels.shapes import Shapes
+from gflow_pl.channels import shape_cache as shapes_module
+from gflow_pl.channels.shape_cache import Shapes
 
 ATEN = torch.ops.aten
 META = torch.device("meta")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gflow_pl.channels import trace_channels
-from gflow_pl.channels.stage import Stage
+from gflow_pl.channels.forward_runner import Stage
 
 
 class Meddlesome(nn.Module):

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 from gflow_pl import models
 from gflow_pl.importance import Tracker, measure_names, resolve_measure, score, score_filters
 from gflow_pl.importance.batches import map_tensors
-from gflow_pl.importance.evaluation import scoring_mode
 from gflow_pl.importance.gradients import loss_function
 from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
+from gflow_pl.importance.hessian_strategies import WAYS
 from gflow_pl.importance.layers import find_layers, unique_refs
-from gflow_pl.importance.ways import WAYS
+from gflow_pl.importance.scoring_mode import scoring_mode
 from gflow_pl.tasks import ImageClassifier
-from gflow_pl.types import Scores
+from gflow_pl.values import Scores
 
 BY_NAME = pytest.mark.parametrize("measure", measure_names())
 HESSIAN = [name for name in measure_names() if resolve_measure(name).needs_hessian]

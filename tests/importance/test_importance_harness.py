@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gflow_pl import importance
 from gflow_pl.importance import Importance, measure_names, resolve_measure, score_filters
-from gflow_pl.types import Scores
+from gflow_pl.values import Scores
 
 CLASSES = [
     cls

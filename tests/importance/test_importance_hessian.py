@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gflow_pl import models, rewrite, select_units, trace_channels
-from gflow_pl.importance import hessian, measure_names, resolve_measure, score_filters, ways
-from gflow_pl.importance.evaluation import scoring_mode
+from gflow_pl.importance import hessian, hessian_strategies, measure_names, resolve_measure, score_filters
 from gflow_pl.importance.gradients import graph_nodes, loss_function
 from gflow_pl.importance.hessian import HessianProducts, flow_tensors, second_order_kernels
 from gflow_pl.importance.layers import find_layers, unique_refs
-from gflow_pl.importance.ranks import Ranks
+from gflow_pl.importance.reduction import Ranks
+from gflow_pl.importance.scoring_mode import scoring_mode
 
 WAYS = ("reverse_over_forward", "forward_over_reverse", "double_backward")
 
@@ -159,7 +159,7 @@ OPERATORS = {
 
 
 def test_every_operator_of_the_first_way_is_shown_to_allow_it():
-    assert set(OPERATORS) == ways._FORWARD_TWICE
+    assert set(OPERATORS) == hessian_strategies._FORWARD_TWICE
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -242,8 +242,8 @@ def test_the_way_follows_from_facts_of_the_model():
 def test_every_network_of_ours_goes_the_cheapest_way(name):
     net = getattr(models, name)(num_classes=10).eval()
     batch = (torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
-    _, facts = ways.watched_loss(net, batch, loss_function(None, None, 5.0))
-    assert ways.possible_ways(flow_tensors(net, find_layers(net)), facts)[0] == "reverse_over_forward"
+    _, facts = hessian_strategies.watched_loss(net, batch, loss_function(None, None, 5.0))
+    assert hessian_strategies.possible_ways(flow_tensors(net, find_layers(net)), facts)[0] == "reverse_over_forward"
 
 
 def test_a_network_whose_filters_were_cut_out_is_still_differentiated_the_cheapest_way():
@@ -432,8 +432,10 @@ def test_a_batch_that_takes_another_branch_gets_a_way_of_its_own(branch, monkeyp
     def noted(way, product):
         return lambda *args: taken.append((way, len(args[4][0]))) or product(*args)
 
-    monkeypatch.setattr(ways, "WAYS", {way: noted(way, product) for way, product in ways.WAYS.items()})
-    monkeypatch.setattr(hessian, "WAYS", ways.WAYS)
+    monkeypatch.setattr(
+        hessian_strategies, "WAYS", {way: noted(way, product) for way, product in hessian_strategies.WAYS.items()}
+    )
+    monkeypatch.setattr(hessian, "WAYS", hessian_strategies.WAYS)
     first, ours = products(net, batches)
     assert first == "reverse_over_forward"
     assert [way for way, size in taken if size == 6].count("reverse_over_forward") == 3

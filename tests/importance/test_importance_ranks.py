@@ -7,7 +7,7 @@ from importance_nets import class_batches, largest_difference, mixed
 
 from gflow_pl import select_units, trace_channels
 from gflow_pl.importance import Tracker, measure_names, score_filters
-from gflow_pl.importance.ranks import Ranks
+from gflow_pl.importance.reduction import Ranks
 
 
 def average(tensor):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflow_pl.importance import batches, measure_names, resolve_measure, score_filters
 from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, map_tensors, take_whole, to_device
-from gflow_pl.importance.ranks import Ranks
+from gflow_pl.importance.reduction import Ranks
 
 
 def counted(batches, drawn):

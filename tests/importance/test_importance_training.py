@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from gflow_pl import PruningCallback
-from gflow_pl.importance.computed import ComputedWeights
+from gflow_pl.importance.derived_weights import ComputedWeights
 
 KINDS = pytest.mark.parametrize("kind", ["parametrizations", "hooks"])
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05

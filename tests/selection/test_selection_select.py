@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.selection import cost_after, select_units
-from gflow_pl.types import ChannelGroup, Expansion, KeepPlan, Layer, LayerUnits, Scores, Slice
+from gflow_pl.values import ChannelGraph, ChannelGroup, Expansion, KeepPlan, Layer, LayerUnits, Scores, Slice
 
 
 def group(name, size, *, kind="remove", width=1, voters=None, followers=(), original=None, kept=None, slices=()):

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gflow_pl.channels.graph import ChannelGraph
-from gflow_pl.types import ChannelGroup, Expansion, KeepPlan, Layer, LayerUnits, Slice
+from gflow_pl.values import ChannelGraph, ChannelGroup, Expansion, KeepPlan, Layer, LayerUnits, Slice
 
 
 def column(*ranges):

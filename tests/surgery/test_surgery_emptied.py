@@ -8,7 +8,7 @@ from torch import nn
 
 from gflow_pl.surgery import apply_structure, drop_empty_parameters, rewrite, structure_of
 from gflow_pl.surgery.emptied import follow_emptiness, runs_no_more
-from gflow_pl.types import Expansion, Slice, Structure
+from gflow_pl.values import Expansion, Slice, Structure
 
 NOTHING = torch.zeros(6, dtype=torch.bool)
 

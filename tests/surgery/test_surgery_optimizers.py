@@ -10,7 +10,7 @@ from hand_graphs import Plain, build, column, example, group, make_graph, random
 from torch import nn
 
 from gflow_pl.surgery import drop_state, rewrite
-from gflow_pl.types import LayerUnits, Slice
+from gflow_pl.values import LayerUnits, Slice
 
 
 class Convs(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from gflow_pl.surgery import apply_structure, rewrite, structure_of
 from gflow_pl.surgery.expansion import scatter_output
-from gflow_pl.types import LayerUnits, Slice, Structure
+from gflow_pl.values import LayerUnits, Slice, Structure
 
 
 def pruned(name, seed=0, dtype=torch.float64):

@@ -12,7 +12,7 @@ from torch import nn
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
 from gflow_pl.surgery import apply_structure, rewrite, structure_of
-from gflow_pl.types import KeepPlan, Structure
+from gflow_pl.values import KeepPlan, Structure
 
 NETWORKS = {
     "vgg13": models.vgg13,

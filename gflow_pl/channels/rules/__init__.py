@@ -1,0 +1,1 @@
+"""What every operator does to the channels of its operands."""

@@ -1,0 +1,186 @@
+"""Rules of reshaping: which old dims a new dim is made of, and what a split or a merge couples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from gflow_pl.channels.constraints import Nodes
+from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+
+__all__ = ["VIEWS"]
+
+Dims = tuple[int, ...]
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[Dims, Dims]]:
+    """The smallest runs of old and new dims that hold the same number of elements."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        start_i, start_j = i, j
+        left, right = old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        yield tuple(range(start_i, i)), tuple(range(start_j, j))
+    if i < len(old) or j < len(new):
+        yield tuple(range(i, len(old))), tuple(range(j, len(new)))
+
+
+def _view(t: Recorder, op: Op) -> None:
+    x, out = op.tensors[0], op.out
+    tag = t.tag(x)
+    before = _without_kernel(t, tag.labels, x.shape)
+    labels: Labels = [None] * out.ndim
+    if 0 in x.shape:
+        for label in tag.labels:
+            t.book.freeze(label, "a tensor without elements")
+        t.put(out, labels, (), tag.uniform)
+        return
+    zero: set[int] = set()
+    for olds, news in _blocks(x.shape, out.shape):
+        if len(olds) == len(news) == 1:
+            labels[news[0]] = _whole(t, before[olds[0]], news[0])
+            zero |= {news[0]} if olds[0] in tag.zero else set()
+            continue
+        tracked = [dim for dim in olds if before[dim] is not None]
+        for dim in tracked:
+            if x.shape[dim] == 1:
+                t.book.freeze(before[dim], "a single channel")
+        tracked = [dim for dim in tracked if x.shape[dim] > 1]
+        for dim in tracked[:-1]:
+            t.book.freeze(before[dim], "merged with another dim whose channels move")
+        if tracked:
+            dim = tracked[-1]
+            kept = _through_block(
+                t, before[dim], olds.index(dim), [x.shape[d] for d in olds], [out.shape[d] for d in news]
+            )
+            if kept is not None:
+                labels[news[0] + kept[0]] = kept[1]
+                zero |= {news[0] + kept[0]} if dim in tag.zero else set()
+    t.put(out, labels, zero, tag.uniform)
+
+
+def _in_convolution(t: Recorder) -> bool:
+    return bool(t.stack) and isinstance(t.stack[-1][1], _ConvNd)
+
+
+def _without_kernel(t: Recorder, labels: Labels, shape: Sequence[int]) -> Labels:
+    """The dims of a convolution's kernel never move; so its inputs may be merged with them."""
+    if not _in_convolution(t) or tuple(shape[2:]) != tuple(t.stack[-1][1].kernel_size):  # type: ignore[arg-type]
+        return labels
+    for label in labels[2:]:
+        t.book.freeze(label, "a spatial dim of a kernel")
+    return [*labels[:2], *[None] * len(labels[2:])]
+
+
+def _whole(t: Recorder, label: Nodes | None, dim: int) -> Nodes | None:
+    """A dim that stays one dim: its size may be one that the module keeps."""
+    attributes: list[tuple[str, str]] = []
+    if label is not None and not (t.stack and type(t.stack[-1][1]) is nn.Linear):  # torch's own views ask the tensor
+        attributes = [*t.attributes_like(len(label)), *_in_a_list(t, len(label))]
+    choice = t.choose(len(attributes) + 1, part=dim, plain=True) if attributes else 0
+    if choice and label is not None:
+        t.follows(*attributes[choice - 1], label)
+    return label
+
+
+def _in_a_list(t: Recorder, size: int) -> list[tuple[str, str]]:
+    """(module, attribute[place]) of sizes that the running module keeps in a tuple or list, such as a shape."""
+    if not t.stack or size < 2:
+        return []
+    name, module = t.stack[-1]
+    lists = [(key, value) for key, value in vars(module).items() if isinstance(value, (list, tuple))]
+    return [
+        (name, f"{key}[{i}]")
+        for key, value in lists
+        for i, item in enumerate(value)
+        if type(item) is int and item == size
+    ]
+
+
+def _through_block(
+    t: Recorder, label: Nodes | None, dim: int, old: list[int], new: list[int]
+) -> tuple[int, Nodes] | None:
+    """The new dim (within the block) that carries on the labels of an old one, and its labels."""
+    assert label is not None
+    shape = [1] * len(old)
+    shape[dim] = old[dim]
+    numbers = _first_alike(label) if _in_convolution(t) else np.arange(old[dim])
+    positions = np.broadcast_to(numbers.reshape(shape), old).reshape(new)
+    varying = [d for d in range(len(new)) if (positions != positions.take([0], axis=d)).any()]
+    for d in range(len(new)):
+        if d not in varying:
+            positions = positions.take([0], axis=d)
+    ways = _ways(t, new, varying)
+    choice = t.choose(len(ways) + 1, plain=len(varying) == 1, alike=(len(old), len(new))) if len(ways) > 1 else 0
+    if choice == len(ways):
+        t.book.freeze(label, "a view with sizes that do not follow the channels")
+        return None
+    way = ways[choice]
+    rows = np.moveaxis(positions, way.kept, 0).reshape(new[way.kept], -1)
+    t.book.join_rows(label[rows])
+    own = label[rows[:, 0]]
+    if way.attribute is not None:
+        t.follows(*way.attribute, own)
+    if way.stream is not None:
+        for column in way.stream.T:
+            t.book.join(own, column)
+    return way.kept, own
+
+
+def _first_alike(label: Nodes) -> Nodes:
+    """Per position, the first one of the same node: weights that were merged with the kernel come apart again."""
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """One way to understand a view: which new dim keeps the channels, and what its size follows.
+
+    Attributes:
+        kept: The new dim that moves; over the others the channels are coupled.
+        attribute: (module, attribute) that counts its positions.
+        stream: (positions, width) channels of the running module's input that its positions go with.
+    """
+
+    kept: int
+    attribute: tuple[str, str] | None = None
+    stream: Nodes | None = None
+
+
+def _ways(t: Recorder, new: list[int], varying: list[int]) -> list[_Way]:
+    """Sizes computed from the channels first, then sizes that the module keeps, then sizes of its input."""
+    if len(varying) > 2 and new[varying[0]] <= 4:
+        varying = varying[1:]  # a stack of queries, keys and values; its parts are told apart by number
+    ways = [_Way(dim) for dim in reversed(varying)]
+    ways += [_Way(dim, attribute) for dim in varying for attribute in t.attributes_like(new[dim])]
+    for dim in reversed(varying):
+        stream = _stream(t, new, dim)
+        if stream is not None:
+            attributes = t.attributes_like(new[dim]) if len(varying) > 1 else []
+            ways += [_Way(dim, attribute, stream) for attribute in (None, *attributes[:2])]
+    return ways
+
+
+def _stream(t: Recorder, new: list[int], dim: int) -> Nodes | None:
+    """The input's channels that go with every position of the new dim, alone or together with a neighbouring dim."""
+    own = t.input_channels(new[dim])
+    if own is not None:
+        return own[:, None]
+    if dim + 1 < len(new) and (both := t.input_channels(new[dim] * new[dim + 1])) is not None:
+        return both.reshape(new[dim], -1)
+    if dim and (both := t.input_channels(new[dim - 1] * new[dim])) is not None:
+        return both.reshape(-1, new[dim]).T
+    return None
+
+
+VIEWS: dict[str, Rule] = dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], _view)

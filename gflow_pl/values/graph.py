@@ -1,0 +1,186 @@
+"""The answer of a trace: which channels belong together, and why the rest is frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from gflow_pl.values.groups import ChannelGroup, Expansion, Layer, LayerUnits, Slice
+
+__all__ = ["ChannelGraph"]
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """Names and integers only: serves the model, a deepcopy, an EMA copy and the initial weights alike.
+
+    `rewrite` keeps it up to date, so that repeated rounds need no new trace.
+
+    Attributes:
+        groups: The groups of units that can be removed or expanded, in the order of the network.
+        frozen: Layer name to the reason why (some of) its filters cannot be pruned.
+        layers: Every conv, transposed conv and linear layer that is called as a module, by name.
+        shapes: Every parameter and buffer by name, with its present shape.
+        uses: Weight name to the multiply-accumulates of one example per element of that weight; times the
+            number of elements in `shapes` this gives the cost of the layer before and after any plan.
+        patches: Module name to the whole numbers (num_heads, split sizes, ...) that follow the groups, each as
+            ``{attribute: {"base": int, "per_unit": {group name: int}}}``: what stays, and what every unit present adds.
+            "splits[1]" is element 1 of the list `splits`.
+        buffers: The names in `shapes` that are buffers, which no count of parameters includes.
+    """
+
+    groups: list[ChannelGroup]
+    frozen: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)
+    patches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of that name.
+
+        Raises:
+            KeyError: There is none; the message lists those that exist.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"No group '{name}'. Known: {', '.join(g.name for g in self.groups)}.")
+
+    def patched_attributes(self, groups: Iterable[ChannelGroup]) -> dict[str, dict[str, Any]]:
+        """The numbers that modules keep beside their tensors, once the groups are these.
+
+        Args:
+            groups: The groups after a plan (those of `self.groups` for the numbers as they are).
+
+        Returns:
+            Module name to attribute to its new value: an int, or a list of ints.
+        """
+        sizes = {group.name: group.size for group in groups}
+        patched: dict[str, dict[str, Any]] = {}
+        for module, attributes in self.patches.items():
+            values = patched.setdefault(module, {})
+            for attribute, rule in attributes.items():
+                value = rule["base"] + sum(count * sizes[name] for name, count in rule["per_unit"].items())
+                name, _, place = attribute.partition("[")
+                if place:
+                    parts = values.setdefault(name, [])
+                    parts += [None] * (int(place[:-1]) + 1 - len(parts))
+                    parts[int(place[:-1])] = value
+                else:
+                    values[attribute] = value
+        return patched
+
+    @property
+    def num_filters(self) -> int:
+        """Filters present now in the layers that stand in groups (what a fraction is a fraction of)."""
+        return sum(group.num_filters for group in self.groups)
+
+    def coverage(self) -> float:
+        """Share of conv and linear output channels that can be pruned; the model's outputs are not counted."""
+        prunable: dict[str, int] = {}
+        for group in self.groups:
+            for part in group.layers:
+                prunable[part.layer] = prunable.get(part.layer, 0) + part.index.size
+        counted = [layer for layer in self.layers.values() if not layer.is_output]
+        total = sum(layer.num_filters for layer in counted)
+        return sum(prunable.get(layer.name, 0) for layer in counted) / total if total else 0.0
+
+    def copy(self) -> ChannelGraph:
+        """An independent copy, for a second rewrite of the same plan."""
+        return copy.copy(self).updated(list(self.groups), dict(self.shapes), dict(self.layers))
+
+    def updated(
+        self, groups: list[ChannelGroup], shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Layer]
+    ) -> ChannelGraph:
+        """Replace what a rewrite changes, in place; returns the graph itself."""
+        self.groups, self.shapes, self.layers = groups, dict(shapes), dict(layers)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: names, numbers and integer tensors; loads with ``weights_only=True``."""
+        return {
+            "version": 1,
+            "groups": [_group_to_plain(group) for group in self.groups],
+            "frozen": dict(self.frozen),
+            "layers": [asdict(layer) for layer in self.layers.values()],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "uses": dict(self.uses),
+            "patches": _plain(self.patches),
+            "buffers": sorted(self.buffers),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ChannelGraph:
+        """The graph that `as_dict` described.
+
+        Raises:
+            ValueError: The data is of another version.
+        """
+        if data.get("version") != 1:
+            raise ValueError(f"Channel graph: expected plain data of version 1, got {data.get('version')!r}.")
+        return cls(
+            groups=[_group_from_plain(group) for group in data["groups"]],
+            frozen=dict(data["frozen"]),
+            layers={layer["name"]: Layer(**layer) for layer in data["layers"]},
+            shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+            uses=dict(data["uses"]),
+            patches=data["patches"],
+            buffers=frozenset(data["buffers"]),
+        )
+
+    def __str__(self) -> str:
+        in_groups: dict[str, list[ChannelGroup]] = {}
+        for group in self.groups:
+            for part in group.layers:
+                in_groups.setdefault(part.layer, []).append(group)
+        rows = [("layer", "filters", "group", "what happens")]
+        for layer in self.layers.values():
+            groups = in_groups.get(layer.name, [])
+            names = ", ".join(dict.fromkeys(g.name for g in groups)) or "-"
+            what = ", ".join(dict.fromkeys({"remove": "removed", "expand": "expanded"}[g.kind] for g in groups))
+            inexact = next((g.inexact for g in groups if g.inexact), None)
+            if inexact:
+                what += f" (not exact: {inexact})"
+            if layer.name in self.frozen:
+                what = f"{what}; " * bool(what) + f"frozen: {self.frozen[layer.name]}"
+            rows.append((layer.name, str(layer.num_filters), names, what))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Dicts and lists all the way down; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _group_to_plain(group: ChannelGroup) -> dict[str, Any]:
+    plain = {name: getattr(group, name) for name in ("name", "kind", "original_size", "filters", "inexact")}
+    return {
+        **plain,
+        "kept": torch.tensor(group.kept, dtype=torch.int64),
+        "layers": [{"layer": p.layer, "index": torch.tensor(p.index), "votes": p.votes} for p in group.layers],
+        "slices": [{"tensor": s.tensor, "dim": s.dim, "index": torch.tensor(s.index)} for s in group.slices],
+        "expansion": None if group.expansion is None else asdict(group.expansion),
+    }
+
+
+def _group_from_plain(data: dict[str, Any]) -> ChannelGroup:
+    return ChannelGroup(
+        **{name: data[name] for name in ("name", "kind", "original_size", "filters", "inexact")},
+        kept=tuple(data["kept"].tolist()),
+        layers=tuple(LayerUnits(p["layer"], p["index"].cpu().numpy(), p["votes"]) for p in data["layers"]),
+        slices=tuple(Slice(s["tensor"], s["dim"], s["index"].cpu().numpy()) for s in data["slices"]),
+        expansion=None if data["expansion"] is None else Expansion(**data["expansion"]),
+    )
