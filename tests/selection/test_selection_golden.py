@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gflow_pl.channels.graph import ChannelGraph
 from gflow_pl.types import ChannelGroup, Expansion, LayerUnits, Slice
 
 from gflow_pl.selection import PruningSchedule, cost_after, select_units
+from gflow_pl.values import ChannelGraph
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
 STEM = {"vgg": (), "resnet56": ("conv1",)}
