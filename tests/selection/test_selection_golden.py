@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gflow_pl.types import ChannelGroup, Expansion, LayerUnits, Slice
 
 from gflow_pl.selection import PruningSchedule, cost_after, select_units
-from gflow_pl.values import ChannelGraph
+from gflow_pl.values import ChannelGraph, ChannelGroup, Expansion, LayerUnits, Slice
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
 STEM = {"vgg": (), "resnet56": ("conv1",)}
