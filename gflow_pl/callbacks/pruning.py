@@ -21,7 +21,7 @@ from gflow_pl.callbacks.lightning.held_lr import HeldRate
 from gflow_pl.callbacks.lightning.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
 from gflow_pl.callbacks.lightning.rng import private_rng, rng_state
 from gflow_pl.callbacks.lightning.training_loss import gives_a_loss, quiet, training_loss
-from gflow_pl.callbacks.lightning.unsupported import refuse_optimizers, refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
 from gflow_pl.callbacks.pruning_settings import CutTimes, check_arguments
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
 from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
@@ -31,6 +31,7 @@ from gflow_pl.callbacks.tracked_scoring import Tracking
 from gflow_pl.importance import Importance, Tracker, resolve_measure
 from gflow_pl.selection import PruningSchedule, select_units
 from gflow_pl.selection.floors import groups_named
+from gflow_pl.surgery import check_optimizers
 from gflow_pl.values import ChannelGraph, KeepPlan, Scores
 
 __all__ = ["PruningCallback"]
@@ -268,7 +269,11 @@ class PruningCallback(CarriesStructure):
         if not self.finished:
             if not getattr(trainer, "fast_dev_run", False) and not self._decides_otherwise:
                 self.times.check_fits(trainer.max_epochs)
-            refuse_optimizers(trainer.strategy.optimizers, keep_momentum=self.keep_momentum)
+            check_optimizers(
+                trainer.strategy.optimizers,
+                keep_state=self.keep_momentum,
+                remedy="set keep_momentum to false",
+            )
         if self.bias == "distance_from_init" and self._initial is None:
             self._initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
         if self._initial is not None:

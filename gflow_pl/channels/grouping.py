@@ -9,8 +9,9 @@ import numpy as np
 
 from gflow_pl.channels.constraints import Nodes
 from gflow_pl.channels.expansions import Cuts, connected
-from gflow_pl.channels.record import INDEX, LayerFacts, Survey
+from gflow_pl.channels.record import LayerFacts, Survey
 from gflow_pl.values import ChannelGroup, Expansion, LayerUnits, Slice
+from gflow_pl.values.expansion_names import is_index_buffer
 
 __all__ = ["Partition", "partition"]
 
@@ -254,7 +255,7 @@ class _Grouping:
             kept=tuple(range(len(unit_roots))),
             filters=sum(part.index.shape[1] for part in layers),
             layers=tuple(layers),
-            slices=tuple(part for part in slices if not part.tensor.endswith(INDEX)),
+            slices=tuple(part for part in slices if not is_index_buffer(part.tensor)),
             expansion=None if expanded < 0 else self._expansion(self.layers[expanded]),
             inexact=None if soft < 0 else self.roots.soft_reasons[soft],
         )

@@ -18,11 +18,10 @@ from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules.elementwise import pointwise, unknown
 from gflow_pl.channels.rules.registry import RULES
 from gflow_pl.common.nested import tensors_in
+from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["LayerFacts", "Survey", "is_channel_norm", "survey"]
 
-INDEX = "_gflow_index"
-INPUT_INDEX = "_input_gflow_index"
 _WEIGHTS = ("weight", "weight_v", "weight_orig")
 _PARAMETRIZED = ("original", "original1")
 
@@ -263,11 +262,11 @@ def survey(
     names = {id(stand_ins[key]): name for key, name in first_names.items()}
     found = Survey(Book())
     found.expanded = {
-        name: (int(vars(module)["_gflow_dim"]), int(vars(module)["_gflow_width"]))
+        name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
         for name, module in stage.modules.items()
-        if INDEX in module._buffers
+        if EXPANSION.index in module._buffers
     }
-    found.gathering = {name for name, module in stage.modules.items() if INPUT_INDEX in module._buffers}
+    found.gathering = {name for name, module in stage.modules.items() if GATHER.index in module._buffers}
     for training in (True, False):
         recorder = Recorder(
             found.book,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -10,10 +10,12 @@ from gflow_pl.channels.constraints import Nodes
 from gflow_pl.channels.expansions import STREAM, Cuts, present_cuts, residual_cuts
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition, partition
-from gflow_pl.channels.record import INDEX, Survey, survey
+from gflow_pl.channels.record import Survey, survey
 from gflow_pl.channels.verify import Probe
 from gflow_pl.common.snapshot import uncollected
 from gflow_pl.values import ChannelGraph, Layer
+from gflow_pl.values.choices import Frozen, Residual, check_choice
+from gflow_pl.values.expansion_names import is_index_buffer
 
 __all__ = ["trace_channels"]
 
@@ -26,9 +28,9 @@ def trace_channels(
     model: nn.Module,
     example_inputs: Any,
     *,
-    residual: Literal["expand", "remove"] = "expand",
+    residual: Residual = "expand",
     exact_only: bool = False,
-    frozen: Literal["keep", "expand"] = "keep",
+    frozen: Frozen = "keep",
 ) -> ChannelGraph:
     """Finds which channels of a network belong together and can go, for any module and without hints.
 
@@ -60,9 +62,8 @@ def trace_channels(
         0      8        0      removed
         4      10       -      frozen: the model's output
     """
-    for name, value, valid in (("residual", residual, ("expand", "remove")), ("frozen", frozen, ("keep", "expand"))):
-        if value not in valid:
-            raise ValueError(f"trace_channels: `{name}` must be one of {', '.join(map(repr, valid))}, got {value!r}.")
+    check_choice("residual", residual, Residual, caller="trace_channels")
+    check_choice("frozen", frozen, Frozen, caller="trace_channels")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with uncollected():
         return _traced(model, args, residual, exact_only, frozen)
@@ -139,7 +140,7 @@ def _partition(
 
 
 def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:
-    tensors = {name: x for name, x in stage.tensors.items() if not name.endswith(INDEX)}
+    tensors = {name: x for name, x in stage.tensors.items() if not is_index_buffer(name)}
     order = [name for name in stage.modules if name in found.layers]
     layers: dict[str, Layer] = {}
     uses: dict[str, int] = {}
@@ -163,5 +164,5 @@ def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:
         shapes={name: tuple(x.shape) for name, x in tensors.items()},
         uses=uses,
         patches=dict(parts.patches),
-        buffers=frozenset(name for name, _ in stage.model.named_buffers() if not name.endswith(INDEX)),
+        buffers=frozenset(name for name, _ in stage.model.named_buffers() if not is_index_buffer(name)),
     )

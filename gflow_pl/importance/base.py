@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from gflow_pl.importance.layers import Reads
+from gflow_pl.values.choices import Bias
 
 __all__ = ["Bias", "Importance", "Statistic"]
 
 Statistic = Literal["weights", "noise", "gradient", "squared_gradient", "hessian_product"]
-Bias = Literal["none", "magnitude", "distance_from_init"]
 
 
 class Importance(ABC):

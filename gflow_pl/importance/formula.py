@@ -8,16 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gflow_pl.importance.base import Bias, Importance
+from gflow_pl.importance.base import Importance
 from gflow_pl.importance.gradients import accumulator_dtype
 from gflow_pl.importance.layers import ScoredLayer, gradient_rows, unique_refs, weight_rows
 from gflow_pl.values import Scores
+from gflow_pl.values.choices import Bias, check_choice
 
 __all__ = ["FilterFormula", "rows_of", "step_average", "values_of"]
 
 log = logging.getLogger(__name__)
-
-_BIASES = ("none", "magnitude", "distance_from_init")
 
 
 def values_of(layers: list[ScoredLayer], measure: Importance) -> dict[str, Tensor]:
@@ -49,8 +48,8 @@ class FilterFormula:
     def __init__(
         self, measure: Importance, bias: Bias | None = None, initial_state: Mapping[str, Tensor] | None = None
     ) -> None:
-        if bias is not None and bias not in _BIASES:
-            raise ValueError(f"Unknown bias {bias!r}. Known: {', '.join(_BIASES)}.")
+        if bias is not None:
+            check_choice("bias", bias, Bias)
         if bias == "distance_from_init" and initial_state is None:
             raise ValueError("The bias 'distance_from_init' needs `initial_state`: the initial weights by name.")
         if bias not in (None, "none") and not measure.needs_gradients:

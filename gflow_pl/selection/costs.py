@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gflow_pl.values import ChannelGraph
+from gflow_pl.values import ChannelGraph
 
 __all__ = ["cost_after"]
 

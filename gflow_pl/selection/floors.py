@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterable
 
 import numpy as np
 
 from gflow_pl.selection.ranking import Ranking
+from gflow_pl.selection.rounding import ceil_count
 from gflow_pl.values import ChannelGroup
 
 __all__ = ["floor_of", "groups_named", "protect_units"]
@@ -19,8 +19,7 @@ def floor_of(group: ChannelGroup, min_kept: float) -> int:
 
     A group whose units are expanded (zeros stand in for them) may be emptied, with `min_kept` 0 only.
     """
-    # The slack keeps 0.07 * 100, which is 7.000000000000001 in floats, at 7.
-    floor = math.ceil(min_kept * group.original_size - 1e-9)
+    floor = ceil_count(min_kept * group.original_size)
     return max(floor, 1) if group.kind == "remove" else floor
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from gflow_pl.values import ChannelGroup, Layer, Scores
+from gflow_pl.values.choices import Scope, UnitScore
 
-__all__ = ["SCOPES", "UNIT_SCORES", "Ranking", "Scope", "UnitScore", "rank_units"]
-
-UnitScore = Literal["mean", "sum", "max"]
-Scope = Literal["global", "layer"]
+__all__ = ["Ranking", "rank_units"]
 
 # How the scores of the channels, and then of the layers, that a unit holds become the score of the unit.
-UNIT_SCORES: Mapping[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
-SCOPES = ("global", "layer")
+_REDUCTIONS: Mapping[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +71,7 @@ def rank_units(
     vectors = _to_numpy(scores, [name for group in voters for name in group])
     for name, vector in vectors.items():
         _check_length(name, len(vector), voters, layers)
-    reduce = UNIT_SCORES[unit_score]
+    reduce = _REDUCTIONS[unit_score]
     starts = np.cumsum([0, *(group.size for group in groups)])
     values = np.zeros(starts[-1])
     unscored = []

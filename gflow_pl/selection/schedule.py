@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["PruningSchedule", "round_fraction"]
+from gflow_pl.selection.rounding import floor_count
 
-# A count of filters is the floor of a product of floats: what is an integer on paper must not fall below it.
-_SLACK = 1e-9
+__all__ = ["PruningSchedule", "round_fraction"]
 
 
 def round_fraction(k: int, num_rounds: int, fraction: float) -> float:
@@ -145,7 +143,7 @@ class PruningSchedule:
         Returns:
             A number in [0, present].
         """
-        gone = math.floor((1 - self.kept_after(k)) * original + _SLACK)
+        gone = floor_count((1 - self.kept_after(k)) * original)
         return min(max(present - (original - gone), 0), present)
 
     def _exact_fraction_of(self, k: int) -> float:

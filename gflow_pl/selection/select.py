@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -13,20 +11,13 @@ from torch import Tensor
 
 from gflow_pl.selection.costs import CostModel
 from gflow_pl.selection.floors import groups_named, protect_units
-from gflow_pl.selection.ranking import SCOPES, UNIT_SCORES, Ranking, Scope, UnitScore, rank_units
+from gflow_pl.selection.ranking import Ranking, rank_units
+from gflow_pl.selection.rounding import floor_count
 from gflow_pl.selection.schedule import percent_hint
-from gflow_pl.values import KeepPlan, Scores
+from gflow_pl.values import ChannelGraph, KeepPlan, Scores
+from gflow_pl.values.choices import Scope, Target, UnitScore, check_choice
 
-if TYPE_CHECKING:
-    from gflow_pl.values import ChannelGraph
-
-__all__ = ["TARGETS", "Target", "select_units"]
-
-Target = Literal["filters", "parameters", "macs"]
-TARGETS = ("filters", "parameters", "macs")
-
-# A product of floats that is an integer on paper must not fall below it.
-_SLACK = 1e-9
+__all__ = ["select_units"]
 
 
 def select_units(
@@ -83,7 +74,7 @@ def select_units(
     queue = ranking.order[~protected[ranking.order]]
     if target == "filters":
         total = int(ranking.filters.sum())
-        wanted = math.floor(fraction * total + _SLACK) if fraction is not None else int(num_filters or 0)
+        wanted = floor_count(fraction * total) if fraction is not None else int(num_filters or 0)
         gone = np.concatenate([[0], np.cumsum(ranking.filters[queue])])
         num_gone = int(np.searchsorted(gone, wanted, side="right")) - 1
         removed = int(gone[num_gone])
@@ -91,7 +82,7 @@ def select_units(
         assert fraction is not None
         cost = _cost_function(graph, ranking, queue, target)
         total = cost(0)
-        wanted = math.floor(fraction * total + _SLACK)
+        wanted = floor_count(fraction * total)
         num_gone = _last_within(lambda count: total - cost(count) <= wanted, len(queue))
         removed = total - cost(num_gone)
     if removed < wanted and num_gone == len(queue):
@@ -138,13 +129,9 @@ def _check_arguments(
         raise ValueError(f"`num_filters` must be at least 0, got {num_filters}.")
     if num_filters is not None and target != "filters":
         raise ValueError(f"`num_filters` counts filters: with target='{target}' give a `fraction`.")
-    for name, choice, choices in (
-        ("target", target, TARGETS),
-        ("scope", scope, SCOPES),
-        ("unit_score", unit_score, tuple(UNIT_SCORES)),
-    ):
-        if choice not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {choice!r}.")
+    check_choice("target", target, Target)
+    check_choice("scope", scope, Scope)
+    check_choice("unit_score", unit_score, UnitScore)
 
 
 def _say_unscored(ranking: Ranking, ignored: Iterable[str]) -> None:

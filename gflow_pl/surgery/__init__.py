@@ -11,7 +11,7 @@ from gflow_pl.surgery.checkpoint import (
 from gflow_pl.surgery.emptied import drop_empty_parameters
 from gflow_pl.surgery.expansion import scatter_output
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
-from gflow_pl.surgery.optimizer_state import drop_state
+from gflow_pl.surgery.optimizer_state import check_optimizers, drop_state
 from gflow_pl.surgery.rewrite import rewrite
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "add_structure",
     "apply_from_checkpoint",
     "apply_structure",
+    "check_optimizers",
     "drop_empty_parameters",
     "drop_state",
     "load_from_checkpoint",

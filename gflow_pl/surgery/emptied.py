@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.optim import Optimizer
 
+from gflow_pl.common.optimizers import OptimizerLike, unwrap_optimizer
 from gflow_pl.surgery.plan_masks import Decision
 from gflow_pl.values import ChannelGraph, ChannelGroup, Slice
 
@@ -222,7 +222,7 @@ def _readers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> set[str]:
     return readers
 
 
-def drop_empty_parameters(optimizers: Iterable[Any]) -> None:
+def drop_empty_parameters(optimizers: Iterable[OptimizerLike]) -> None:
     """Takes parameters that have no elements left out of optimizers; their groups stay.
 
     `rewrite` does it to the optimizers that it is given. An optimizer that is built for a network which was emptied before
@@ -231,8 +231,7 @@ def drop_empty_parameters(optimizers: Iterable[Any]) -> None:
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
     """
-    for wrapper in optimizers:
-        optimizer = wrapper if isinstance(wrapper, Optimizer) else wrapper.optimizer
+    for optimizer in map(unwrap_optimizer, optimizers):
         for group in optimizer.param_groups:
             for parameter in [p for p in group["params"] if p.numel() == 0]:
                 optimizer.state.pop(parameter, None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gflow_pl.surgery.tensors import INDEX
+from gflow_pl.values.expansion_names import EXPANSION, GATHER, PlacementNames
 
 __all__ = ["expansion_of", "gather_input", "gather_of", "scatter_output", "set_expansion", "set_gather"]
 
@@ -48,17 +48,17 @@ def gather_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 class _Side:
     """Where a module keeps what its hook reads, and where the hook is kept."""
 
-    prefix: str
+    names: PlacementNames
     hook: Callable[..., Any]
     hooks: str
     register: str
 
     def read(self, module: nn.Module) -> dict[str, Any] | None:
-        if self.prefix + INDEX not in module._buffers:  # scripted modules answer nothing else
+        if self.names.index not in module._buffers:  # scripted modules answer nothing else
             return None
-        index = module._buffers[self.prefix + INDEX]
+        index = module._buffers[self.names.index]
         assert index is not None
-        dim, width = (getattr(module, name) for name in self._numbers())
+        dim, width = (getattr(module, name) for name in (self.names.dim, self.names.width))
         return {"dim": dim, "width": width, "index": index.tolist()}
 
     def put(self, module: nn.Module, placed: Placed | None) -> None:
@@ -66,27 +66,24 @@ class _Side:
             self._take_away(module)
             return
         dim, width, index = placed
-        name = self.prefix + INDEX
+        name = self.names.index
         present = module._buffers.get(name)
         device = present.device if present is not None else _device_of(module)
         if present is None:
             module.register_buffer(name, None, persistent=False)
         if present is None or present.tolist() != list(index):
             module._buffers[name] = torch.tensor(list(index), dtype=torch.int64, device=device)
-        for number, value in zip(self._numbers(), (dim, width), strict=True):
+        for number, value in zip((self.names.dim, self.names.width), (dim, width), strict=True):
             setattr(module, number, value)
         if not any(hook is self.hook for hook in getattr(module, self.hooks).values()):
             getattr(module, self.register)(self.hook)
 
-    def _numbers(self) -> tuple[str, str]:
-        return f"{self.prefix}_gflow_dim", f"{self.prefix}_gflow_width"
-
     def _take_away(self, module: nn.Module) -> None:
-        if self.prefix + INDEX not in module._buffers:
+        if self.names.index not in module._buffers:
             return
-        module._buffers.pop(self.prefix + INDEX, None)
-        module._non_persistent_buffers_set.discard(self.prefix + INDEX)
-        for name in self._numbers():
+        module._buffers.pop(self.names.index, None)
+        module._non_persistent_buffers_set.discard(self.names.index)
+        for name in (self.names.dim, self.names.width):
             module.__dict__.pop(name, None)
         hooks = getattr(module, self.hooks)
         for key, hook in list(hooks.items()):
@@ -94,8 +91,8 @@ class _Side:
                 del hooks[key]
 
 
-_SCATTER = _Side("", scatter_output, "_forward_hooks", "register_forward_hook")
-_GATHER = _Side("_input", gather_input, "_forward_pre_hooks", "register_forward_pre_hook")
+_SCATTER = _Side(EXPANSION, scatter_output, "_forward_hooks", "register_forward_hook")
+_GATHER = _Side(GATHER, gather_input, "_forward_pre_hooks", "register_forward_pre_hook")
 
 
 def expansion_of(module: nn.Module) -> dict[str, Any] | None:

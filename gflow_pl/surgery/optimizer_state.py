@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.optimizers import OptimizerLike, unwrap_optimizer
 from gflow_pl.surgery.tensors import Cut, cut_tensor
 
-__all__ = ["cut_state", "drop_state"]
-
-_REFUSED = {
-    "LBFGS": "it keeps all parameters in one flat vector",
-    "ZeroRedundancyOptimizer": "its state is spread over ranks",
-}
+__all__ = ["check_optimizers", "cut_state", "drop_state"]
 
 
-def cut_state(optimizers: Iterable[Optimizer], cuts: Mapping[Tensor, Sequence[Cut]]) -> list[Callable[[], None]]:
+def cut_state(optimizers: Iterable[OptimizerLike], cuts: Mapping[Tensor, Sequence[Cut]]) -> list[Callable[[], None]]:
     """Computes the state that optimizers need after a cut, and returns what puts it in place.
 
     A state tensor of the parameter's number of dims is cut along every dim in which it has the parameter's size and
@@ -38,11 +35,11 @@ def cut_state(optimizers: Iterable[Optimizer], cuts: Mapping[Tensor, Sequence[Cu
         ValueError: An optimizer's state cannot be cut (LBFGS, sharded ones).
     """
     commits: list[Callable[[], None]] = []
-    for optimizer in map(_unwrapped, optimizers):
+    for optimizer in map(unwrap_optimizer, optimizers):
         ours = [p for group in optimizer.param_groups for p in group["params"] if p in cuts]
         if not ours:
             continue
-        _refuse(optimizer)
+        check_optimizers([optimizer], keep_state=bool(optimizer.state))
         if hasattr(optimizer, "_numel_cache"):
             commits.append(lambda optimizer=optimizer: setattr(optimizer, "_numel_cache", None))  # type: ignore[misc]
         for parameter in ours:
@@ -81,7 +78,7 @@ def _cut_entry(entry: Any, shape: torch.Size, cuts: Sequence[Cut]) -> Any:
     return cut_tensor(entry, [cut for cut in cuts if entry.shape[cut.dim] == shape[cut.dim]])
 
 
-def drop_state(optimizers: Iterable[Optimizer]) -> None:
+def drop_state(optimizers: Iterable[OptimizerLike]) -> None:
     """Throws away what optimizers have gathered (momentum, second moments, step counts), as if they were new.
 
     Their groups, and so learning rates and schedulers, stay as they are.
@@ -89,7 +86,7 @@ def drop_state(optimizers: Iterable[Optimizer]) -> None:
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
     """
-    for optimizer in map(_unwrapped, optimizers):
+    for optimizer in map(unwrap_optimizer, optimizers):
         optimizer.state.clear()
         if hasattr(optimizer, "_numel_cache"):
             optimizer._numel_cache = None
@@ -114,15 +111,31 @@ def _start_fused_momentum(optimizer: torch.optim.SGD) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
-    """Lightning hands out wrappers; the state that counts is the torch optimizer's."""
-    return optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+def check_optimizers(
+    optimizers: Iterable[OptimizerLike],
+    *,
+    keep_state: bool,
+    remedy: str = "drop its state with `drop_state` before the cut",
+) -> None:
+    """Raise if the state of an optimizer cannot be cut together with its parameters.
 
+    Args:
+        optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
+        keep_state: Whether the state must survive the cut. An optimizer whose state can be dropped is then accepted if not.
+        remedy: How the caller can have the state dropped, for the message.
 
-def _refuse(optimizer: Optimizer) -> None:
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in _REFUSED and (optimizer.state or kind.__name__ != "LBFGS"):
-            raise ValueError(
-                f"The state of {type(optimizer).__name__} cannot be cut with its parameters, because "
-                f"{_REFUSED[kind.__name__]}: use another optimizer, or drop its state before the cut (drop_state)."
+    Raises:
+        SettingsError: An optimizer spreads its state over the ranks, or `keep_state` is true and an optimizer has a state that
+            is not kept by parameter.
+    """
+    for optimizer in map(unwrap_optimizer, optimizers):
+        name = type(optimizer).__name__
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise SettingsError(
+                f"{name} spreads its state over the ranks, which cannot be pruned: use another optimizer."
+            )
+        if keep_state and isinstance(optimizer, torch.optim.LBFGS):
+            raise SettingsError(
+                f"{name} keeps the state of all parameters in one flat vector, which cannot be cut along with them: "
+                f"{remedy}, or use another optimizer."
             )

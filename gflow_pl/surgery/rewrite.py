@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import Optimizer
 
+from gflow_pl.common.optimizers import OptimizerLike
 from gflow_pl.surgery.attributes import conv_groups, follow_shapes, local_shapes, set_attribute
 from gflow_pl.surgery.emptied import dead_groups, drop_empty_parameters, follow_emptiness
 from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
@@ -32,7 +32,7 @@ def rewrite(
     graph: ChannelGraph,
     plan: Mapping[str, Tensor],
     *,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Iterable[OptimizerLike] = (),
     copies: Iterable[Copy] = (),
 ) -> Structure:
     """Takes the units that a plan does not keep out of a network, physically and in place.

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["INDEX", "Cut", "Owned", "TensorTable", "cut_tensor", "empty_like_format"]
+from gflow_pl.values.expansion_names import is_index_buffer
 
-INDEX = "_gflow_index"
-"""Name of the non-persistent buffer that says where an expanded module's outputs go."""
-
+__all__ = ["Cut", "Owned", "TensorTable", "cut_tensor", "empty_like_format"]
 
 _LARGE = 1_000_000  # elements
 
@@ -105,7 +103,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         if parameter is not None and not is_lazy(parameter):
             yield leaf, parameter, True
     for leaf, buffer in module._buffers.items():
-        if buffer is not None and not leaf.endswith(INDEX) and not is_lazy(buffer):
+        if buffer is not None and not is_index_buffer(leaf) and not is_lazy(buffer):
             yield leaf, buffer, False
 
 

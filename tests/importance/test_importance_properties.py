@@ -118,7 +118,7 @@ def test_norms_are_paired_by_parent_order_and_width_or_by_a_graph():
 
 
 def test_a_bias_is_checked_and_said_where_it_has_no_meaning(caplog):
-    with pytest.raises(ValueError, match=r"Unknown bias 'l2'. Known: none, magnitude, distance_from_init"):
+    with pytest.raises(ValueError, match=r"`bias` must be one of none, magnitude, distance_from_init, got 'l2'"):
         score_filters(mixed(), "loss", class_batches(), bias="l2")
     with pytest.raises(ValueError, match="needs `initial_state`"):
         score_filters(mixed(), "loss", class_batches(), bias="distance_from_init")

@@ -201,9 +201,9 @@ def test_scores_that_are_not_finite_are_refused():
         ({}, "either `fraction` or `num_filters`"),
         ({"num_filters": -1}, "at least 0, got -1"),
         ({"num_filters": 3, "target": "macs"}, "give a `fraction`"),
-        ({"fraction": 0.5, "target": "flops"}, "`target` must be one of filters, parameters, macs; got 'flops'"),
-        ({"fraction": 0.5, "scope": "local"}, "`scope` must be one of global, layer; got 'local'"),
-        ({"fraction": 0.5, "unit_score": "min"}, "`unit_score` must be one of mean, sum, max; got 'min'"),
+        ({"fraction": 0.5, "target": "flops"}, "`target` must be one of filters, parameters, macs, got 'flops'"),
+        ({"fraction": 0.5, "scope": "local"}, "`scope` must be one of global, layer, got 'local'"),
+        ({"fraction": 0.5, "unit_score": "min"}, "`unit_score` must be one of mean, sum, max, got 'min'"),
     ],
 )
 def test_impossible_arguments_are_refused_in_one_sentence(options, message):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
 
 from gflow_pl.callbacks.lightning.packages import callbacks_of, is_a
 
-__all__ = ["refuse_optimizers", "refuse_what_cannot_work"]
+__all__ = ["refuse_what_cannot_work"]
 
 
 def refuse_what_cannot_work(trainer: pl.Trainer, callback: Any) -> None:
@@ -22,25 +20,6 @@ def refuse_what_cannot_work(trainer: pl.Trainer, callback: Any) -> None:
     """
     for problem in _problems(trainer, callback):
         raise MisconfigurationException(f"{type(callback).__name__}: {problem}")
-
-
-def refuse_optimizers(optimizers: Iterable[Optimizer], *, keep_momentum: bool) -> None:
-    """Raise one sentence for an optimizer whose state cannot be cut with its parameters.
-
-    Raises:
-        ValueError: An optimizer's state is not by parameter, and is to be kept or cannot be dropped.
-    """
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        if is_a(optimizer, "ZeroRedundancyOptimizer"):
-            raise ValueError(
-                f"PruningCallback: the state of {name} is spread over ranks and cannot be pruned: use another optimizer."
-            )
-        if is_a(optimizer, "LBFGS") and keep_momentum:
-            raise ValueError(
-                f"PruningCallback: {name} keeps the state of all parameters in one flat vector, which cannot be pruned along: "
-                "set keep_momentum to false, or use another optimizer."
-            )
 
 
 def _problems(trainer: pl.Trainer, callback: Any) -> list[str]:
