@@ -264,9 +264,9 @@ def survey(
     found.expanded = {
         name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
         for name, module in stage.modules.items()
-        if EXPANSION.index in module._buffers
+        if EXPANSION.positions in module._buffers
     }
-    found.gathering = {name for name, module in stage.modules.items() if GATHER.index in module._buffers}
+    found.gathering = {name for name, module in stage.modules.items() if GATHER.positions in module._buffers}
     for training in (True, False):
         recorder = Recorder(
             found.book,

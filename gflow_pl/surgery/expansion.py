@@ -54,9 +54,9 @@ class _Side:
     register: str
 
     def read(self, module: nn.Module) -> dict[str, Any] | None:
-        if self.names.index not in module._buffers:  # scripted modules answer nothing else
+        if self.names.positions not in module._buffers:  # scripted modules answer nothing else
             return None
-        index = module._buffers[self.names.index]
+        index = module._buffers[self.names.positions]
         assert index is not None
         dim, width = (getattr(module, name) for name in (self.names.dim, self.names.width))
         return {"dim": dim, "width": width, "index": index.tolist()}
@@ -66,7 +66,7 @@ class _Side:
             self._take_away(module)
             return
         dim, width, index = placed
-        name = self.names.index
+        name = self.names.positions
         present = module._buffers.get(name)
         device = present.device if present is not None else _device_of(module)
         if present is None:
@@ -79,10 +79,10 @@ class _Side:
             getattr(module, self.register)(self.hook)
 
     def _take_away(self, module: nn.Module) -> None:
-        if self.names.index not in module._buffers:
+        if self.names.positions not in module._buffers:
             return
-        module._buffers.pop(self.names.index, None)
-        module._non_persistent_buffers_set.discard(self.names.index)
+        module._buffers.pop(self.names.positions, None)
+        module._non_persistent_buffers_set.discard(self.names.positions)
         for name in (self.names.dim, self.names.width):
             module.__dict__.pop(name, None)
         hooks = getattr(module, self.hooks)

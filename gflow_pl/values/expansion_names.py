@@ -14,12 +14,12 @@ class PlacementNames(NamedTuple):
     """Attributes of a module that describe where channels are placed.
 
     Attributes:
-        index: Non-persistent buffer, (channels,) int64: position of each channel at the full width.
+        positions: Non-persistent buffer, (channels,) int64: position of each channel at the full width.
         dim: Channel dimension, an int.
         width: Full width, an int.
     """
 
-    index: str
+    positions: str
     dim: str
     width: str
 
@@ -33,4 +33,4 @@ GATHER = PlacementNames("_input_gflow_index", "_input_gflow_dim", "_input_gflow_
 
 def is_index_buffer(name: str) -> bool:
     """Return whether a buffer, given by its local or its full name, holds positions of an expansion or a gather."""
-    return name.endswith((EXPANSION.index, GATHER.index))
+    return name.endswith((EXPANSION.positions, GATHER.positions))
