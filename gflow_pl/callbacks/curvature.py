@@ -12,8 +12,9 @@ from torch import Tensor
 from gflow_pl.callbacks.lightning.training_loss import quiet
 from gflow_pl.importance.batches import batch_size
 from gflow_pl.importance.hessian import second_order_kernels
+from gflow_pl.importance.hessian_strategies import hessian_vector_product
 from gflow_pl.importance.reduction import Ranks
-from gflow_pl.importance.scoring_mode import one_weight_a_pass, scoring_mode
+from gflow_pl.importance.scoring_mode import cached_weights, scoring_mode
 
 __all__ = ["curvature_along_gradient"]
 
@@ -38,19 +39,10 @@ def curvature_along_gradient(
     moved = {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
     names, parameters = list(moved), list(moved.values())
     ranks, count = Ranks(reduce), batch_size(batch)
-    with quiet(module), scoring_mode(module), second_order_kernels(), one_weight_a_pass():
+    with quiet(module), scoring_mode(module), second_order_kernels(), cached_weights():
         loss = loss_fn(module, batch)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         direction = ranks.weighted_mean([g.detach() * count for g in gradients], count)
-        # A gradient without a graph of its own does not depend on the parameters: it adds nothing.
-        curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
-        if not curved:
-            return {name: p.new_zeros(()) for name, p in moved.items()}
-        products = torch.autograd.grad(
-            [gradients[i] for i in curved],
-            parameters,
-            grad_outputs=[direction[i].to(gradients[i].dtype) for i in curved],
-            materialize_grads=True,
-        )
+        products = hessian_vector_product(gradients, direction, parameters)
     sums = [(p.detach() * product).sum() * count for p, product in zip(parameters, products, strict=True)]
     return dict(zip(names, ranks.weighted_mean(sums, count), strict=True))

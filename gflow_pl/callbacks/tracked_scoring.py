@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
 from gflow_pl.importance import Tracker
-from gflow_pl.importance.derived_weights import ComputedWeights
+from gflow_pl.importance.derived_weights import DerivedWeightGradients
 from gflow_pl.values import Scores
 
 __all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window", "scale_of_gradients"]
@@ -53,19 +53,19 @@ class StepGradients:
     def __init__(self, tracker: Tracker, order: TrackOrder, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         self.tracker, self._order, self._reduce = tracker, order, reduce
         self._names: list[str] | None = None
-        self._computed: ComputedWeights | None = None
+        self._computed: DerivedWeightGradients | None = None
         self._kept: dict[str, Tensor] | None = None
 
     def begin(self, module: pl.LightningModule) -> None:
         """Until `end`, a batch is trained on; without these two, weights that are computed have no gradients."""
         if self._computed is None:
-            self._computed = ComputedWeights(module, self._names_of(module))
-        self._computed.watch()
+            self._computed = DerivedWeightGradients(module, self._names_of(module))
+        self._computed.start()
 
     def end(self) -> None:
         """The batch was trained on."""
         if self._computed is not None:
-            self._computed.unwatch()
+            self._computed.stop()
 
     def before_step(self, module: pl.LightningModule, optimizer: Optimizer, batch: Any, *, scaler: Any = None) -> None:
         """Looks at the gradients that an optimizer is about to use; accumulation and reduction are done.
@@ -79,7 +79,7 @@ class StepGradients:
             for name, p in module.named_parameters()
             if name in wanted and id(p) in mine and p.grad is not None
         }
-        computed = {} if self._computed is None else self._computed.take(mine, self._reduce)
+        computed = {} if self._computed is None else self._computed.collect(mine, self._reduce)
         if wanted and not gradients and not computed:
             return  # this optimizer holds nothing that is scored
         if scaler is not None:
@@ -193,7 +193,7 @@ class Tracking:
     def _begun_or_resumed(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:
         tracker = self._new_tracker(trainer, module, batch)
         # Every epoch has a new one, and every rank its own: one of them speaks.
-        tracker.told, self._told = self._told or trainer.global_rank > 0, True
+        tracker.has_logged, self._told = self._told or trainer.global_rank > 0, True
         if self._saved is not None:
             tracker.load_state_dict({name: value.to(module.device) for name, value in self._saved.items()})
             self._saved = None

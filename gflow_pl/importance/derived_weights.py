@@ -13,10 +13,10 @@ from gflow_pl.importance.layers import computed_from
 from gflow_pl.importance.reduction import Reduce
 from gflow_pl.importance.scoring_mode import scoring_mode
 
-__all__ = ["ComputedWeights"]
+__all__ = ["DerivedWeightGradients"]
 
 
-class ComputedWeights:
+class DerivedWeightGradients:
     """The gradients of weights that parametrizations (or the hooks before them) compute: `backward` leaves them nowhere.
 
     To each such weight a zero is added where it is computed. What `backward` leaves in the zero's ``.grad`` is the gradient
@@ -41,7 +41,7 @@ class ComputedWeights:
                     self._parts[name] = [owner.get_parameter(part) for part in parts]
                     self._zeros[name] = torch.zeros_like(getattr(owner, _attribute(name)), requires_grad=True)
 
-    def watch(self) -> None:
+    def start(self) -> None:
         """Adds the zeros from now on."""
         for name, owner in self._owners.items():
             if parametrize.is_parametrized(owner, _attribute(name)):
@@ -50,12 +50,12 @@ class ComputedWeights:
             else:
                 self._handles.append(owner.register_forward_pre_hook(self._after_hook(name)))
 
-    def unwatch(self) -> None:
+    def stop(self) -> None:
         """Adds them no longer."""
         while self._handles:
             self._handles.pop().remove()
 
-    def take(self, parameters: set[int], reduce: Reduce | None) -> dict[str, Tensor]:
+    def collect(self, parameters: set[int], reduce: Reduce | None) -> dict[str, Tensor]:
         """The gradients since the last time, averaged over the ranks, of the weights computed from these parameters (ids)."""
         found = {}
         for name, parts in self._parts.items():

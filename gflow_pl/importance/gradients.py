@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from gflow_pl.importance.batches import batch_size, to_device
 from gflow_pl.importance.layers import TensorRef
-from gflow_pl.importance.scoring_mode import one_weight_a_pass
+from gflow_pl.importance.scoring_mode import cached_weights
 
-__all__ = ["LogitsFn", "LossFn", "accumulator_dtype", "batch_gradients", "loss_function", "plain_logits"]
+__all__ = ["LogitsFn", "LossFn", "accumulator_dtype", "batch_gradients", "logits_and_labels", "loss_function"]
 
 LossFn = Callable[[Any, Any], Tensor]
 LogitsFn = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -24,7 +24,7 @@ def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def plain_logits(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+def logits_and_labels(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits and targets of an (inputs, targets) batch.
 
     Raises:
@@ -42,7 +42,7 @@ def loss_function(loss_fn: LossFn | None, logits_fn: LogitsFn | None, temperatur
     """``loss_fn`` as it is, or the mean cross-entropy of logits / temperature."""
     if loss_fn is not None:
         return loss_fn
-    logits_of = logits_fn or plain_logits
+    logits_of = logits_fn or logits_and_labels
 
     def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
         logits, targets = logits_of(model, batch)
@@ -82,7 +82,7 @@ def batch_gradients(
     """
     for number, batch in enumerate(batches):
         examples = to_device(batch, device)
-        with one_weight_a_pass(model):
+        with cached_weights(model):
             value = scalar_loss(loss, model, examples)
             if number == 0:
                 refuse_reentrant(value)

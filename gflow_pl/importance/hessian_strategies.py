@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from gflow_pl.importance.gradients import LossFn, graph_nodes, refuse_reentrant, scalar_loss, without_gaps
 from gflow_pl.importance.layers import TensorRef
-from gflow_pl.importance.scoring_mode import one_weight_a_pass
+from gflow_pl.importance.scoring_mode import cached_weights
 
-__all__ = ["WAYS", "Way", "choose_way", "facts_of", "watched_loss"]
+__all__ = ["WAYS", "Way", "choose_way", "facts_of", "hessian_vector_product", "watched_loss"]
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _fact(node: Any) -> str:
 
 def watched_loss(model: nn.Module, batch: Any, loss: LossFn) -> tuple[Tensor, tuple[str, ...]]:
     """The loss of a batch and all its facts, also what its graph does not show."""
-    with one_weight_a_pass(model), _Stops() as stops:
+    with cached_weights(model), _Stops() as stops:
         value = scalar_loss(loss, model, batch)
     facts = facts_of(value)
     return value, (*facts, _OUTSIDE) if stops.seen else facts
@@ -80,28 +80,43 @@ def possible_ways(refs: list[TensorRef], facts: Collection[str]) -> tuple[Way, .
 def _double_backward(
     model: nn.Module, refs: list[TensorRef], scored: list[int], direction: list[Tensor], batch: Any, loss: LossFn
 ) -> list[Tensor]:
-    with one_weight_a_pass(model):
+    with cached_weights(model):
         value = scalar_loss(loss, model, batch)
         tensors = [ref.value for ref in refs]
         gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
-        # A gradient without a graph of its own does not depend on the weights: it adds nothing.
-        pairs = [
-            (gradient, along)
-            for gradient, along in zip(gradients, direction, strict=True)
-            if gradient is not None and gradient.requires_grad
-        ]
-        asked = [tensors[i] for i in scored]
-        if not pairs:
-            return [torch.zeros_like(tensor) for tensor in asked]
-        products = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            asked,
-            grad_outputs=[along for _, along in pairs],
-            allow_unused=True,
-        )
+        return hessian_vector_product(gradients, direction, [tensors[i] for i in scored])
+
+
+def hessian_vector_product(
+    gradients: Sequence[Tensor | None], vector: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the rows of H v that belong to `tensors`, from gradients taken with ``create_graph=True``.
+
+    Args:
+        gradients: Gradient of a scalar loss with respect to every tensor that v moves; None where the loss does not depend on it.
+        vector: v, one tensor for each of `gradients` and of its shape.
+        tensors: Tensors in the graph of the loss.
+
+    Returns:
+        One product for each of `tensors`, without a graph; zeros where the gradients do not depend on the tensor.
+    """
+    # A gradient without a graph is constant: it adds nothing.
+    pairs = [
+        (gradient, part)
+        for gradient, part in zip(gradients, vector, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(tensor, requires_grad=False) for tensor in tensors]
+    products = torch.autograd.grad(
+        [gradient for gradient, _ in pairs],
+        list(tensors),
+        grad_outputs=[part.to(gradient.dtype) for gradient, part in pairs],
+        allow_unused=True,
+    )
     return [
-        torch.zeros_like(tensor) if product is None else product.detach()
-        for tensor, product in zip(asked, products, strict=True)
+        torch.zeros_like(tensor, requires_grad=False) if product is None else product.detach()
+        for tensor, product in zip(tensors, products, strict=True)
     ]
 
 
@@ -234,7 +249,7 @@ def choose_way(
     Raises:
         ValueError: The model can be differentiated twice by no way; the message names the operator.
     """
-    with one_weight_a_pass(model):
+    with cached_weights(model):
         value, facts = watched_loss(model, batch, loss)
         refuse_reentrant(value)
         ways = possible_ways(refs, facts)
@@ -277,7 +292,7 @@ def _try_double_backward(
 
     `torch.autograd.grad` walks to its inputs alone and would pass by: the product would be wrong without a word.
     """
-    with one_weight_a_pass(model):
+    with cached_weights(model):
         value = scalar_loss(loss, model, batch)
         gradients = torch.autograd.grad(value, [ref.value for ref in refs], create_graph=True, allow_unused=True)
     _check_no_end(*(gradient for gradient in gradients if gradient is not None))

@@ -25,8 +25,8 @@ from gflow_pl.importance.gradients import (
     LossFn,
     accumulator_dtype,
     batch_gradients,
+    logits_and_labels,
     loss_function,
-    plain_logits,
 )
 from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
 from gflow_pl.importance.layers import (
@@ -230,7 +230,7 @@ def _num_classes(
         one = to_device(map_tensors(batch, lambda t: t[:1] if t.ndim and len(t) == len(labels) else t), device)
         try:
             with torch.no_grad():
-                logits, _ = (logits_fn or plain_logits)(model, one)
+                logits, _ = (logits_fn or logits_and_labels)(model, one)
         except Exception:
             # With a loss function of its own a model's forward may want anything at all.
             if loss_fn is None:

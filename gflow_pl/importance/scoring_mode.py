@@ -56,7 +56,7 @@ def scoring_mode(model: nn.Module, *, autocast_dtype: torch.dtype | None = None)
 
 
 @contextmanager
-def one_weight_a_pass(model: nn.Module | None = None) -> Iterator[None]:
+def cached_weights(model: nn.Module | None = None) -> Iterator[None]:
     """A weight that is computed is computed once, so that the tensor that is asked for is the one in the graph.
 
     Args:

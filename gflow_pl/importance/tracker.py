@@ -47,7 +47,7 @@ class Tracker:
         seed: Of `random`.
 
     Attributes:
-        told: Whether what there is to say is said already; else the first update says it.
+        has_logged: Whether the messages about unscored layers and cost are logged already; else the first update logs them.
 
     Raises:
         ValueError: A setting is unknown or out of range.
@@ -78,7 +78,7 @@ class Tracker:
         self._loss = loss_function(loss_fn, logits_fn, checked_temperature(self.measure, temperature))
         self._reduce = reduce
         self._running: dict[str, Tensor] = {}
-        self.told = False
+        self.has_logged = False
         self._made: HessianProducts | None = None
 
     def names(self, model: nn.Module) -> list[str]:
@@ -107,7 +107,7 @@ class Tracker:
         """
         with scoring_mode(model):
             layers = find_layers(model, self.graph)
-            if not self.told:
+            if not self.has_logged:
                 say_what_stands_in(layers, self.measure.reads, self.measure.name)
                 if self.measure.needs_hessian:
                     log.warning("Tracking '%s' costs a Hessian-gradient product a tracked step.", self.measure.name)
@@ -120,7 +120,7 @@ class Tracker:
             new = self._formula.vectors(layers, values_of(layers, self.measure), flows, generator)
         self._running = step_average(self._running, new, self.alpha)
         self.num_updates += 1
-        self.told = True
+        self.has_logged = True
 
     def _flows(
         self, layers: list[ScoredLayer], gradients: Mapping[str, Tensor | None] | None
@@ -132,7 +132,7 @@ class Tracker:
         missing = [layer.name for layer in layers if layer not in reached]
         if not reached:
             raise ValueError(f"Tracker: none of the layers has a gradient ({', '.join(missing[:3])}, ...).")
-        if missing and not self.told:
+        if missing and not self.has_logged:
             log.warning(
                 "Layers whose weights get no gradient in training (frozen, or computed where it cannot be followed) are not "
                 "scored, so that they have no say over their groups, which stay whole if nobody else has: %s.",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from gflow_pl import PruningCallback
-from gflow_pl.importance.derived_weights import ComputedWeights
+from gflow_pl.importance.derived_weights import DerivedWeightGradients
 
 KINDS = pytest.mark.parametrize("kind", ["parametrizations", "hooks"])
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05
@@ -260,15 +260,15 @@ def average(tensor):
     return total / torch.distributed.get_world_size()
 
 
-def backward_of_half(net: Normed, rank: int) -> ComputedWeights:
+def backward_of_half(net: Normed, rank: int) -> DerivedWeightGradients:
     """Rank 1 does not use the layer `twice`; nobody uses `unused`."""
     x, labels = data().dataset.tensors
     own = slice(20 * rank, 20 * rank + 20)
-    computed = ComputedWeights(net.eval(), ["weighted.weight", "twice.weight", "unused.weight", "head.weight"])
-    computed.watch()
+    computed = DerivedWeightGradients(net.eval(), ["weighted.weight", "twice.weight", "unused.weight", "head.weight"])
+    computed.start()
     hidden = net.plain(torch.tanh(net.weighted(x[own])))
     F.cross_entropy(net.head(hidden if rank else net.twice(hidden)), labels[own]).backward()
-    computed.unwatch()
+    computed.stop()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # what a reduction leaves
     return computed
@@ -284,7 +284,7 @@ def take_on_rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     net = normed_with_one_more()
-    taken = backward_of_half(net, rank).take({id(p) for p in net.parameters()}, average)
+    taken = backward_of_half(net, rank).collect({id(p) for p in net.parameters()}, average)
     torch.save(taken, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -294,7 +294,7 @@ def test_two_ranks_average_the_gradients_of_computed_weights_also_of_those_that_
     alone = []
     for rank in (0, 1):
         net = normed_with_one_more()
-        alone.append(backward_of_half(net, rank).take({id(p) for p in net.parameters()}, None))
+        alone.append(backward_of_half(net, rank).collect({id(p) for p in net.parameters()}, None))
     assert set(alone[0]) == {"weighted.weight", "twice.weight"}
     assert set(alone[1]) == {"weighted.weight"}
     for rank in (0, 1):
@@ -308,9 +308,9 @@ def test_what_is_compiled_while_weights_are_watched_does_not_go_on_adding_to_the
     torch._dynamo.reset()
     net = Module("parametrizations").net.eval()
     x, compiled = data().dataset.tensors[0], torch.compile(net, backend="eager")
-    computed = ComputedWeights(net, ["weighted.weight"])
-    computed.watch()
+    computed = DerivedWeightGradients(net, ["weighted.weight"])
+    computed.start()
     compiled(x).sum().backward()
-    computed.unwatch()
+    computed.stop()
     compiled(x).sum().backward()
-    assert computed.take({id(p) for p in net.parameters()}, None) == {}
+    assert computed.collect({id(p) for p in net.parameters()}, None) == {}

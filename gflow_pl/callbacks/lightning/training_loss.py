@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from gflow_pl.callbacks.lightning.packages import is_a
 from gflow_pl.common.evaluation_mode import evaluation_mode
+from gflow_pl.importance.gradients import logits_and_labels
 
 __all__ = [
     "classifies",
@@ -92,10 +93,8 @@ def _num_arguments(module: pl.LightningModule) -> float:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
-@in_true_precision
-def default_logits(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits and labels of an (inputs, targets) batch, from the module's `forward`."""
-    return module(batch[0]), batch[1]
+default_logits = in_true_precision(logits_and_labels)
+"""Logits of ``module(batch[0])`` and the labels ``batch[1]``, in the Trainer's precision."""
 
 
 def first_input(batch: Any) -> Any:
