@@ -1,6 +1,6 @@
-"""An autoencoder, pruned by how much the gradient's norm would change (grasp): its loss needs no labels.
+"""Prune an autoencoder by the change of the gradient's norm (grasp). Its loss needs no labels.
 
-A measure with a temperature of its own takes the loss as it is where there are no logits, and says so.
+`grasp` divides logits by a temperature. This module has no logits, so its own loss is used, and the log says so.
 
 python examples/autoencoder.py
 """
@@ -16,7 +16,7 @@ import gflow_pl
 
 
 class Autoencoder(pl.LightningModule):
-    """Convs down, transposed convs up."""
+    """An encoder of convolutions and a decoder of transposed convolutions."""
 
     def __init__(self, width: int = 8, code: int = 16):
         super().__init__()
@@ -49,7 +49,7 @@ class Autoencoder(pl.LightningModule):
 
 
 def main(data=None, folder="checkpoints/autoencoder", max_epochs=4, measure="grasp"):
-    """A third of the filters go in two rounds; the code keeps its width."""
+    """Remove a third of the filters in two rounds. The code keeps its width."""
     pruning = gflow_pl.PruningCallback(measure, fraction=0.33, rounds=2, num_samples=256, ignore=["encoder.4"])
     trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning], default_root_dir=folder)
     module = Autoencoder()

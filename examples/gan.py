@@ -1,6 +1,6 @@
-"""Two networks, two optimizers, manual optimization: `loss_fn` says which loss the generator is scored by.
+"""Prune a GAN with two optimizers and manual optimization. `loss_fn` is the loss on which the generator is scored.
 
-`example_input_array` shows what `forward` takes; only what it runs (here the generator) is pruned.
+`example_input_array` is an input of `forward`. Only layers that `forward` calls, here the generator, are pruned.
 
 python examples/gan.py
 """
@@ -16,7 +16,7 @@ import gflow_pl
 
 
 class GAN(pl.LightningModule):
-    """A generator of 32x32 images and its critic."""
+    """A generator of 32x32 images and a critic."""
 
     def __init__(self, code: int = 16, width: int = 8):
         super().__init__()
@@ -51,40 +51,40 @@ class GAN(pl.LightningModule):
         return torch.randn(len(images), self.hparams.code, device=images.device, dtype=images.dtype)
 
     def generator_loss(self, images):
-        """How little the critic is taken in."""
+        """Return the loss of the generator: small if the critic takes generated images for real ones."""
         return F.softplus(-self.critic(self(self.codes_like(images)))).mean()
 
     def training_step(self, batch, batch_idx):
         images = batch[0]
-        of_generator, of_critic = self.optimizers()
+        generator_optimizer, critic_optimizer = self.optimizers()
 
-        self.toggle_optimizer(of_critic)
-        made = self(self.codes_like(images)).detach()
-        loss = F.softplus(-self.critic(images)).mean() + F.softplus(self.critic(made)).mean()
-        of_critic.zero_grad()
+        self.toggle_optimizer(critic_optimizer)
+        generated = self(self.codes_like(images)).detach()
+        loss = F.softplus(-self.critic(images)).mean() + F.softplus(self.critic(generated)).mean()
+        critic_optimizer.zero_grad()
         self.manual_backward(loss)
-        of_critic.step()
-        self.untoggle_optimizer(of_critic)
+        critic_optimizer.step()
+        self.untoggle_optimizer(critic_optimizer)
 
-        self.toggle_optimizer(of_generator)
-        of_generator.zero_grad()
+        self.toggle_optimizer(generator_optimizer)
+        generator_optimizer.zero_grad()
         self.manual_backward(self.generator_loss(images))
-        of_generator.step()
-        self.untoggle_optimizer(of_generator)
+        generator_optimizer.step()
+        self.untoggle_optimizer(generator_optimizer)
 
     def configure_optimizers(self):
-        of_generator = torch.optim.Adam(self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-        of_critic = torch.optim.Adam(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.999))
-        return of_generator, of_critic
+        generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=2e-4, betas=(0.5, 0.999))
+        return generator_optimizer, critic_optimizer
 
 
 def generator_loss(module, batch):
-    """The scalar loss on a batch that filters are scored by."""
+    """Return the scalar loss of a batch, on which filters are scored."""
     return module.generator_loss(batch[0])
 
 
 def main(data=None, folder="checkpoints/gan", max_epochs=4):
-    """Half of the generator's filters go in two rounds; both optimizers keep their state."""
+    """Remove half of the generator's filters in two rounds. Both optimizers keep their state."""
     pruning = gflow_pl.PruningCallback(
         "loss", fraction=0.5, rounds=2, num_samples=256, keep_momentum=True, loss_fn=generator_loss
     )

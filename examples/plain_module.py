@@ -1,4 +1,4 @@
-"""A module of one's own, with Adam and a scheduler: one callback, and the network shrinks while it trains.
+"""Prune a custom module with Adam and a scheduler: with one callback, the network shrinks while it trains.
 
 python examples/plain_module.py
 """
@@ -14,7 +14,7 @@ import gflow_pl
 
 
 class DigitReader(pl.LightningModule):
-    """Knows nothing of pruning."""
+    """A classifier of digits, without any code for pruning."""
 
     def __init__(self, width: int = 16, lr: float = 2e-3):
         super().__init__()
@@ -55,7 +55,7 @@ class DigitReader(pl.LightningModule):
 
 
 def main(data=None, folder="checkpoints/plain_module", max_epochs=8):
-    """Train, prune in two rounds (before epochs 1 and 2), train on, save."""
+    """Train, prune in two rounds (before epochs 1 and 2), continue training, save."""
     pruning = gflow_pl.PruningCallback("biased_loss", fraction=0.6, rounds=2, num_samples=512, keep_momentum=True)
     monitor = gflow_pl.GradientFlowMonitor(per_layer=False)
 
@@ -68,7 +68,7 @@ def main(data=None, folder="checkpoints/plain_module", max_epochs=8):
     for row in monitor.rows:
         print(f"epoch {row['epoch']}: |theta| {row['parameter_norm']:.3f}, theta.g {row['theta_g']:+.5f}")
 
-    # The file knows its own shape: the class is built full size and takes that shape before its weights are loaded.
+    # The file contains its shape: the module is built at full size and takes that shape before its weights are loaded.
     path = Path(folder) / "pruned.ckpt"
     trainer.save_checkpoint(path)
     smaller = gflow_pl.load_from_checkpoint(DigitReader, path)

@@ -1,7 +1,7 @@
-"""A U-Net-like network with a loss of its own: gradients come from the module's `training_step`, whatever it does.
+"""Prune a network like U-Net with a custom loss. Scores come from the gradients of the module's `training_step`.
 
-The masks are what is brighter than the image's mean. Deriving from `StructureMixin` lets the class's own
-`load_from_checkpoint` open pruned files.
+The masks are the pixels brighter than the mean of the image. Because the class derives from `StructureMixin`, its own
+`load_from_checkpoint` loads pruned files.
 
 python examples/segmentation.py
 """
@@ -28,7 +28,7 @@ def block(channels_in, channels_out):
 
 
 class UNet(gflow_pl.StructureMixin, pl.LightningModule):
-    """Two scales; what goes down is concatenated to what comes up."""
+    """An encoder and a decoder at two scales, connected by concatenation."""
 
     def __init__(self, width: int = 8, dice_weight: float = 0.5):
         super().__init__()
@@ -55,8 +55,8 @@ class UNet(gflow_pl.StructureMixin, pl.LightningModule):
     def training_step(self, batch, batch_idx):
         images = batch[0]
         masks, logits = self.masks_of(images), self(images)
-        chances = logits.sigmoid()
-        overlap = 2 * (chances * masks).sum((1, 2, 3)) / (chances + masks).sum((1, 2, 3)).clamp(min=1)
+        probabilities = logits.sigmoid()
+        overlap = 2 * (probabilities * masks).sum((1, 2, 3)) / (probabilities + masks).sum((1, 2, 3)).clamp(min=1)
         weight = self.hparams.dice_weight
         loss = (1 - weight) * F.binary_cross_entropy_with_logits(logits, masks) + weight * (1 - overlap.mean())
         self.log_dict({"loss": loss, "dice": overlap.mean()}, prog_bar=True)
@@ -69,7 +69,7 @@ class UNet(gflow_pl.StructureMixin, pl.LightningModule):
 
 
 def main(data=None, folder="checkpoints/segmentation", max_epochs=4):
-    """Half of the filters go in two rounds, by how much the loss would change."""
+    """Remove half of the filters in two rounds, by the change of the loss."""
     pruning = gflow_pl.PruningCallback("loss", fraction=0.5, rounds=2, num_samples=256)
     trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning], default_root_dir=folder)
     module = UNet()

@@ -1,4 +1,4 @@
-"""A network of timm, pruned to a share of its multiply-accumulates.
+"""Prune a timm network to a share of its multiply-accumulates.
 
 pip install timm
 python examples/timm_model.py
@@ -15,7 +15,7 @@ import gflow_pl
 
 
 class TimmClassifier(pl.LightningModule):
-    """Any classifier of timm, by name."""
+    """A classifier of timm, chosen by name."""
 
     def __init__(self, name: str = "resnet10t", num_classes: int = 10, pretrained: bool = False):
         super().__init__()
@@ -33,7 +33,7 @@ class TimmClassifier(pl.LightningModule):
 
 
 def main(name="resnet10t", data=None, folder="checkpoints/timm_model", max_epochs=4):
-    """Half of the multiply-accumulates go in two rounds."""
+    """Remove half of the multiply-accumulates in two rounds."""
     pruning = gflow_pl.PruningCallback("l1", fraction=0.5, rounds=2, target="macs", residual="remove", num_samples=128)
     trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning], default_root_dir=folder)
     module = TimmClassifier(name)

@@ -1,4 +1,4 @@
-"""A torchvision classifier, fine-tuned and pruned on the way: ResNet-18, MobileNetV3, or any other by name.
+"""Fine-tune and prune a torchvision classifier: ResNet-18, MobileNetV3, or any other by name.
 
 python examples/torchvision_finetuning.py resnet18
 python examples/torchvision_finetuning.py mobilenet_v3_small
@@ -17,10 +17,10 @@ import gflow_pl
 
 
 class FineTuner(pl.LightningModule):
-    """A network of torchvision with a new last layer.
+    """A torchvision network with a new last layer.
 
-    `weights` are the names that torchvision has for its trained weights ("DEFAULT" downloads the best); None trains from
-    scratch. A checkpoint is loaded with ``weights=None``: it brings its own.
+    `weights` is a name of trained weights in torchvision ("DEFAULT" downloads the best); None trains from scratch.
+    Load a checkpoint with ``weights=None``: it contains the weights.
     """
 
     def __init__(self, name: str = "resnet18", num_classes: int = 10, weights: str | None = None, lr: float = 0.01):
@@ -46,13 +46,13 @@ class FineTuner(pl.LightningModule):
 
 
 def main(name="resnet18", data=None, folder="checkpoints/torchvision", max_epochs=6, weights=None):
-    """Prune before the first step and again two epochs later, as fits a network that is trained already."""
+    """Prune before the first step and again two epochs later, as suits a network that is already trained."""
     pruning = gflow_pl.PruningCallback(
         measure="tfo",
         thresholds=[0.2, 0.4],
         epochs=[0, 2],
         num_samples=256,
-        residual="remove",  # the residual streams get narrower too, which is what saves time
+        residual="remove",  # residual streams become narrower as well, which saves the most time
         min_kept=0.1,
     )
     trainer = pl.Trainer(max_epochs=max_epochs, callbacks=[pruning], default_root_dir=folder)

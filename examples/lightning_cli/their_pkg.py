@@ -1,4 +1,4 @@
-"""A module and a data module that know nothing of pruning, as somebody else's package has them."""
+"""A module and a data module without any code for pruning, as in the package of another author."""
 
 import pytorch_lightning as pl
 import torch
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Data(pl.LightningDataModule):
-    """scikit-learn's handwritten digits, 8x8, one channel."""
+    """The handwritten digits of scikit-learn, 8x8, one channel."""
 
     def __init__(self, batch_size: int = 64):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Somebody else's script: a plain LightningCLI. `pruning.yaml` makes it prune.
+"""A plain LightningCLI script of another author. The settings in `pruning.yaml` add pruning.
 
 python train.py fit --config pruning.yaml
 """

@@ -1,4 +1,4 @@
-"""Loads checkpoints in a process that trained nothing; driven by test_examples_zoo.py through lines of JSON."""
+"""Load checkpoints in a process that trained nothing. test_examples_zoo.py sends it lines of JSON."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ import gflow_pl
 
 def load(job: dict) -> pl.LightningModule:
     cls = getattr(importlib.import_module(job["module"]), job["cls"])
-    if job["by_itself"]:
+    if job["uses_mixin"]:
         return cls.load_from_checkpoint(job["path"], weights_only=True)
     return gflow_pl.load_from_checkpoint(cls, job["path"])
 

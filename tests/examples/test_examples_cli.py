@@ -1,4 +1,4 @@
-"""The commands on somebody else's classes in another folder, and the callback in somebody else's LightningCLI."""
+"""The commands with classes of another package, and the callback in a LightningCLI script of another author."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ FULL = {"stem.weight": (16, 1, 3, 3), "inner.weight": (32, 16, 3, 3), "outer.wei
 
 
 def run(folder: Path, *command: str) -> str:
-    """Run a command in ``folder/work`` with their package, in ``folder/theirs``, importable."""
+    """Run a command in ``folder/work``, where the package in ``folder/theirs`` can be imported."""
     paths = [str(folder / "theirs"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, *command],
@@ -55,7 +55,7 @@ def num_parameters(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Their package in one folder, a pruning run of it in another."""
+    """Return a folder with their package in one folder and a pruning run of it in another."""
     folder = tmp_path_factory.mktemp("cli")
     shutil.copytree(THEIRS, folder / "theirs")
     (folder / "work").mkdir()
@@ -68,7 +68,7 @@ def test_prune_makes_their_network_smaller(folder) -> None:
     pruned = folder / "work" / "checkpoints" / "pruned"
     assert [row["filters_left"] for row in rows_of(pruned / "pruning.csv")] == ["43", "32"]
     shapes = shapes_of(pruned / "best.ckpt")
-    assert shapes["stem.weight"] == FULL["stem.weight"]  # where a residual stream begins
+    assert shapes["stem.weight"] == FULL["stem.weight"]  # the stem of a residual stream is protected
     assert shapes["inner.weight"][0] + shapes["outer.weight"][0] == 16
     assert shapes_of(pruned / "unpruned.ckpt").items() >= FULL.items()
 
@@ -93,7 +93,7 @@ def test_test_reports_on_the_pruned_file_beside_the_network_as_it_was(folder) ->
     assert report["unpruned"]["test_accuracy"] is not None
     assert report["unpruned"]["parameters"] == num_parameters(pruned / "unpruned.ckpt")
     assert report["pruned"]["parameters"] == num_parameters(pruned / "last.ckpt")
-    # Nothing of theirs says what inputs look like: the counts are of an example of the test data.
+    # Their package does not describe the inputs, so the network is counted on an example of the test data.
     positions = 8 * 8
     assert report["unpruned"]["macs"] == positions * 9 * (16 + 16 * 32 + 32 * 16) + 160
     assert report["pruned"]["macs"] == int(rows_of(pruned / "pruning.csv")[-1]["macs"])
@@ -101,13 +101,13 @@ def test_test_reports_on_the_pruned_file_beside_the_network_as_it_was(folder) ->
 
 
 def test_another_class_starts_from_its_own_defaults_and_not_from_ours_of_the_same_name(folder) -> None:
-    """`lr` and `batch_size` are names of our module and our data as well."""
+    """`lr` and `batch_size` are also names of settings of our module and our data."""
     settings = yaml.safe_load((folder / "work" / "checkpoints" / "pruned" / "config.yaml").read_text())
     assert settings["model"] == {"class_path": "their_pkg.Module", "init_args": {"width": 16, "lr": 0.01}}
     assert settings["data"] == {"class_path": "their_pkg.Data", "init_args": {"batch_size": 64}}
-    told = yaml.safe_load(gflow(folder, "prune", "--model.lr", "0.3", "--print_config"))
-    assert told["model"]["init_args"] == {"width": 16, "lr": 0.3}
-    assert told["data"]["init_args"] == {"batch_size": 64}
+    output = yaml.safe_load(gflow(folder, "prune", "--model.lr", "0.3", "--print_config"))
+    assert output["model"]["init_args"] == {"width": 16, "lr": 0.3}
+    assert output["data"]["init_args"] == {"batch_size": 64}
 
 
 RANKS = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -119,7 +119,7 @@ def accuracy_of(folder: Path, name: str) -> float:
 
 
 def test_an_accuracy_by_two_processes_is_that_of_one_to_the_last_image(folder) -> None:
-    """Of an odd number of images, by a module that does not think of several processes."""
+    """Evaluate an odd number of images by a module that logs without `sync_dist`."""
     theirs = (folder / "theirs" / "their_pkg.py").read_text()
     assert theirs.count(", sync_dist=True") == 2
     (folder / "theirs" / "careless.py").write_text(theirs.replace(", sync_dist=True", ""))
@@ -157,14 +157,14 @@ def test_fit_trains_their_network_whole(folder) -> None:
 
 def test_a_plain_lightning_cli_prunes_by_a_settings_file_alone(folder) -> None:
     script, settings = str(folder / "theirs" / "train.py"), str(folder / "theirs" / "pruning.yaml")
-    told = run(folder, script, "fit", "--config", settings, *QUIET, "--trainer.limit_val_batches", "2")
-    assert "Round 2 of 2 by loss (epoch 2)" in told
+    output = run(folder, script, "fit", "--config", settings, *QUIET, "--trainer.limit_val_batches", "2")
+    assert "Round 2 of 2 by loss (epoch 2)" in output
     (path,) = (folder / "work" / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt")
     shapes = shapes_of(path)
     assert shapes["inner.weight"][0] + shapes["outer.weight"][0] == 16
     callbacks = torch.load(path, weights_only=True)["callbacks"]
     assert [row["round"] for row in callbacks["PruningCallback"]["rows"]] == [1, 2]
     assert [row["epoch"] for row in callbacks["GradientFlowMonitor"]["rows"]] == [0, 1, 2, 3, 4]
-    # The full-size network that the script builds takes the file's shape.
-    told = run(folder, script, "test", "--config", settings, *QUIET, "--ckpt_path", str(path))
-    assert "test_accuracy" in told
+    # The script builds the full-size network, which takes the shape of the file.
+    output = run(folder, script, "test", "--config", settings, *QUIET, "--ckpt_path", str(path))
+    assert "test_accuracy" in output

@@ -1,4 +1,4 @@
-"""Every example: pruned by a real Trainer, saved, loaded in a fresh process, the same outputs to the bit."""
+"""Every example is pruned by a real Trainer, saved, and loaded in a new process, with bit-identical outputs."""
 
 import importlib
 import json
@@ -27,14 +27,14 @@ CASES = [
 
 
 def photographs() -> DataLoader:
-    """Fifty photographs of CIFAR-100 in ten classes, in batches of ten."""
+    """Return a loader of fifty CIFAR-100 images of ten classes, in batches of ten."""
     images, labels = shuffled("train")
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return DataLoader(TensorDataset(inputs, torch.from_numpy(labels)), batch_size=10, shuffle=True)
 
 
 class FreshProcess:
-    """A process that has loaded nothing yet but the package."""
+    """A new process that has imported the package only."""
 
     def __init__(self) -> None:
         paths = [str(EXAMPLES), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -85,7 +85,7 @@ def test_an_example_is_pruned_saved_and_loaded_in_a_fresh_process(
         expected = module(inputs)
         assert not torch.equal(built.eval()(inputs), expected)
     torch.save(inputs, tmp_path / "inputs.pt")
-    job = {"module": name, "cls": cls, "path": str(path), "by_itself": name == "segmentation"}
+    job = {"module": name, "cls": cls, "path": str(path), "uses_mixin": name == "segmentation"}
     answer = fresh_process.load(**job, inputs=str(tmp_path / "inputs.pt"), outputs=str(tmp_path / "outputs.pt"))
     assert answer["parameters"] == rows[-1]["parameters"] == sum(p.numel() for p in module.parameters())
     assert torch.equal(torch.load(tmp_path / "outputs.pt", weights_only=True), expected)
