@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from gflow_pl.values import ChannelGraph
 
 __all__ = [
     "Reads",
@@ -143,7 +145,7 @@ class ScoredLayer:
         return TensorRef(owner, attribute, self.first_names.get(name, name))
 
 
-def find_layers(model: nn.Module, graph: Any = None) -> list[ScoredLayer]:
+def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[ScoredLayer]:
     """Every conv, transposed conv and linear layer of a model, in the order of ``named_modules()``.
 
     Args:
@@ -171,7 +173,7 @@ def find_layers(model: nn.Module, graph: Any = None) -> list[ScoredLayer]:
     return layers
 
 
-def _norm_behind(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: Any) -> str | None:
+def _norm_behind(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
     if graph is not None and layer.name in graph.layers:
         norm = graph.layers[layer.name].norm
         return norm if norm in modules and getattr(modules[norm], "weight", None) is not None else None

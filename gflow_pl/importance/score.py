@@ -39,7 +39,7 @@ from gflow_pl.importance.layers import (
 from gflow_pl.importance.measures import resolve_measure
 from gflow_pl.importance.reduction import Ranks, Reduce
 from gflow_pl.importance.scoring_mode import scoring_mode
-from gflow_pl.values import Scores
+from gflow_pl.values import ChannelGraph, Scores
 
 __all__ = ["checked_temperature", "private_generator", "score_filters"]
 
@@ -51,7 +51,7 @@ def score_filters(
     measure: str | Importance,
     batches: Iterable[Any] | None = None,
     *,
-    graph: Any = None,
+    graph: ChannelGraph | None = None,
     loss_fn: LossFn | None = None,
     temperature: float | None = None,
     num_samples: int | None = None,

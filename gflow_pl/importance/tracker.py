@@ -19,7 +19,7 @@ from gflow_pl.importance.measures import resolve_measure
 from gflow_pl.importance.reduction import Ranks, Reduce
 from gflow_pl.importance.score import checked_temperature, private_generator
 from gflow_pl.importance.scoring_mode import scoring_mode
-from gflow_pl.values import Scores
+from gflow_pl.values import ChannelGraph, Scores
 
 __all__ = ["Tracker"]
 
@@ -58,7 +58,7 @@ class Tracker:
         measure: str | Importance,
         *,
         alpha: float | None = None,
-        graph: Any = None,
+        graph: ChannelGraph | None = None,
         bias: Bias | None = None,
         initial_state: Mapping[str, Tensor] | None = None,
         loss_fn: LossFn | None = None,
