@@ -176,7 +176,11 @@ def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[Sco
 def _norm_behind(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
     if graph is not None and layer.name in graph.layers:
         norm = graph.layers[layer.name].norm
-        return norm if norm in modules and getattr(modules[norm], "weight", None) is not None else None
+        return (
+            norm
+            if norm is not None and norm in modules and getattr(modules[norm], "weight", None) is not None
+            else None
+        )
     parent_name, _, own = layer.name.rpartition(".")
     if not layer.name:
         return None
