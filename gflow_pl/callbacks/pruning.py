@@ -30,7 +30,7 @@ from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.tracked_scoring import Tracking
 from gflow_pl.importance import Importance, Tracker, resolve_measure
 from gflow_pl.selection import PruningSchedule, select_units
-from gflow_pl.selection.floors import groups_named
+from gflow_pl.selection.floors import match_groups
 from gflow_pl.surgery import check_optimizers
 from gflow_pl.values import ChannelGraph, KeepPlan, Scores
 
@@ -473,7 +473,7 @@ class PruningCallback(CarriesStructure):
                     f"PruningCallback: no layer of {type(module).__name__} can be pruned: "
                     + "; ".join(f"{name}: {why}" for name, why in list(self.graph.frozen.items())[:3])
                 )
-            groups_named(self.graph.groups, self.graph.layers, self.ignore)  # refuses names that mean nothing
+            match_groups(self.graph.groups, self.graph.layers, self.ignore)  # refuses names that mean nothing
         return self.graph
 
     def _check_same_network(self, module: pl.LightningModule) -> None:

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from gflow_pl.callbacks.lightning.loaders import has_length, loader_like
-from gflow_pl.data.sharing import EachOnce
+from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler
 
 __all__ = ["undivided_test_images"]
 
@@ -33,7 +33,7 @@ def undivided_test_images(data: pl.LightningDataModule, trainer: pl.Trainer) -> 
         if not _is_divided_by_lightning(loader):
             return loader
         # A DistributedSampler is what Lightning does not replace; this one is of one process.
-        sampler = EachOnce(loader.dataset, num_ranks=1, rank=0)
+        sampler = UnrepeatedSampler(loader.dataset, num_ranks=1, rank=0)
         return loader_like(loader, batch_size=loader.batch_size, sampler=sampler, drop_last=loader.drop_last)
 
     data.__dict__["test_dataloader"] = test_dataloader

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from gflow_pl.data.image_data import ImageDataModule
-from gflow_pl.data.images import ImagesInMemory
+from gflow_pl.data.data_module import ImageDataModule
+from gflow_pl.data.image_sets import ImagesInMemory
 
 __all__ = ["Digits"]
 

@@ -11,7 +11,7 @@ from gflow_pl.selection.ranking import Ranking
 from gflow_pl.selection.rounding import ceil_count
 from gflow_pl.values import ChannelGroup
 
-__all__ = ["floor_of", "groups_named", "protect_units"]
+__all__ = ["floor_of", "match_groups", "protect_units"]
 
 
 def floor_of(group: ChannelGroup, min_kept: float) -> int:
@@ -23,7 +23,7 @@ def floor_of(group: ChannelGroup, min_kept: float) -> int:
     return max(floor, 1) if group.kind == "remove" else floor
 
 
-def groups_named(groups: Iterable[ChannelGroup], layers: Collection[str], names: str | Iterable[str]) -> set[str]:
+def match_groups(groups: Iterable[ChannelGroup], layers: Collection[str], names: str | Iterable[str]) -> set[str]:
     """Names of the groups that hold a layer, or have a name, equal to or below one of `names`.
 
     Args:

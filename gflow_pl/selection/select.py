@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gflow_pl.selection.costs import CostModel
-from gflow_pl.selection.floors import groups_named, protect_units
+from gflow_pl.selection.floors import match_groups, protect_units
 from gflow_pl.selection.ranking import Ranking, rank_units
 from gflow_pl.selection.rounding import floor_count
 from gflow_pl.selection.schedule import percent_hint
@@ -67,7 +67,7 @@ def select_units(
     _check_arguments(fraction, num_filters, min_kept, target, scope, unit_score)
     if not isinstance(scores, Scores):
         scores = Scores(scores)
-    ignored = groups_named(graph.groups, graph.layers, ignore)
+    ignored = match_groups(graph.groups, graph.layers, ignore)
     ranking = rank_units(graph.groups, graph.layers, scores, unit_score=unit_score, scope=scope)
     _say_unscored(ranking, ignored)
     protected = protect_units(ranking, ignored, min_kept)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gflow_pl.surgery.attributes import (
+from gflow_pl.surgery.emptied import follow_emptiness
+from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
+from gflow_pl.surgery.module_attributes import (
     follow_shapes,
     forget,
     local_shapes,
@@ -16,9 +18,7 @@ from gflow_pl.surgery.attributes import (
     remembered,
     set_attribute,
 )
-from gflow_pl.surgery.emptied import follow_emptiness
-from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
-from gflow_pl.surgery.tensors import TensorTable, empty_like_format
+from gflow_pl.surgery.tensor_table import TensorTable, empty_like_format
 from gflow_pl.values import Structure
 
 __all__ = ["apply_structure", "structure_from", "structure_of"]

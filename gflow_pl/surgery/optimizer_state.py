@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.optimizers import OptimizerLike, unwrap_optimizer
-from gflow_pl.surgery.tensors import Cut, cut_tensor
+from gflow_pl.surgery.tensor_table import Cut, cut_tensor
 
 __all__ = ["check_optimizers", "cut_state", "drop_state"]
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gflow_pl.common.optimizers import OptimizerLike
-from gflow_pl.surgery.attributes import conv_groups, follow_shapes, local_shapes, set_attribute
 from gflow_pl.surgery.emptied import dead_groups, drop_empty_parameters, follow_emptiness
 from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
+from gflow_pl.surgery.module_attributes import conv_groups, follow_shapes, local_shapes, set_attribute
 from gflow_pl.surgery.module_structure import structure_from
 from gflow_pl.surgery.optimizer_state import cut_state
 from gflow_pl.surgery.plan_masks import Decision, decide, renumbered
-from gflow_pl.surgery.tensors import Cut, TensorTable, cut_tensor
+from gflow_pl.surgery.tensor_table import Cut, TensorTable, cut_tensor
 from gflow_pl.values import ChannelGraph, ChannelGroup, Structure
 
 __all__ = ["rewrite"]

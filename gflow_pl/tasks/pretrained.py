@@ -46,7 +46,7 @@ def load_pretrained(module: nn.Module, path: str | Path) -> None:
         state = strip_prefix(contents)
     elif isinstance(contents.get("state_dict"), dict):
         state = contents["state_dict"]
-        structure = contents.get("gflow_pl", {}).get("structure") or contents.get("structure")
+        structure = contents.get("gflow_pl", {}).get("structure")
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"'{path}' holds no weights: expected a checkpoint with a 'state_dict', or a dict of tensors.")
     _check_names(target, state, path)

@@ -20,7 +20,7 @@ from torch import nn
 
 from gflow_pl.surgery import rewrite, structure_of
 from gflow_pl.surgery.expansion import scatter_output
-from gflow_pl.surgery.tensors import Cut, cut_tensor
+from gflow_pl.surgery.tensor_table import Cut, cut_tensor
 from gflow_pl.values import KeepPlan, LayerUnits, Slice
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from gflow_pl.data.sharing import EachOnce, even_batch_size
+from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler, even_batch_size
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(355, 2), (10, 4), (16, 2), (33, 2), (7, 3)])
 def test_every_image_is_in_exactly_one_share(number, ranks) -> None:
     images = TensorDataset(torch.arange(number))
-    shares = [list(EachOnce(images, ranks, rank)) for rank in range(ranks)]
+    shares = [list(UnrepeatedSampler(images, ranks, rank)) for rank in range(ranks)]
     assert sorted(i for share in shares for i in share) == list(range(number))
-    assert [len(share) for share in shares] == [len(EachOnce(images, ranks, rank)) for rank in range(ranks)]
+    assert [len(share) for share in shares] == [len(UnrepeatedSampler(images, ranks, rank)) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("batch_size", [3, 8, 128])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gflow_pl.surgery.tensors import TensorTable
+from gflow_pl.surgery.tensor_table import TensorTable
 from gflow_pl.values.module_sizes import shape_attributes
 
 __all__ = [

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from gflow_pl.data.augment import ToInputs
-from gflow_pl.data.images import ImageSet
-from gflow_pl.data.sharing import EachOnce, even_batch_size
+from gflow_pl.data.image_sets import ImageSet
+from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler, even_batch_size
 
 __all__ = ["ImageDataModule"]
 
@@ -142,7 +142,10 @@ class ImageDataModule(pl.LightningDataModule):
         rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         images, batch_size, sampler = self._part(part), self.batch_size, None
         if num_ranks > 1 and not training and even_batch_size(batch_size, len(images), num_ranks):
-            batch_size, sampler = even_batch_size(batch_size, len(images), num_ranks), EachOnce(images, num_ranks, rank)
+            batch_size, sampler = (
+                even_batch_size(batch_size, len(images), num_ranks),
+                UnrepeatedSampler(images, num_ranks, rank),
+            )
         return DataLoader(
             images,
             batch_size=batch_size,
