@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.utils.data import Dataset, DistributedSampler
 
-__all__ = ["EachOnce", "even_batch_size"]
+__all__ = ["UnrepeatedSampler", "even_batch_size"]
 
 
-class EachOnce(DistributedSampler[Any]):
+class UnrepeatedSampler(DistributedSampler[Any]):
     """Every rank's share of the images in order; none is repeated to make the shares equal.
 
     Lightning's own sampler repeats images, which then count twice in an accuracy.
