@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from gflow_pl.callbacks.lightning.training_loss import quiet
+from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.importance.batches import batch_size
 from gflow_pl.importance.hessian import second_order_kernels
 from gflow_pl.importance.hessian_strategies import hessian_vector_product
@@ -39,7 +39,7 @@ def curvature_along_gradient(
     moved = {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
     names, parameters = list(moved), list(moved.values())
     ranks, count = Ranks(reduce), batch_size(batch)
-    with quiet(module), scoring_mode(module), second_order_kernels(), cached_weights():
+    with without_side_effects(module), scoring_mode(module), second_order_kernels(), cached_weights():
         loss = loss_fn(module, batch)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         direction = ranks.weighted_mean([g.detach() * count for g in gradients], count)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from gflow_pl.callbacks.curvature import curvature_along_gradient
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
-from gflow_pl.callbacks.lightning.training_loss import in_true_precision, training_loss
+from gflow_pl.callbacks.lightning.training_loss import training_loss, with_true_precision
 from gflow_pl.callbacks.tracked_scoring import scale_of_gradients
 
 __all__ = ["GradientFlowMonitor"]
@@ -164,7 +164,7 @@ class GradientFlowMonitor(Callback):
     ) -> None:
         """Measures the curvature on the last batch."""
         if self.hessian and self._is_on and _is_last(trainer):
-            loss_fn = in_true_precision(self.loss_fn or training_loss)
+            loss_fn = with_true_precision(self.loss_fn or training_loss)
             self._curvatures = curvature_along_gradient(pl_module, batch, loss_fn, mean_over_ranks(trainer))
 
     @override

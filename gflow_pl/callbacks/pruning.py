@@ -16,15 +16,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from gflow_pl.callbacks.lightning.best_checkpoints import last_saved_steps, reset_best_scores
 from gflow_pl.callbacks.lightning.carries_structure import CarriesStructure
-from gflow_pl.callbacks.lightning.held_lr import HeldRate
-from gflow_pl.callbacks.lightning.ranks import all_gather_objects, broadcast, mean_over_ranks, num_ranks, share_buffers
-from gflow_pl.callbacks.lightning.rng import private_rng, rng_state
-from gflow_pl.callbacks.lightning.training_loss import gives_a_loss, quiet, training_loss
-from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.held_lr import HeldLearningRate
+from gflow_pl.callbacks.lightning.module_forward import trace_module
+from gflow_pl.callbacks.lightning.ranks import (
+    all_gather_objects,
+    broadcast,
+    broadcast_buffers,
+    mean_over_ranks,
+    num_ranks,
+)
+from gflow_pl.callbacks.lightning.rng import capture_rng_state, isolated_rng
+from gflow_pl.callbacks.lightning.silence import without_side_effects
+from gflow_pl.callbacks.lightning.training_loss import training_loss, training_step_returns_loss
+from gflow_pl.callbacks.lightning.unsupported import check_supported
 from gflow_pl.callbacks.pruning_settings import CutTimes, check_arguments
 from gflow_pl.callbacks.resuming import check_same_schedule, restore_rng_of_ranks
-from gflow_pl.callbacks.round import apply_plan, costs_of, last_saves, reset_best, stem_groups, trace_module
+from gflow_pl.callbacks.round import apply_plan, costs_of, stem_groups
 from gflow_pl.callbacks.round_row import RowsFile, Stopwatch, gone, line_of, numbers_of
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.tracked_scoring import Tracking
@@ -169,7 +178,7 @@ class PruningCallback(CarriesStructure):
         self._original_costs: dict[str, int] = {}
         self._initial: dict[str, Tensor] | None = None
         self._tracking = Tracking(track_batches, track_order, self._new_tracker)
-        self._held_rate: HeldRate | None = None
+        self._held_rate: HeldLearningRate | None = None
         self._saved_before_the_cut: dict[ModelCheckpoint, int] = {}
         self._rng_to_restore: list[Any] | None = None
         self._rng_of_ranks: list[Any] | None = None
@@ -238,11 +247,11 @@ class PruningCallback(CarriesStructure):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses what cannot work, and makes the module's checkpoints carry its shape."""
         if stage == "fit":
-            refuse_what_cannot_work(trainer, self)
+            check_supported(trainer, self, PruningCallback)
             if not self.rows:
                 self._rows_file = RowsFile()
             self._rows_file.refuse(trainer, self.rows_path)
-            if self.loss_fn is None and not gives_a_loss(pl_module):
+            if self.loss_fn is None and not training_step_returns_loss(pl_module):
                 raise ValueError(
                     f"PruningCallback: {type(pl_module).__name__} optimizes by hand or fetches its batches itself, so its "
                     "`training_step` cannot be asked for a loss: give `loss_fn(module, batch)`, which returns the scalar loss "
@@ -279,7 +288,7 @@ class PruningCallback(CarriesStructure):
         if self._initial is not None:
             self._initial = {name: tensor.to(pl_module.device) for name, tensor in self._initial.items()}
         if self.prune_lr is not None:
-            self._held_rate = HeldRate(self.prune_lr, trainer.strategy.optimizers, lambda: not self.finished)
+            self._held_rate = HeldLearningRate(self.prune_lr, trainer.strategy.optimizers, lambda: not self.finished)
         if self._rng_to_restore is not None:
             restore_rng_of_ranks(trainer, self._rng_to_restore)
             self._rng_to_restore = None
@@ -297,10 +306,10 @@ class PruningCallback(CarriesStructure):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Traces the network before its first epoch; cuts the next round if it is due."""
         if self.graph is None:
-            with private_rng(self.seed, 0, trainer.global_rank), torch.inference_mode(False):
+            with isolated_rng(self.seed, 0, trainer.global_rank), torch.inference_mode(False):
                 self._ensure_graph(pl_module, next(iter(self._scoring.batches(trainer, pl_module, self.rounds_done))))
         if not self.finished and self.should_prune(trainer.current_epoch):
-            with private_rng(self.seed, self.rounds_done, trainer.global_rank), torch.inference_mode(False):
+            with isolated_rng(self.seed, self.rounds_done, trainer.global_rank), torch.inference_mode(False):
                 self._cut(trainer, pl_module)
 
     @override
@@ -317,7 +326,7 @@ class PruningCallback(CarriesStructure):
     ) -> None:
         """Feeds a tracked measure with this step's gradients: of the global batch, unscaled, before clipping."""
         if self._tracking.is_in_a_step:
-            with private_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
+            with isolated_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
                 self._tracking.before_step(trainer, pl_module, optimizer)
 
     @override
@@ -326,7 +335,7 @@ class PruningCallback(CarriesStructure):
     ) -> None:
         """In the published order, takes in the weights after the step."""
         if self._tracking.is_in_a_step:
-            with private_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
+            with isolated_rng(self.seed, self.rounds_done), self._quiet_while_tracking(pl_module):
                 self._tracking.after_step(pl_module)
             self._tracking.end()
 
@@ -338,7 +347,7 @@ class PruningCallback(CarriesStructure):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says which rounds were never cut, and has no file of before the last cut count as best."""
-        now = last_saves(trainer)
+        now = last_saved_steps(trainer)
         for checkpoint, step in self._saved_before_the_cut.items():
             if now.get(checkpoint) == step:
                 self._tell_outdated(checkpoint.best_model_path)
@@ -388,7 +397,7 @@ class PruningCallback(CarriesStructure):
             "initial": self._initial,
             "tracker": tracking["tracker"],
             "tracked_epoch": tracking["epoch"],
-            "rng": self._rng_of_ranks if self._rng_of_ranks is not None else [rng_state()],
+            "rng": self._rng_of_ranks if self._rng_of_ranks is not None else [capture_rng_state()],
         }
 
     @override
@@ -420,7 +429,7 @@ class PruningCallback(CarriesStructure):
     def _gather_rng(self, trainer: pl.Trainer) -> None:
         # Here, not where a checkpoint is made: of one that is saved on an exception the other ranks know nothing.
         if num_ranks(trainer) > 1:
-            self._rng_of_ranks = all_gather_objects(trainer, rng_state())
+            self._rng_of_ranks = all_gather_objects(trainer, capture_rng_state())
 
     # One round
 
@@ -432,7 +441,7 @@ class PruningCallback(CarriesStructure):
         if self.unpruned_path is not None and self.rounds_done == 0:
             trainer.save_checkpoint(self.unpruned_path, weights_only=True)
 
-        share_buffers(trainer, module)
+        broadcast_buffers(trainer, module)
         before = self._scoring.loss_and_gradient_norm(trainer, module, first, self.rounds_done)
         scores = self._tracking.scores(trainer, module, first) if self.track else None
         if scores is None:
@@ -464,7 +473,7 @@ class PruningCallback(CarriesStructure):
 
     def _ensure_graph(self, module: pl.LightningModule, batch: Any) -> ChannelGraph:
         if self.graph is None:
-            with quiet(module):
+            with without_side_effects(module):
                 loss_fn = self.loss_fn or training_loss
                 self.graph = trace_module(module, batch, loss_fn, residual=self.residual, exact_only=self.exact_only)
             self._original_costs = costs_of(self.graph)
@@ -513,7 +522,7 @@ class PruningCallback(CarriesStructure):
 
     def _quiet_while_tracking(self, module: pl.LightningModule) -> AbstractContextManager[None]:
         # Only a Hessian-gradient product runs the module.
-        return quiet(module) if self.measure.needs_hessian else nullcontext()
+        return without_side_effects(module) if self.measure.needs_hessian else nullcontext()
 
     # What is said
 
@@ -523,10 +532,10 @@ class PruningCallback(CarriesStructure):
         for logger in trainer.loggers:
             logger.log_metrics(numbers_of(row), step=trainer.global_step)
         if self.reset_best:
-            for path in reset_best(trainer):
+            for path in reset_best_scores(trainer):
                 self._tell_outdated(path)
             # Of those that monitor nothing the newest is best: they replace it at the next save, if there is one.
-            self._saved_before_the_cut = last_saves(trainer)
+            self._saved_before_the_cut = last_saved_steps(trainer)
 
     def _tell_outdated(self, path: str) -> None:
         rank_zero_info(f"'{os.path.basename(path)}' is of the network before the last cut and does not count as best.")

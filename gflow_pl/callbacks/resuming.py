@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
 
 from gflow_pl.callbacks.lightning.ranks import num_ranks
-from gflow_pl.callbacks.lightning.rng import restore_rng
+from gflow_pl.callbacks.lightning.rng import restore_rng_state
 
 __all__ = ["check_same_schedule", "restore_rng_of_ranks"]
 
@@ -40,7 +40,7 @@ def check_same_schedule(saved: dict[str, Any], now: dict[str, Any], rounds_done:
 def restore_rng_of_ranks(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
     """Put back the random state of this rank, if the checkpoint was written by as many."""
     if len(states) == num_ranks(trainer):
-        restore_rng(states[trainer.global_rank])
+        restore_rng_state(states[trainer.global_rank])
     else:
         rank_zero_warn(
             f"PruningCallback: the checkpoint was written by {len(states)} processes and is resumed by {num_ranks(trainer)}, "

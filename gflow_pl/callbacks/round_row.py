@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
 
-from gflow_pl.callbacks.lightning.packages import callbacks_of, is_a
+from gflow_pl.callbacks.lightning.packages import callbacks_of
 from gflow_pl.callbacks.lightning.ranks import broadcast
 from gflow_pl.files import write_rows
 from gflow_pl.values import ChannelGroup
@@ -118,8 +118,12 @@ class RowsFile:
 def _folder_of(trainer: pl.Trainer) -> tuple[Path | None, bool]:
     """Where a run writes, None if on another machine, where the loggers have the rows; whether it is a RunRecorder's folder."""
     for callback in callbacks_of(trainer):
-        if is_a(callback, "RunRecorder"):
-            return callback.folder, True
+        # By its full name: run_folder.py imports this file.
+        if any(
+            f"{c.__module__}.{c.__name__}" == "gflow_pl.callbacks.run_folder.RunRecorder"
+            for c in type(callback).__mro__
+        ):
+            return callback.folder, True  # type: ignore[attr-defined]
     folder = str(trainer.log_dir or trainer.default_root_dir)
     return (None if "://" in folder else Path(folder)), False
 

@@ -15,20 +15,20 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.loaders import (
-    NotByPosition,
+    DatasetKeysError,
     calibration_batches,
-    evaluation_batches,
-    foreign_samplers,
+    custom_sampler_names,
     has_length,
+    validation_batches,
 )
 from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
-from gflow_pl.callbacks.lightning.rng import private_rng
+from gflow_pl.callbacks.lightning.rng import isolated_rng
+from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.callbacks.lightning.training_loss import (
-    classifies,
     default_logits,
-    in_true_precision,
-    quiet,
+    is_classifier,
     training_loss,
+    with_true_precision,
 )
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance import Importance, score_filters
@@ -81,8 +81,8 @@ class Scoring:
     ) -> None:
         self._measure, self._bias, self._temperature = measure, bias, temperature
         self._num_samples, self._num_batches, self._seed = num_samples, batches, seed
-        self._loss_fn = None if loss_fn is None else in_true_precision(loss_fn)
-        self._logits_fn = None if logits_fn is None else in_true_precision(logits_fn)
+        self._loss_fn = None if loss_fn is None else with_true_precision(loss_fn)
+        self._logits_fn = None if logits_fn is None else with_true_precision(logits_fn)
         self._logits_known: bool | None = None
         self._once = _Once()
 
@@ -109,7 +109,7 @@ class Scoring:
             options["num_samples"] = math.ceil(self._num_samples / num_ranks(trainer))
         else:
             batches = islice(iter(batches), self._num_batches)
-        with quiet(module), self._once.heard("gflow_pl.importance.score"):
+        with without_side_effects(module), self._once.heard("gflow_pl.importance.score"):
             return score_filters(
                 module,
                 self._measure,
@@ -134,7 +134,7 @@ class Scoring:
         if self._logits_fn is not None or not wants:
             return self._logits_fn is not None and wants
         if self._logits_known is None:
-            self._logits_known = self._loss_fn is None and classifies(module, batch)
+            self._logits_known = self._loss_fn is None and is_classifier(module, batch)
             if not self._logits_known:
                 rank_zero_info(
                     f"PruningCallback: {type(module).__name__} gives no (logits, labels), so its loss is taken as it is, without "
@@ -146,7 +146,7 @@ class Scoring:
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, rounds_done: int
     ) -> list[float]:
         """Both on one batch of each rank, averaged."""
-        with quiet(module), private_rng(self._seed, rounds_done):
+        with without_side_effects(module), isolated_rng(self._seed, rounds_done):
             both = _loss_and_gradient_norm(module, batch, self._loss_fn or training_loss)
         reduce = mean_over_ranks(trainer)
         return (both if reduce is None else reduce(both)).tolist()
@@ -154,27 +154,27 @@ class Scoring:
     def accuracy(self, trainer: pl.Trainer, module: pl.LightningModule) -> float | str:
         """Share of right answers on the validation data; "" if there is none or the module does not classify."""
         limit = trainer.limit_val_batches
-        batches = None if limit == 0 else evaluation_batches(trainer, module, limit)
+        batches = None if limit == 0 else validation_batches(trainer, module, limit)
         if batches is None:
             return ""
         self._say_what_is_not_followed(trainer.val_dataloaders, "accuracy after a cut is measured")
         rest = iter(batches)
         try:
             start = list(islice(rest, 1))
-        except NotByPosition:  # the training goes on without a number that it does not need
+        except DatasetKeysError:  # the training goes on without a number that it does not need
             start = []
-        known = bool(start) and (self._logits_fn is not None or classifies(module, start[0]))
+        known = bool(start) and (self._logits_fn is not None or is_classifier(module, start[0]))
         # All ranks go on or none, also those that have no image.
         if not broadcast(trainer, known):
             return ""
-        with quiet(module):
+        with without_side_effects(module):
             counts = _count_accuracy(module, chain(start, rest), self._logits_fn or default_logits)
         reduce = mean_over_ranks(trainer)
         right, total = (counts if reduce is None else reduce(counts)).tolist()
         return right / total
 
     def _say_what_is_not_followed(self, loaders: Any, what: str) -> None:
-        for name in foreign_samplers(loaders):
+        for name in custom_sampler_names(loaders):
             text = f"PruningCallback: {what} on the whole data set, whatever its sampler {name} leaves out; a Subset would say so."
             if self._once.is_new(text):
                 rank_zero_info(text)

@@ -19,9 +19,10 @@ from typing_extensions import override
 from gflow_pl import data  # noqa: F401 - so that the data modules are known by their short names
 from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, PruningCallback, RunRecorder
 from gflow_pl.callbacks.lightning.packages import callbacks_of
-from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.ranks import is_first_process
+from gflow_pl.callbacks.lightning.unsupported import check_supported
 from gflow_pl.cli import outcome
-from gflow_pl.cli.claimed_folder import claim_folder, is_first_process
+from gflow_pl.cli.claimed_folder import claim_folder
 from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.trainer import GflowTrainer
 from gflow_pl.files import write_bytes
@@ -333,7 +334,7 @@ def _checked(trainer: pl.Trainer) -> pl.Trainer:
     """The Trainer, unless its set-up cannot work: processes that are spawned would bury the sentence."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, PruningCallback):
-            refuse_what_cannot_work(trainer, callback)
+            check_supported(trainer, callback, PruningCallback)
     return trainer
 
 

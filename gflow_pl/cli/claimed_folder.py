@@ -5,18 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
+from gflow_pl.callbacks.lightning.ranks import is_first_process
 
-__all__ = ["claim_folder", "is_first_process", "release_if_empty"]
+__all__ = ["claim_folder", "release_if_empty"]
 
 _HANDED_DOWN = "GFLOW_RUN_FOLDER"
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes: of rank 0, or the only one."""
-    # Of processes that a user starts by hand, one a node, Lightning knows the rank only later.
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def claim_folder(root: str, name: str) -> Path:

@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gflow_pl.callbacks.lightning.training_loss import first_input
+from gflow_pl.callbacks.lightning.ranks import is_first_process
+from gflow_pl.callbacks.lightning.training_loss import batch_inputs
 from gflow_pl.channels import trace_channels
-from gflow_pl.cli.claimed_folder import is_first_process
 from gflow_pl.cli.evaluation import undivided_test_images
 from gflow_pl.files import write_text
 from gflow_pl.reports import (
@@ -111,7 +111,7 @@ class Size:
 
 def _example_of_the_data(module: pl.LightningModule, datamodule: Any) -> Tensor | None:
     """One input from the test data, if the module's `forward` takes it."""
-    inputs = first_input(next(iter(datamodule.test_dataloader()), None))
+    inputs = batch_inputs(next(iter(datamodule.test_dataloader()), None))
     if not isinstance(inputs, Tensor):
         return None
     example = inputs[:1].to(module.device)
@@ -201,7 +201,7 @@ def _accuracy_in(results: Any) -> float | None:
 
 def write_predictions(path: Path, predictions: Any, datamodule: Any) -> None:
     """Write file or index, class and probability of every image."""
-    batches = [first_input(batch) for batch in predictions or [] if batch is not None]
+    batches = [batch_inputs(batch) for batch in predictions or [] if batch is not None]
     if not all(isinstance(batch, Tensor) and batch.ndim == 2 for batch in batches):
         raise ValueError("predict: the module's `predict_step` must return class probabilities (examples, classes).")
     probabilities = torch.cat(batches).float()

@@ -30,7 +30,7 @@ from real_images import real_images
 from small_nets import SmallModule, trainer
 
 from gflow_pl.callbacks import BestCheckpoint, LastCheckpoint, PruningCallback, RunRecorder
-from gflow_pl.callbacks.checkpoint_io import AtomicCheckpointIO
+from gflow_pl.callbacks.lightning.carries_structure import AtomicCheckpointIO
 
 STAGES = ("tracing", "training", "round", "saving", "validation", "rows")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gflow_pl.callbacks.lightning.held_lr import HeldRate
-from gflow_pl.callbacks.lightning.rng import private_rng, restore_rng, rng_state
+from gflow_pl.callbacks.lightning.held_lr import HeldLearningRate
+from gflow_pl.callbacks.lightning.rng import capture_rng_state, isolated_rng, restore_rng_state
 from gflow_pl.callbacks.pruning_settings import CutTimes
 
 
@@ -51,24 +51,24 @@ def draw() -> tuple[float, float, float]:
 
 def test_random_states_come_back_from_a_weights_only_file(tmp_path) -> None:
     random.gauss(0, 1)  # leaves a cached value behind, which must come back as well
-    torch.save(rng_state(), tmp_path / "rng.pt")
+    torch.save(capture_rng_state(), tmp_path / "rng.pt")
     first = draw(), random.gauss(0, 1)
-    restore_rng(torch.load(tmp_path / "rng.pt", weights_only=True))
+    restore_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (draw(), random.gauss(0, 1)) == first
 
 
 def test_private_random_numbers_follow_from_the_seeds_and_leave_the_global_ones_alone() -> None:
-    before = draw, rng_state()
-    with private_rng(1, 2):
+    before = draw, capture_rng_state()
+    with isolated_rng(1, 2):
         inside = draw()
-    with private_rng(1, 2):
+    with isolated_rng(1, 2):
         assert draw() == inside
-    with private_rng(1, 3):
+    with isolated_rng(1, 3):
         assert draw() != inside
-    restore_rng(before[1])
+    restore_rng_state(before[1])
     expected = draw()
-    restore_rng(before[1])
-    with private_rng(5):
+    restore_rng_state(before[1])
+    with isolated_rng(5):
         draw()
     assert draw() == expected
 
@@ -82,7 +82,7 @@ def test_a_held_rate_is_what_steps_are_taken_with_and_nothing_else_sees_it(optim
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         steps = 0
         if held is not None:
-            HeldRate(held, [optimizer], lambda: steps < 2)
+            HeldLearningRate(held, [optimizer], lambda: steps < 2)
         rates = []
         for steps in range(4):  # noqa: B007 - read by the lambda
             optimizer.zero_grad()

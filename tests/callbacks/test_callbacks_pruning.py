@@ -26,7 +26,7 @@ from small_nets import SmallModule, images, loader, trainer
 
 import gflow_pl
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.lightning.unsupported import refuse_what_cannot_work
+from gflow_pl.callbacks.lightning.unsupported import check_supported
 
 
 def shuffled(number: int = 64) -> DataLoader:
@@ -653,7 +653,7 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
     for strategy in ("ddp_spawn", "ddp_fork"):
         # Our own modules as well: the main process loads the workers' weights past every hook of ours.
         with pytest.raises(MisconfigurationException, match="use strategy='ddp'"):
-            refuse_what_cannot_work(trainer(tmp_path, strategy=strategy, devices=2), callback())
+            check_supported(trainer(tmp_path, strategy=strategy, devices=2), callback(), PruningCallback)
     assert "set max_epochs to at least 6" in refused(tmp_path, pruning=callback(rounds=5))
 
     class Manual(SmallModule):
@@ -686,15 +686,18 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
 
 @pytest.mark.parametrize(
     "strategy",
-    # Lightning's own of the second name is made from the same class, and asks for deepspeed to be installed.
-    [pl.strategies.FSDPStrategy, type("DeepSpeedStrategy", (pl.strategies.DDPStrategy,), {})],
+    # Lightning's own constructor of the second asks for deepspeed to be installed.
+    [
+        pl.strategies.FSDPStrategy,
+        type("DeepSpeed", (pl.strategies.DeepSpeedStrategy,), {"__init__": pl.strategies.DDPStrategy.__init__}),
+    ],
 )
 def test_sharded_parameters_are_refused(strategy, tmp_path) -> None:
     run = trainer(tmp_path)
     run._accelerator_connector.strategy = strategy()
     told = f"{strategy.__name__} shards parameters.*use strategy='ddp'"
     with pytest.raises(MisconfigurationException, match=told):
-        refuse_what_cannot_work(run, callback())
+        check_supported(run, callback(), PruningCallback)
 
 
 @pytest.mark.parametrize("max_steps", [6, -1], ids=["between rounds", "finished"])

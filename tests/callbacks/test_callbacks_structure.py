@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import gflow_pl
 from gflow_pl.callbacks import CarriesStructure, PruningCallback
-from gflow_pl.callbacks.checkpoint_io import AtomicCheckpointIO
+from gflow_pl.callbacks.lightning.carries_structure import AtomicCheckpointIO
 
 
 def pruned_module(folder) -> SmallModule:

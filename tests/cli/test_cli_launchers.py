@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gflow_pl.cli.claimed_folder import claim_folder, is_first_process
+from gflow_pl.callbacks.lightning.ranks import is_first_process
+from gflow_pl.cli.claimed_folder import claim_folder
 from gflow_pl.files import read_rows
 
 THEIRS = Path(__file__).parent.parent.parent / "examples" / "lightning_cli"

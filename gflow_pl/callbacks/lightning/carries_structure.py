@@ -6,17 +6,19 @@ checkpoint hooks are wrapped.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from typing_extensions import override
 
-from gflow_pl.callbacks.checkpoint_io import use_atomic_files
-from gflow_pl.callbacks.lightning.packages import averages_of
-from gflow_pl.callbacks.lightning.ranks import without_sync_batch_norm
+from gflow_pl.callbacks.lightning.packages import averaged_models, both_packages
+from gflow_pl.callbacks.lightning.ranks import revert_sync_batch_norm
+from gflow_pl.files import atomic_save
 from gflow_pl.surgery import (
     add_structure,
     apply_from_checkpoint,
@@ -26,7 +28,40 @@ from gflow_pl.surgery import (
 )
 from gflow_pl.values import Structure
 
-__all__ = ["CarriesStructure"]
+__all__ = ["AtomicCheckpointIO", "CarriesStructure", "use_atomic_checkpoint_io"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, syncs it to the disk and renames it over the target.
+
+    Lightning's own writes into the temporary folder and moves the file: where that folder is on another file system the
+    move is a copy, and a process killed meanwhile leaves a torn checkpoint. Remote paths (``s3://...``) are Lightning's.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], logger=False, accelerator="cpu")
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves a checkpoint.
+
+        Args:
+            checkpoint: The contents.
+            path: The target.
+            storage_options: For remote paths only.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            atomic_save(checkpoint, path)
+
+
+def use_atomic_checkpoint_io(trainer: pl.Trainer) -> None:
+    """Put `AtomicCheckpointIO` in the place of Lightning's default; a CheckpointIO that somebody chose stays."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) in both_packages(TorchCheckpointIO):
+        strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 # Named like the hooks they stand for: a bound method is pickled by its name.
@@ -41,7 +76,7 @@ def on_save_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -
 def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Takes the file's shape, with the copies that are averaged, then does what the class does."""
     trainer = getattr(module, "_trainer", None)
-    for network in (module, *(averages_of(trainer) if trainer is not None else ())):
+    for network in (module, *(averaged_models(trainer) if trainer is not None else ())):
         apply_from_checkpoint(network, checkpoint)
     type(module).on_load_checkpoint(module, checkpoint)
 
@@ -60,7 +95,7 @@ class CarriesStructure(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wraps the module's checkpoint hooks, and has files written whole or not at all."""
-        use_atomic_files(trainer)
+        use_atomic_checkpoint_io(trainer)
         self._structure = structure_of(pl_module)
         for hook in (on_save_checkpoint, on_load_checkpoint):
             # Bound: WeightAveraging deep-copies the module, and a copy must speak of itself.
@@ -99,6 +134,6 @@ class CarriesStructure(Callback):
         """Has SyncBatchNorm converted back now: `teardown` is left out."""
         if self._converted:
             structure = structure_of(pl_module)
-            without_sync_batch_norm(trainer, pl_module)
+            revert_sync_batch_norm(trainer, pl_module)
             apply_structure(pl_module, structure)
         self._converted = False

@@ -8,10 +8,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["HeldRate"]
+__all__ = ["HeldLearningRate"]
 
 
-class HeldRate:
+class HeldLearningRate:
     """While `is_held` says so, every optimizer steps with `lr`; its own rates are back in place after each step.
 
     Schedulers read and write the rates between steps, so they never see the held one; nothing of it is in a checkpoint.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -30,18 +31,18 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from gflow_pl.callbacks.lightning.packages import is_a
+from gflow_pl.callbacks.lightning.packages import both_packages
 
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 """Torch's own, which ask for positions."""
 
 __all__ = [
-    "NotByPosition",
+    "DatasetKeysError",
     "calibration_batches",
-    "evaluation_batches",
-    "foreign_samplers",
+    "custom_sampler_names",
     "has_length",
     "loader_like",
+    "validation_batches",
 ]
 
 
@@ -67,7 +68,7 @@ class _RankShare(Sampler[Any]):
         return (self._keys[position] for position in order[self._rank : self._length : self._world_size])
 
 
-class NotByPosition(ValueError):
+class DatasetKeysError(ValueError):
     """A data set knows no positions, and nobody lists its keys."""
 
 
@@ -80,7 +81,7 @@ class _ByPosition(DataLoader[Any]):
         except (LookupError, TypeError) as error:
             # A worker's error is its whole traceback.
             reason = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
-            raise NotByPosition(
+            raise DatasetKeysError(
                 f"PruningCallback: the data set {type(self.dataset).__name__} cannot be read by position ({reason}), so no "
                 "batches to score on can be drawn from it: give it a method `keys` that lists what its sampler may ask for."
             ) from error
@@ -95,7 +96,7 @@ def has_length(loaders: Any) -> bool:
     )
 
 
-def foreign_samplers(loaders: Any) -> list[str]:
+def custom_sampler_names(loaders: Any) -> list[str]:
     """The samplers of somebody's own in a loader or a collection of them: which examples they draw, nobody else knows."""
     samplers = [
         _sampler_of(loader)
@@ -119,7 +120,7 @@ def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, seed: i
     return _Moved(trainer, module, loaders, training=True)
 
 
-def evaluation_batches(
+def validation_batches(
     trainer: pl.Trainer, module: pl.LightningModule, limit: int | float | None
 ) -> Iterable[Any] | None:
     """The validation batches of this rank, in order, moved as in validation; None if there is no validation loader."""
@@ -206,7 +207,7 @@ def _sampler_of(loader: DataLoader[Any]) -> Any:
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
-    return sampler.dataset._sampler if is_a(sampler, "DistributedSamplerWrapper") else sampler
+    return sampler.dataset._sampler if isinstance(sampler, both_packages(DistributedSamplerWrapper)) else sampler
 
 
 def loader_like(

@@ -1,26 +1,52 @@
-"""Lightning comes in two packages, `pytorch_lightning` and `lightning`, whose classes are twins but not the same."""
+"""Objects of Lightning's two packages, `pytorch_lightning` and `lightning`, which define every class twice."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import nn
 
-__all__ = ["averages_of", "callbacks_of", "is_a"]
+__all__ = ["averaged_models", "both_packages", "callbacks_of"]
+
+_COUNTERPARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
 
-def is_a(thing: Any, *class_names: str) -> bool:
-    """Whether a class of `thing` has one of these names; so either package's objects are recognised."""
-    return any(base.__name__ in class_names for base in type(thing).__mro__)
+def both_packages(*classes: type) -> tuple[type, ...]:
+    """Return classes of `pytorch_lightning` or `lightning_fabric` and their counterparts in the package `lightning`.
+
+    The result is for `isinstance`. A user may train with either package, and neither class is a subclass of the other.
+    Class names are not enough: a user may define a callback called ``EarlyStopping`` that has nothing in common with Lightning's.
+
+    Args:
+        *classes: The classes, as imported from `pytorch_lightning` or `lightning_fabric`.
+
+    Returns:
+        Each class, followed by its counterpart if `lightning` has been imported.
+
+    Example:
+        >>> from pytorch_lightning.callbacks import EarlyStopping
+        >>> isinstance(EarlyStopping("val_loss"), both_packages(EarlyStopping))
+        True
+    """
+    found: list[type] = []
+    for cls in classes:
+        found.append(cls)
+        package, _, path = cls.__module__.partition(".")
+        # A module that nobody has imported has no instances.
+        counterpart = sys.modules.get(f"{_COUNTERPARTS[package]}.{path}")
+        if counterpart is not None:
+            found.append(getattr(counterpart, cls.__name__))
+    return tuple(found)
 
 
-def callbacks_of(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks of a Trainer of either package."""
-    return list(getattr(trainer, "callbacks", []))
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer of either package."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def averages_of(trainer: pl.Trainer) -> list[nn.Module]:
-    """The copies of the module whose weights WeightAveraging callbacks average."""
-    averages = [c._average_model for c in callbacks_of(trainer) if is_a(c, "WeightAveraging")]
+def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
+    """Return the copies of the module whose weights WeightAveraging callbacks average."""
+    averages = [c._average_model for c in callbacks_of(trainer) if isinstance(c, both_packages(WeightAveraging))]
     return [average.module for average in averages if average is not None]

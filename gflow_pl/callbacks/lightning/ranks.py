@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "all_gather_objects",
     "broadcast",
+    "broadcast_buffers",
+    "is_first_process",
     "mean_over_ranks",
     "num_ranks",
-    "rebuild_wrapper",
-    "share_buffers",
-    "without_sync_batch_norm",
+    "rebuild_ddp",
+    "revert_sync_batch_norm",
 ]
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes: of rank 0, or the only one."""
+    # Of processes that a user starts by hand, one a node, Lightning knows the rank only later.
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def num_ranks(trainer: pl.Trainer) -> int:
@@ -53,7 +63,7 @@ def all_gather_objects(trainer: pl.Trainer, value: Any) -> list[Any]:
     return gathered
 
 
-def share_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
+def broadcast_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
     """Give every rank the buffers (running statistics) of rank 0, as DDP itself does before a forward."""
     if num_ranks(trainer) == 1:
         return
@@ -62,7 +72,7 @@ def share_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
             torch.distributed.broadcast(buffer, src=0)
 
 
-def rebuild_wrapper(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Wrap the rewritten module in a new DistributedDataParallel: the old one's reducer waits for the old gradients.
 
     Forgetting it is silent with ``find_unused_parameters=True``: the ranks drift apart.
@@ -76,7 +86,7 @@ def rebuild_wrapper(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         strategy._pl_static_graph_delay_done = False
 
 
-def without_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
+def revert_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
     """Turn SyncBatchNorm back into ordinary norms now, in place, as Lightning does when its work is over."""
     sync: Any = getattr(trainer.strategy, "_layer_sync", None)
     if sync is not None:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 
-__all__ = ["private_rng", "restore_rng", "rng_state"]
+__all__ = ["capture_rng_state", "isolated_rng", "restore_rng_state"]
 
 _SEED = "PL_GLOBAL_SEED"
 """Where Lightning keeps the seed of `seed_everything`, which also decides how ranks share the data in each epoch."""
 
 
-def rng_state() -> dict[str, Any]:
+def capture_rng_state() -> dict[str, Any]:
     """The random states of torch, numpy, python and CUDA and Lightning's seed, as data for ``weights_only=True``."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -37,8 +37,8 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put the random states of `rng_state` back."""
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Put the random states of `capture_rng_state` back."""
     torch.set_rng_state(state["torch"].cpu())
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
@@ -51,7 +51,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def private_rng(*seeds: int) -> Iterator[None]:
+def isolated_rng(*seeds: int) -> Iterator[None]:
     """Within, all random numbers follow from `seeds`; afterwards the global states are as they were."""
     with isolate_rng():
         seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint32)[0])
