@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from gflow_pl.callbacks.lightning.packages import averaged_models, callbacks_of
@@ -40,7 +41,7 @@ def apply_plan(
     if not keep_momentum:
         drop_state(optimizers)
     # Other callbacks may hold tensors of the parameters' shapes, and say so by this method.
-    held = [c.tensors_by_name() for c in callbacks_of(trainer) if hasattr(c, "tensors_by_name")]
+    held = [c.tensors_by_name() for c in callbacks_of(trainer, Callback) if hasattr(c, "tensors_by_name")]
     rewrite(module, graph, plan, optimizers=optimizers, copies=[*averaged_models(trainer), *copies, *held])
     if _is_compiled(module):
         # One recompilation a round would soon reach dynamo's limit, after which it silently stops compiling.

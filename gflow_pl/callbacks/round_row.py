@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 
 from gflow_pl.callbacks.lightning.packages import callbacks_of
@@ -117,7 +118,7 @@ class RowsFile:
 
 def _folder_of(trainer: pl.Trainer) -> tuple[Path | None, bool]:
     """Where a run writes, None if on another machine, where the loggers have the rows; whether it is a RunRecorder's folder."""
-    for callback in callbacks_of(trainer):
+    for callback in callbacks_of(trainer, Callback):
         # By its full name: run_folder.py imports this file.
         if any(
             f"{c.__module__}.{c.__name__}" == "gflow_pl.callbacks.run_folder.RunRecorder"

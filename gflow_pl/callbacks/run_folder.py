@@ -33,7 +33,7 @@ METRIC_COLUMNS = (
 
 def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
     """The Trainer's PruningCallback, if it has one."""
-    return next((c for c in callbacks_of(trainer) if isinstance(c, PruningCallback)), None)
+    return next(iter(callbacks_of(trainer, PruningCallback)), None)
 
 
 class RunRecorder(Callback):

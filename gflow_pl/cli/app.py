@@ -259,8 +259,8 @@ class GflowCLI(LightningCLI):
 
     def _fill_in_pruning_settings(self, trainer: pl.Trainer) -> None:
         """Settings that the measure decided become visible in config.yaml; the unpruned network is kept in the folder."""
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, PruningCallback) and callback.unpruned_path is None and self.folder is not None:
+        for callback in callbacks_of(trainer, PruningCallback):
+            if callback.unpruned_path is None and self.folder is not None:
                 callback.unpruned_path = os.fspath(self.folder / "unpruned.ckpt")
         settings = self.config[self._command].get("pruning")
         if settings is not None:
@@ -332,9 +332,8 @@ class GflowCLI(LightningCLI):
 
 def _checked(trainer: pl.Trainer) -> pl.Trainer:
     """The Trainer, unless its set-up cannot work: processes that are spawned would bury the sentence."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, PruningCallback):
-            check_supported(trainer, callback, PruningCallback)
+    for callback in callbacks_of(trainer, PruningCallback):
+        check_supported(trainer, callback, PruningCallback)
     return trainer
 
 

@@ -207,7 +207,8 @@ def _sampler_of(loader: DataLoader[Any]) -> Any:
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
-    return sampler.dataset._sampler if isinstance(sampler, both_packages(DistributedSamplerWrapper)) else sampler
+    is_wrapped = isinstance(sampler, both_packages(DistributedSamplerWrapper))
+    return sampler.dataset._sampler if is_wrapped else sampler
 
 
 def loader_like(

@@ -54,12 +54,11 @@ def _problem_of_launcher(trainer: pl.Trainer) -> str | None:
 
 
 def _problem_of_callbacks(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> str | None:
-    callbacks = callbacks_of(trainer)
-    if any(isinstance(other, both_packages(StochasticWeightAveraging)) for other in callbacks):
+    if callbacks_of(trainer, StochasticWeightAveraging):
         return (
             "StochasticWeightAveraging keeps a full-size copy that cannot follow: use WeightAveraging or "
             "EMAWeightAveraging, which are pruned alike."
         )
-    if any(isinstance(other, only_one) and other is not callback for other in callbacks):
+    if any(other is not callback for other in callbacks_of(trainer, only_one)):
         return "there are two of these callbacks in the Trainer: keep one; it cuts several rounds by itself (`rounds`)."
     return None
