@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from gflow_pl.channels.constraints import Nodes
 from gflow_pl.channels.shape_cache import Shapes
 from gflow_pl.common.attention import attention_fast_path_disabled
-from gflow_pl.common.nested import listed, mapped
-from gflow_pl.common.snapshot import Kept, untouched
+from gflow_pl.common.nested import exhaust_iterators, map_tensors
+from gflow_pl.common.snapshot import ModuleSnapshot, restored_afterwards
 
 __all__ = ["Stage"]
 
@@ -56,8 +56,8 @@ class Stage:
         self._names = {id(module): name for name, module in self.modules.items()}
         # scripted parts keep their tensors out of Python's reach; they are swapped as they come by
         self.open_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
-        self._kept = [Kept(module) for module in self.open_modules]
-        self.args = mapped(self._prepared, self.args)
+        self._snapshots = [ModuleSnapshot(module) for module in self.open_modules]
+        self.args = map_tensors(self.args, self._prepared)
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
 
     def _own(self, kind: str) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class Stage:
 
     def _real_tensors(self) -> list[Tensor]:
         """What a forward on real tensors may write into: buffers, and tensors that modules keep as plain attributes."""
-        plain = [tensor for kept in self._kept for tensor in kept.tensors]
+        plain = [tensor for snapshot in self._snapshots for tensor in snapshot.tensors]
         return list({id(tensor): tensor for tensor in (*self.model.buffers(), *plain)}.values())
 
     @contextmanager
@@ -123,7 +123,7 @@ class Stage:
             training: Whether every module is in training mode.
         """
         with ExitStack() as stack:
-            stack.enter_context(untouched(self._kept, () if self.meta else self._real_tensors()))
+            stack.enter_context(restored_afterwards(self._snapshots, () if self.meta else self._real_tensors()))
             stack.enter_context(_quiet())
             for module in self.open_modules:
                 for own in (module._parameters, module._buffers):
@@ -150,7 +150,7 @@ class Stage:
         hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
-                return listed(self.model(*self.args))
+                return exhaust_iterators(self.model(*self.args))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -17,7 +17,7 @@ from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules.elementwise import pointwise, unknown
 from gflow_pl.channels.rules.registry import RULES
-from gflow_pl.common.nested import tensors_in
+from gflow_pl.common.nested import iter_tensors
 from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["LayerFacts", "Survey", "is_channel_norm", "survey"]
@@ -226,7 +226,7 @@ class _Surveyor:
 
     def finish(self, output: Any) -> None:
         """The model's outputs stay as they are, and are read by somebody."""
-        for leaf in tensors_in(output):
+        for leaf in iter_tensors(output):
             for dim, label in enumerate(self.t.labels(leaf)):
                 if label is not None:
                     self.t.book.freeze(label, "the model's output")

@@ -12,7 +12,7 @@ from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition, partition
 from gflow_pl.channels.record import Survey, survey
 from gflow_pl.channels.verify import Probe
-from gflow_pl.common.snapshot import uncollected
+from gflow_pl.common.snapshot import garbage_collection_paused
 from gflow_pl.values import ChannelGraph, Layer
 from gflow_pl.values.choices import Frozen, Residual, check_choice
 from gflow_pl.values.expansion_names import is_index_buffer
@@ -65,7 +65,7 @@ def trace_channels(
     check_choice("residual", residual, Residual, caller="trace_channels")
     check_choice("frozen", frozen, Frozen, caller="trace_channels")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with uncollected():
+    with garbage_collection_paused():
         return _traced(model, args, residual, exact_only, frozen)
 
 

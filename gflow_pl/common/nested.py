@@ -1,98 +1,110 @@
-"""Tensors in whatever forwards take and return: containers that torch knows, and objects that it does not."""
+"""Tensors in nested containers, and in the attributes of other objects: batches, arguments and outputs of a forward."""
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["listed", "mapped", "tensors_in"]
+__all__ = ["exhaust_iterators", "iter_tensors", "map_tensors"]
 
-_ENDLESS = 1000  # items of an iterator after which it is taken to have no end
-_CLOSED = (nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes)
+_Value = TypeVar("_Value")
+
+_MAX_ITEMS = 1000  # an iterator with more items is considered infinite
+_OPAQUE = (nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes)  # never searched for tensors
 
 
-def listed(value: Any) -> Any:
-    """The value with every iterator in it run to its end.
+def iter_tensors(value: object) -> Iterator[Tensor]:
+    """Yield every tensor in a value.
 
-    Raises:
-        ValueError: It has none.
+    Searches lists, tuples, dicts and every other container that `torch.utils._pytree` knows, other mappings and
+    collections, and the attributes of any other object (data classes, images with annotations, ...). Modules, classes and
+    functions are not searched.
     """
-
-    def run(leaf: Any) -> Any:
-        if not isinstance(leaf, Iterator):
-            return leaf
-        items = list(islice(leaf, _ENDLESS + 1))
-        if len(items) > _ENDLESS:
-            raise ValueError("an iterator without an end")
-        return items
-
-    return tree_map(run, value)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in any containers, and in the attributes of objects that torch knows nothing of."""
     seen: set[int] = set()
-    left = [value]
-    while left:
-        leaves = tree_flatten(left.pop())[0]
+    queue: deque[object] = deque([value])
+    while queue:
+        leaves = tree_flatten(queue.popleft())[0]
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 yield leaf
-            elif id(leaf) not in seen and not isinstance(leaf, _CLOSED):
+            elif id(leaf) not in seen and not isinstance(leaf, _OPAQUE):
                 seen.add(id(leaf))
                 if isinstance(leaf, Mapping):
-                    left += leaf.values()
+                    queue += leaf.values()
                 elif isinstance(leaf, Collection):
-                    left += leaf
-                left += _attributes(leaf).values()
+                    queue += leaf
+                queue += _attributes(leaf).values()
 
 
-def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The value with every tensor in it changed; the containers and objects that hold any are copies.
+def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
+    """Return a copy of a nested value with `change` applied to every tensor in it.
 
-    An object that cannot be copied stays as it is.
+    Containers and objects that hold tensors are copied, everything else is shared. An object that cannot be copied stays
+    as it is, with its tensors unchanged.
     """
     copies: dict[int, Any] = {}
 
-    def of_leaf(leaf: Any) -> Any:
+    def map_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
         if id(leaf) not in copies:
             copies[id(leaf)] = leaf
-            if not isinstance(leaf, _CLOSED) and next(tensors_in(leaf), None) is not None:
+            if not isinstance(leaf, _OPAQUE) and next(iter_tensors(leaf), None) is not None:
                 copies[id(leaf)] = _copy(leaf)
                 for name, part in _attributes(leaf).items() if copies[id(leaf)] is not leaf else ():
-                    object.__setattr__(copies[id(leaf)], name, tree_map(of_leaf, part))  # also where it is frozen
+                    # Bypasses the class's own __setattr__, which a frozen data class makes raise.
+                    object.__setattr__(copies[id(leaf)], name, tree_map(map_leaf, part))
         return copies[id(leaf)]
 
-    return tree_map(of_leaf, value)
+    return tree_map(map_leaf, value)
+
+
+def exhaust_iterators(value: Any) -> Any:
+    """Return a nested value with every iterator in it replaced by the list of its items.
+
+    A forward may return a generator, which computes nothing until it is iterated.
+
+    Raises:
+        ValueError: An iterator has more than 1000 items and is probably infinite.
+    """
+
+    def exhaust(leaf: Any) -> Any:
+        if not isinstance(leaf, Iterator):
+            return leaf
+        items = list(islice(leaf, _MAX_ITEMS + 1))
+        if len(items) > _MAX_ITEMS:
+            raise ValueError(f"an iterator with more than {_MAX_ITEMS} items")
+        return items
+
+    return tree_map(exhaust, value)
 
 
 def _copy(value: Any) -> Any:
-    """A copy whose attributes can be set, or the value itself."""
+    """Return a shallow copy whose attributes can be set, or the value itself if there is no such copy."""
     try:
-        own = copy.copy(value)
-        for name, part in _attributes(own).items():
-            object.__setattr__(own, name, part)
-    except Exception:  # whatever an object's own ways of copying raise
+        duplicate = copy.copy(value)
+        for name, part in _attributes(duplicate).items():
+            object.__setattr__(duplicate, name, part)
+    except Exception:  # a class may raise anything when it is copied
         return value
-    return own
+    return duplicate
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """What an object holds by name, in its dict and in its slots."""
+def _attributes(value: object) -> dict[str, Any]:
+    """Return the instance attributes of an object, from its ``__dict__`` and from its slots."""
     found = dict(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
             is_private = slot.startswith("__") and not slot.endswith("__")
-            name = f"_{kind.__name__.lstrip('_')}{slot}" if is_private else slot
+            name = f"_{cls.__name__.lstrip('_')}{slot}" if is_private else slot  # Python mangles private names
             if not slot.endswith("__") and hasattr(value, name):
                 found[name] = getattr(value, name)
     return found

@@ -1,4 +1,4 @@
-"""Whatever a forward does to a module and to the random generators, afterwards it never happened."""
+"""Snapshots of modules, tensors and random generators, to undo what a forward pass or a training step changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import gc
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,67 +14,146 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Kept", "uncollected", "untouched"]
+__all__ = [
+    "ModuleSnapshot",
+    "TensorSnapshot",
+    "garbage_collection_paused",
+    "random_states_restored",
+    "restored_afterwards",
+]
 
-_PLAIN = frozenset([type(None), bool, int, float, str, nn.Parameter])  # what most attributes are
+_Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+_Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+
+_IMMUTABLE = frozenset([type(None), bool, int, float, str, nn.Parameter])  # the classes of most attributes: skipped early
 _CONTAINERS = (dict, list, set, deque, tuple)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
-class Kept:
-    """A module's attributes, and what plain containers among them (and in these) hold: hooks, tensors, caches of a forward.
+class ModuleSnapshot:
+    """The state of one module (not of its submodules), taken when the snapshot is created.
 
-    Generators that a module owns are wound back, too.
+    `restore` can be called any number of times. It restores:
+
+    - every attribute, including parameters, buffers, hooks and the training flag: attributes that were added are deleted,
+      attributes that were replaced or deleted get their former value back;
+    - the items of the lists, dicts, sets and deques among the attributes, in place;
+    - the state of the random generators among the attributes;
+    - with `copy_tensors`, the values of buffers and of tensors that are plain attributes, in place.
+
+    Values of parameters are never copied. Tensors without storage of their own (meta, nested and inference tensors) are
+    restored by reference only.
+
+    Args:
+        module: The module.
+        exclude: Names of attributes that are neither saved nor restored.
+        nested: Whether containers inside containers are saved, too. False bounds the cost for modules that keep a data
+            set: only the attributes themselves and the buffers are visited.
+        copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and restored.
 
     Attributes:
-        tensors: Those among them that are no parameters.
+        tensors: The buffers and other tensors found that are not parameters.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> snapshot = ModuleSnapshot(norm, copy_tensors=True)
+        >>> output = norm(torch.ones(4, 2))
+        >>> snapshot.restore()
+        >>> norm.running_mean
+        tensor([0., 0.])
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.own = vars(module)
-        self.attributes = self.own.copy()
-        self.empty: list[Any] = []
-        self.contents: list[tuple[Any, Any]] = []
+    def __init__(
+        self, module: nn.Module, *, exclude: Collection[str] = (), nested: bool = True, copy_tensors: bool = False
+    ) -> None:
+        self._live_attributes = vars(module)
+        self._exclude = exclude
+        self._attributes = {name: value for name, value in vars(module).items() if name not in exclude}
+        self._empty: list[_Container] = []
+        self._items: list[tuple[_Container, _Container]] = []
+        self._generators: list[tuple[Callable[[Any], Any], object]] = []
         self.tensors: list[Tensor] = []
-        self.generators: list[tuple[Callable[[Any], Any], Any]] = []
-        self._keep(self.attributes.values(), set())
+        self._visit(self._attributes.values(), set(), nested)
+        if not nested and "_buffers" in self._attributes:
+            self._visit(module._buffers.values(), set(), nested)
+        self._contents = _tensor_snapshots(self.tensors) if copy_tensors else []
 
-    def _keep(self, values: Iterable[Any], seen: set[int]) -> None:
+    def _visit(self, values: Iterable[object], seen: set[int], nested: bool) -> None:
         for value in values:
-            if value.__class__ in _PLAIN:
+            if value.__class__ in _IMMUTABLE:
                 continue
             if isinstance(value, _CONTAINERS):
                 if not value:
-                    self.empty.append(value)
+                    if not isinstance(value, tuple):
+                        self._empty.append(value)
                 elif id(value) not in seen:
                     seen.add(id(value))
                     if not isinstance(value, tuple):
-                        self.contents.append((value, value.copy()))
-                    self._keep(value.values() if isinstance(value, dict) else value, seen)
+                        self._items.append((value, value.copy()))
+                    if nested:
+                        self._visit(value.values() if isinstance(value, dict) else value, seen, nested)
             elif isinstance(value, Tensor):
                 self.tensors.append(value)
             elif isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
-                self.generators.append(_rewinding(value))
+                self._generators.append(_state_setter(value))
 
-    def put_back(self) -> None:
-        """Makes it what it was."""
-        for value in self.empty:
-            if value:
-                value.clear()
-        for value, contents in self.contents:
-            value.clear()
-            if isinstance(value, (list, deque)):
-                value.extend(contents)
+    def restore(self) -> None:
+        """Restore the module to its state at the time of the snapshot."""
+        for container in self._empty:
+            if container:
+                container.clear()
+        for container, items in self._items:
+            container.clear()
+            if isinstance(container, (list, deque)):
+                container.extend(items)
             else:
-                value.update(contents)
-        self.own.clear()
-        self.own.update(self.attributes)
-        for rewind, state in self.generators:
-            rewind(state)
+                container.update(items)  # type: ignore[arg-type]
+        live = self._live_attributes
+        for name in [name for name in live if name not in self._attributes and name not in self._exclude]:
+            del live[name]
+        live.update(self._attributes)
+        for set_state, state in self._generators:
+            set_state(state)
+        for contents in self._contents:
+            contents.restore()
 
 
-def _rewinding(generator: Any) -> tuple[Callable[[Any], Any], Any]:
-    """What sets a generator, and its state now."""
+class TensorSnapshot:
+    """The values of one tensor, to be restored in place.
+
+    Args:
+        tensor: A tensor with storage of its own: no meta, nested or inference tensor.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version, self._values = tensor, tensor._version, tensor.detach().clone()
+
+    @staticmethod
+    def is_possible(tensor: Tensor) -> bool:
+        """Return whether the values of a tensor can be saved and restored."""
+        return not (tensor.is_meta or tensor.is_inference() or tensor.is_nested)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the values, also where the tensor was resized or its storage was replaced."""
+        tensor, values = self._tensor, self._values
+        if tensor.shape != values.shape:
+            tensor.data = values
+        elif tensor._version != self._version or (tensor.layout == torch.strided and not _is_equal(tensor, values)):
+            tensor.copy_(values)
+
+
+def _tensor_snapshots(tensors: Iterable[Tensor]) -> list[TensorSnapshot]:
+    return [TensorSnapshot(tensor) for tensor in tensors if TensorSnapshot.is_possible(tensor)]
+
+
+def _is_equal(tensor: Tensor, values: Tensor) -> bool:
+    """Return whether two tensors are equal, where NaN counts as equal to NaN."""
+    return bool(torch.eq(tensor, values).logical_or_((tensor != tensor) & (values != values)).all())
+
+
+def _state_setter(generator: _Generator) -> tuple[Callable[[Any], Any], object]:
+    """Return the function that sets the state of a generator, and the state to call it with."""
     if isinstance(generator, random.Random):
         return generator.setstate, generator.getstate()
     if isinstance(generator, np.random.Generator):
@@ -84,7 +163,27 @@ def _rewinding(generator: Any) -> tuple[Callable[[Any], Any], Any]:
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def restored_afterwards(snapshots: Sequence[ModuleSnapshot], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Restore modules, tensors and all global random generators at the end of the block.
+
+    Args:
+        snapshots: Snapshots of the modules that the block may change.
+        tensors: Tensors whose values are saved now and restored as well.
+    """
+    contents = _tensor_snapshots(tensors)
+    try:
+        with random_states_restored():
+            yield
+    finally:
+        for snapshot in snapshots:
+            snapshot.restore()
+        for tensor in contents:
+            tensor.restore()
+
+
+@contextmanager
+def random_states_restored() -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and torch (CPU, CUDA, MPS) at the end of the block."""
     python, numpy, host = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = torch.cuda.get_rng_state_all() if cuda else []
@@ -102,8 +201,11 @@ def _random_state() -> Iterator[None]:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage is looked for inside the block: it makes many small objects, and keeps all of them to its end."""
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector for a block that creates many objects and keeps all of them to its end.
+
+    Without a pause the collector would visit these objects over and over and free none.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,40 +213,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def untouched(modules: Sequence[Kept], tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restores modules' attributes, tensors' places, flags and hooks, and all random generators.
-
-    Args:
-        modules: They may be changed in any way inside the block, and are afterwards what they were when they were kept.
-        tensors: Those whose contents are saved and restored too (where the forward runs on the real ones).
-    """
-    contents = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors if _may_be_written(tensor)]
-    try:
-        with _random_state():
-            yield
-    finally:
-        for module in modules:
-            module.put_back()
-        with torch.no_grad():
-            for tensor, version, value in contents:
-                _restore(tensor, version, value)
-
-
-def _may_be_written(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or tensor.is_inference() or tensor.is_nested)
-
-
-def _restore(tensor: Tensor, version: int, value: Tensor) -> None:
-    """Puts the contents back, also those of a tensor that was given another size or memory."""
-    if tensor.shape != value.shape:
-        tensor.data = value
-    elif tensor._version != version or (tensor.layout == torch.strided and not _is_equal(tensor, value)):
-        tensor.copy_(value)
-
-
-def _is_equal(tensor: Tensor, value: Tensor) -> bool:
-    """Whether they hold the same, numbers that are none included."""
-    return bool(torch.eq(tensor, value).logical_or_((tensor != tensor) & (value != value)).all())

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gflow_pl.common.nested import iter_tensors, map_tensors
 from gflow_pl.importance.reduction import Ranks
 
-__all__ = ["balanced_sample", "batch_size", "labels_of", "map_tensors", "take_whole"]
+__all__ = ["balanced_sample", "batch_size", "labels_of", "take_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -20,33 +21,9 @@ log = logging.getLogger(__name__)
 _CPU_BATCH = 32
 
 
-def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of lists, tuples and mappings with every tensor changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(part, change) for part in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(part, change) for part in batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(part, change) for key, part in batch.items()}
-    return batch
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(batch, note)
-    return iter(found)
-
-
 def batch_size(batch: Any) -> int:
     """Examples in a batch: the length of the first tensor in it; a batch without tensors counts as one."""
-    first = next((tensor for tensor in _tensors(batch) if tensor.ndim > 0), None)
+    first = next((tensor for tensor in iter_tensors(batch) if tensor.ndim > 0), None)
     return 1 if first is None else len(first)
 
 
