@@ -25,7 +25,9 @@ __all__ = [
 _Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 _Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
-_IMMUTABLE = frozenset([type(None), bool, int, float, str, nn.Parameter])  # the classes of most attributes: skipped early
+_IMMUTABLE = frozenset(
+    [type(None), bool, int, float, str, nn.Parameter]
+)  # the classes of most attributes: skipped early
 _CONTAINERS = (dict, list, set, deque, tuple)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 

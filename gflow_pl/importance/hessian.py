@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gflow_pl.common.attention import attention_fast_path_disabled
-from gflow_pl.importance.batches import batch_size, map_tensors, to_device
+from gflow_pl.common.nested import map_tensors
+from gflow_pl.importance.batches import batch_size, to_device
 from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
 from gflow_pl.importance.hessian_strategies import WAYS, Way, choose_way, watched_loss
 from gflow_pl.importance.layers import ScoredLayer, TensorRef

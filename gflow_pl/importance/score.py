@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gflow_pl.common.nested import map_tensors
 from gflow_pl.importance.base import Bias, Importance
 from gflow_pl.importance.batches import (
     balanced_sample,
     checked_labels,
     labels_of,
-    map_tensors,
     peek,
     take_whole,
     to_device,

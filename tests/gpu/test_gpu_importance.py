@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gflow_pl import models
+from gflow_pl.common.nested import map_tensors
 from gflow_pl.importance import Tracker, measure_names, resolve_measure, score, score_filters
-from gflow_pl.importance.batches import map_tensors
 from gflow_pl.importance.gradients import loss_function
 from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
 from gflow_pl.importance.hessian_strategies import WAYS

@@ -9,8 +9,9 @@ from importance_nets import class_batches, largest_difference, mixed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gflow_pl.common.nested import map_tensors
 from gflow_pl.importance import batches, measure_names, resolve_measure, score_filters
-from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, map_tensors, take_whole, to_device
+from gflow_pl.importance.batches import balanced_sample, batch_size, labels_of, take_whole, to_device
 from gflow_pl.importance.reduction import Ranks
 
 
