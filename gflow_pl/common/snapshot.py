@@ -109,7 +109,7 @@ class ModuleSnapshot:
             if isinstance(container, (list, deque)):
                 container.extend(items)
             else:
-                container.update(items)  # type: ignore[arg-type]
+                container.update(items)
         live = self._live_attributes
         for name in [name for name in live if name not in self._attributes and name not in self._exclude]:
             del live[name]
