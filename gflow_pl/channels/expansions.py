@@ -1,4 +1,4 @@
-"""Where an expansion dissolves what would have to shrink together."""
+"""The layers that are expanded: their filters are removed, and everything that reads them keeps its width."""
 
 from __future__ import annotations
 
@@ -6,80 +6,95 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gflow_pl.channels.constraints import Book, Nodes, input_of
+from gflow_pl.channels.constraints import BoundaryKey, Constraints, Labels
 from gflow_pl.channels.record import Survey
 
-__all__ = ["STREAM", "Cuts", "connected", "present_cuts", "residual_cuts"]
+__all__ = ["STREAM", "Expansions", "add_residual_expansions", "connected_labels", "present_expansions"]
 
 STREAM = "the residual stream keeps its width"
 PRESENT = "an expansion keeps its width"
 
 
 @dataclass(eq=False)
-class Cuts:
-    """The layers that are expanded, and where.
+class Expansions:
+    """The layers to expand, and the boundaries at which this separates inner from outer labels.
 
     Attributes:
-        modules: Module whose output is scattered (or `input_of` one whose input is gathered), to the reason why everything
-            on the other side stays as it is.
-        layers: Layer to the module whose output is scattered for it.
+        boundaries: Boundary to the reason why the labels on its outer side stay.
+        layers: Layer to the module whose output is scattered for it: the layer, or the norm that alone reads it.
     """
 
-    modules: dict[str, str] = field(default_factory=dict)
+    boundaries: dict[BoundaryKey, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
 
-    def add(self, found: Survey, layer: str, why: str) -> None:
-        """Cuts behind the layer, or behind the norm that alone reads it."""
-        module = found.cuts_at_norm.get(layer) or layer
+    def add(self, record: Survey, layer: str, reason: str) -> None:
+        """Expand a layer: scatter its output, or the output of the norm that alone reads it."""
+        module = record.expands_at_norm.get(layer) or layer
         self.layers[layer] = module
-        self.modules.setdefault(module, why)
+        self.boundaries.setdefault(BoundaryKey(module), reason)
 
-    def add_input(self, layer: str, why: str) -> None:
-        """Cuts before a grouped convolution, too."""
-        self.modules.setdefault(input_of(layer), why)
+    def add_gather(self, layer: str, reason: str) -> None:
+        """Let a grouped convolution gather some channels of its input, which keeps its width."""
+        self.boundaries.setdefault(BoundaryKey(layer, is_input=True), reason)
 
     @property
-    def any_gather(self) -> bool:
-        """Whether any layer picks some channels of its input."""
-        return any(module.endswith(input_of("")) for module in self.modules)
+    def has_gathers(self) -> bool:
+        """Whether any layer gathers some channels of its input."""
+        return any(key.is_input for key in self.boundaries)
 
     def gathers(self, layer: str) -> bool:
-        """Whether the layer picks some channels of its input."""
-        return input_of(layer) in self.modules
+        """Return whether a layer gathers some channels of its input."""
+        return BoundaryKey(layer, is_input=True) in self.boundaries
 
 
-def connected(book: Book, cut: dict[str, str], *, adds: bool = True) -> Nodes:
-    """The root of every node, with these boundaries cut."""
-    edges = [*book.edges, *(book.adds if adds else [])]
-    edges += [(b.inner, b.outer) for b in book.boundaries if b.module not in cut]
-    return book.components(edges)
+def connected_labels(
+    constraints: Constraints, expanded: dict[BoundaryKey, str], *, include_adds: bool = True
+) -> Labels:
+    """Return the root of every label: labels that must be pruned together have the same root.
+
+    Args:
+        constraints: The constraints.
+        expanded: The boundaries whose inner and outer labels are not joined.
+        include_adds: Whether additions of activations join labels.
+
+    Returns:
+        (labels,) roots, each the smallest label of its component.
+    """
+    edges = [*constraints.edges, *(constraints.adds if include_adds else [])]
+    edges += [(b.inner, b.outer) for b in constraints.boundaries if b.key not in expanded]
+    return constraints.components(edges)
 
 
-def present_cuts(found: Survey) -> Cuts:
-    """The expansions that the model carries already; they stay."""
-    cuts = Cuts()
-    for layer in found.layers:
-        norm = found.cuts_at_norm.get(layer)
-        if norm in found.expanded or layer in found.expanded:
-            cuts.add(found, layer, PRESENT)
-            if norm not in found.expanded:
-                cuts.layers[layer] = layer
-    cuts.modules = dict.fromkeys([*found.expanded, *map(input_of, found.gathering)], PRESENT)
-    return cuts
+def present_expansions(record: Survey) -> Expansions:
+    """Return the expansions that the model has already; they stay."""
+    expansions = Expansions()
+    for layer in record.layers:
+        norm = record.expands_at_norm.get(layer)
+        if norm in record.expanded or layer in record.expanded:
+            expansions.add(record, layer, PRESENT)
+            if norm not in record.expanded:
+                expansions.layers[layer] = layer
+    scattered = [BoundaryKey(module) for module in record.expanded]
+    gathered = [BoundaryKey(layer, is_input=True) for layer in record.gathering]
+    expansions.boundaries = dict.fromkeys([*scattered, *gathered], PRESENT)
+    return expansions
 
 
-def residual_cuts(found: Survey, cuts: Cuts) -> None:
-    """Cuts behind every layer that writes into a stream: into channels that an addition of activations couples."""
-    book = found.book
-    whole = connected(book, cuts.modules)
-    apart = connected(book, cuts.modules, adds=False)
-    streams = np.zeros(book.num_nodes, dtype=bool)
-    for a, b in book.adds:
+def add_residual_expansions(record: Survey, expansions: Expansions) -> None:
+    """Expand every layer that writes into a residual stream: into channels that an addition of activations couples."""
+    constraints = record.constraints
+    whole = connected_labels(constraints, expansions.boundaries)
+    apart = connected_labels(constraints, expansions.boundaries, include_adds=False)
+
+    # A stream is a component that only additions hold together, and that is not the model's output.
+    streams = np.zeros(constraints.num_labels, dtype=bool)
+    for a, b in constraints.adds:
         streams[whole[a[apart[a] != apart[b]]]] = True
-    for nodes in found.outputs:
-        streams[whole[nodes]] = False
-    for layer, facts in found.layers.items():
-        if not facts.votes or facts.outputs is None or layer in cuts.layers:
+    for labels in record.outputs:
+        streams[whole[labels]] = False
+
+    for layer, facts in record.layers.items():
+        if not facts.votes or facts.outputs is None or layer in expansions.layers:
             continue
         if streams[whole[facts.outputs]].any():
-            cuts.add(found, layer, STREAM)
+            expansions.add(record, layer, STREAM)

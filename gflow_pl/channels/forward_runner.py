@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gflow_pl.channels.constraints import Nodes
+from gflow_pl.channels.constraints import Labels
 from gflow_pl.channels.shape_cache import Shapes
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.nested import exhaust_iterators, map_tensors
@@ -79,7 +79,7 @@ class Stage:
         self.inputs.append(value)
         return value
 
-    def stand_ins(self, keep: Mapping[str, Mapping[int, Nodes]] | None = None) -> dict[int, Tensor]:
+    def stand_ins(self, keep: Mapping[str, Mapping[int, Labels]] | None = None) -> dict[int, Tensor]:
         """A tensor to run with in place of every parameter and buffer, by the id of the real one.
 
         Args:
@@ -97,7 +97,7 @@ class Stage:
                 made[id(tensor)] = self._stand_in(tensor, left)
         return made
 
-    def _stand_in(self, tensor: Tensor, left: Mapping[int, Nodes] | None = None) -> Tensor:
+    def _stand_in(self, tensor: Tensor, left: Mapping[int, Labels] | None = None) -> Tensor:
         if self.meta:
             shape = list(tensor.shape)
             for dim, index in (left or {}).items():

@@ -1,4 +1,4 @@
-"""One survey of a model: its forward in training and in evaluation mode, recorded into one book."""
+"""One survey of a model: its forward in training and in evaluation mode, recorded into one constraints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gflow_pl.channels.constraints import Book, Boundary, Nodes, input_of
+from gflow_pl.channels.constraints import Auxiliary, Boundary, BoundaryKey, Constraints, Labels
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules.elementwise import pointwise, unknown
@@ -35,7 +35,7 @@ class LayerFacts:
         weight: Name of its weight tensor.
         num_filters: Output channels.
         votes: Whether it is more than a depthwise follower.
-        outputs: Nodes of its output channels, None if they cannot be told.
+        outputs: Labels of its output channels, None if they cannot be told.
         positions: Multiply-accumulates of one example per element of the weight, by mode.
         reads_input: Whether it reads the network's input.
         norm: The first norm that reads its output.
@@ -47,7 +47,7 @@ class LayerFacts:
     weight: str
     num_filters: int
     votes: bool
-    outputs: Nodes | None = None
+    outputs: Labels | None = None
     positions: dict[bool, int] = field(default_factory=dict)
     reads_input: bool = False
     norm: str | None = None
@@ -60,24 +60,24 @@ class Survey:
     """All that is known after both forwards; names and integers only.
 
     Attributes:
-        book: Nodes and what holds between them.
+        constraints: Labels and what holds between them.
         calls: Per mode (True = training), every op.
         layers: Facts of the layers, in the order of their first call.
-        outputs: Nodes that are part of the model's outputs.
+        outputs: Labels that are part of the model's outputs.
         expanded: Modules that carry an expansion already, with its dim and width.
         gathering: Layers that read only some channels of their input already.
-        cuts_at_norm: Layer name to the channel-wise norm that alone reads its output.
+        expands_at_norm: Layer name to the channel-wise norm that alone reads its output.
         torn: Per mode, the error that ended the forward early.
         guessed: Whether a rule had to suppose what a size follows.
     """
 
-    book: Book
+    constraints: Constraints
     calls: dict[bool, list[Call]] = field(default_factory=dict)
     layers: dict[str, LayerFacts] = field(default_factory=dict)
-    outputs: list[Nodes] = field(default_factory=list)
+    outputs: list[Labels] = field(default_factory=list)
     expanded: dict[str, tuple[int, int]] = field(default_factory=dict)
     gathering: set[str] = field(default_factory=set)
-    cuts_at_norm: dict[str, str | None] = field(default_factory=dict)
+    expands_at_norm: dict[str, str | None] = field(default_factory=dict)
     torn: dict[bool, Exception] = field(default_factory=dict)
     guessed: bool = False
 
@@ -150,8 +150,8 @@ class _Surveyor:
         with _disable_current_modes():
             own = x.detach()
         labels = list(tag.labels)
-        labels[dim] = inner = self.t.book.fresh("@boundary", len(outer))
-        self.t.book.boundaries.append(Boundary(input_of(name), dim, inner, outer))
+        labels[dim] = inner = self.t.constraints.new_labels(Auxiliary.BOUNDARY, len(outer))
+        self.t.constraints.boundaries.append(Boundary(BoundaryKey(name, is_input=True), dim, inner, outer))
         self.t.put(own, labels, tag.zero)
         self.t.tag(own).active = tag.active
         if id(x) in self.t.readers:
@@ -190,9 +190,11 @@ class _Surveyor:
             return None
         if name in self.found.expanded:
             # The scatter behind it is the cut: nothing that reads it sees these nodes.
-            return Boundary(name, dim, inner, inner)
-        boundary = Boundary(name, dim, inner, self.t.book.fresh("@boundary", len(inner)))
-        self.t.book.boundaries.append(boundary)
+            return Boundary(BoundaryKey(name), dim, inner, inner)
+        boundary = Boundary(
+            BoundaryKey(name), dim, inner, self.t.constraints.new_labels(Auxiliary.BOUNDARY, len(inner))
+        )
+        self.t.constraints.boundaries.append(boundary)
         labels = list(tag.labels)
         labels[dim] = boundary.outer
         tag.labels = labels
@@ -229,16 +231,16 @@ class _Surveyor:
         for leaf in iter_tensors(output):
             for dim, label in enumerate(self.t.labels(leaf)):
                 if label is not None:
-                    self.t.book.freeze(label, "the model's output")
+                    self.t.constraints.freeze(label, "the model's output")
                     # channels that were folded into the examples are frozen, but no output of their layer
                     if dim or leaf.ndim == 1:
                         self.found.outputs.append(label)
             self.t.readers.get(id(leaf), []).append("")
         for key, (facts, boundary) in self.made.items():
             alone = boundary.norm if set(self.t.readers[key]) == {boundary.norm} else None
-            known = self.found.cuts_at_norm.setdefault(facts.name, alone)
+            known = self.found.expands_at_norm.setdefault(facts.name, alone)
             if known != alone:
-                self.found.cuts_at_norm[facts.name] = None
+                self.found.expands_at_norm[facts.name] = None
 
 
 def survey(
@@ -260,7 +262,7 @@ def survey(
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     stand_ins = stage.stand_ins()
     names = {id(stand_ins[key]): name for key, name in first_names.items()}
-    found = Survey(Book())
+    found = Survey(Constraints())
     found.expanded = {
         name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
         for name, module in stage.modules.items()
@@ -269,7 +271,7 @@ def survey(
     found.gathering = {name for name, module in stage.modules.items() if GATHER.positions in module._buffers}
     for training in (True, False):
         recorder = Recorder(
-            found.book,
+            found.constraints,
             RULES,
             (pointwise, unknown),
             names,
@@ -310,18 +312,18 @@ def _freeze_places(found: Survey, frozen_calls: dict[tuple[bool, int], str]) -> 
     places = {found.calls[training][number].place: why for (training, number), why in frozen_calls.items()}
     for call in (call for calls in found.calls.values() for call in calls if places and call.place in places):
         for vector in call.nodes:
-            found.book.freeze(vector, places[call.place])
+            found.constraints.freeze(vector, places[call.place])
 
 
 def _freeze_all(found: Survey, calls: list[Call], why: str) -> None:
     for call in calls:
         for vector in call.nodes:
-            found.book.freeze(vector, why)
+            found.constraints.freeze(vector, why)
 
 
 def _one_layer_a_norm(found: Survey) -> None:
     """A norm that several layers share is no place to cut for one of them."""
-    norms = [norm for norm in found.cuts_at_norm.values() if norm is not None]
-    for layer, norm in found.cuts_at_norm.items():
+    norms = [norm for norm in found.expands_at_norm.values() if norm is not None]
+    for layer, norm in found.expands_at_norm.items():
         if norm is not None and norms.count(norm) > 1:
-            found.cuts_at_norm[layer] = None
+            found.expands_at_norm[layer] = None

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflow_pl.channels.constraints import Book, Nodes
+from gflow_pl.channels.constraints import Constraints, Labels
 from gflow_pl.channels.shape_cache import Shapes
+from gflow_pl.values import SizeAttribute
 
-__all__ = ["Call", "Labels", "Op", "Recorder", "Seen", "Tag", "Watch", "copied", "location"]
+__all__ = ["Call", "DimLabels", "Op", "Recorder", "Seen", "Tag", "Watch", "copied", "location"]
 
-Labels = list[Nodes | None]
+DimLabels = list[Labels | None]
 Rule = Callable[["Recorder", "Op"], None]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -39,7 +40,7 @@ class Tag:
         uniform: Whether one number fills it, so that its size follows whatever it meets.
     """
 
-    labels: Labels
+    labels: DimLabels
     zero: frozenset[int] = frozenset()
     active: bool = False
     uniform: bool = False
@@ -68,8 +69,8 @@ class Call:
         name: Name of the op.
         numbers: Every plain number handed to it.
         shapes: Shapes of the outputs.
-        labels: Labels of the outputs; None where the size follows whatever it meets.
-        nodes: Nodes of inputs and outputs.
+        labels: DimLabels of the outputs; None where the size follows whatever it meets.
+        nodes: Labels of inputs and outputs.
         site: The place in the code where a rule made a choice, and has others left.
         choices: Choices that are left at this site.
         expected: (argument position, nodes): the number there is how many of these nodes are left.
@@ -82,12 +83,12 @@ class Call:
     name: str
     numbers: tuple[Any, ...]
     shapes: list[torch.Size]
-    labels: list[Labels | None]
-    nodes: list[Nodes]
+    labels: list[DimLabels | None]
+    nodes: list[Labels]
     module: str
     site: tuple[Any, ...] | None = None
     choices: int = 0
-    expected: list[tuple[int, Nodes]] = field(default_factory=list)
+    expected: list[tuple[int, Labels]] = field(default_factory=list)
     place: tuple[Any, ...] | None = None
     summed: list[torch.Size] | None = None
     by_value: bool = False
@@ -249,7 +250,7 @@ class Recorder(Watch):
     """Applies the rule of every op to the labels of its tensors.
 
     Args:
-        book: Where the rules write.
+        constraints: Where the rules write.
         rules: Op name to its rule.
         fallback: The rule of ops that compute position by position, and that of unknown ops.
         names: id of a stand-in to the name of its parameter or buffer.
@@ -263,7 +264,7 @@ class Recorder(Watch):
 
     def __init__(
         self,
-        book: Book,
+        constraints: Constraints,
         rules: dict[str, Rule],
         fallback: tuple[Rule, Rule],
         names: dict[int, str],
@@ -276,7 +277,7 @@ class Recorder(Watch):
     ) -> None:
         super().__init__(stand_ins, meta, shapes)
         self.end = end
-        self.book, self.rules, self.names = book, rules, names
+        self.constraints, self.rules, self.names = constraints, rules, names
         self.pointwise, self.unknown = fallback
         self.choices, self.places = choices, places
         self.tags: dict[int, Tag] = {}
@@ -284,7 +285,7 @@ class Recorder(Watch):
         self.readers: dict[int, list[str]] = {}
         self.guessed = False  # whether a rule had to suppose what a size follows
         self.sites: list[tuple[tuple[Any, ...], int]] = []
-        self.expected: list[tuple[int, Nodes]] = []
+        self.expected: list[tuple[int, Labels]] = []
         self._found: dict[Any, tuple[str, Rule | None]] = {}
 
     # -- tags ---------------------------------------------------------------------------------------------------
@@ -297,12 +298,14 @@ class Recorder(Watch):
             if name is None:
                 found = Tag([None] * tensor.ndim)
             else:
-                found = Tag([*self.book.all_nodes(name, tensor.shape)], zero=frozenset(range(tensor.ndim)))
+                found = Tag(
+                    [*self.constraints.labels_of_tensor(name, tensor.shape)], zero=frozenset(range(tensor.ndim))
+                )
             self.tags[id(tensor)] = found
             self.alive.append(tensor)
         return found
 
-    def labels(self, tensor: Tensor) -> Labels:
+    def labels(self, tensor: Tensor) -> DimLabels:
         """Per dim, the nodes of the positions."""
         return self.tag(tensor).labels
 
@@ -317,7 +320,7 @@ class Recorder(Watch):
             raise _Unreadable("a tensor made of numbers, which tensors without contents do not hold")
         return self.tag(tensor)
 
-    def put(self, tensor: Tensor, labels: Labels, zero: Iterable[int] = (), uniform: bool = False) -> None:
+    def put(self, tensor: Tensor, labels: DimLabels, zero: Iterable[int] = (), uniform: bool = False) -> None:
         """Gives an output its labels."""
         base = self.tags.get(id(tensor._base)) if id(tensor) in self.tags else None
         if base is not None and self.tags[id(tensor)].zero - frozenset(zero):
@@ -327,13 +330,13 @@ class Recorder(Watch):
 
     # -- what rules ask and say -----------------------------------------------------------------------------------
 
-    def meet(self, a: Nodes | None, b: Nodes | None, why: str) -> None:
+    def meet(self, a: Labels | None, b: Labels | None, why: str) -> None:
         """These two are position by position the same; where one side cannot change, neither can the other."""
         if a is not None and b is not None:
-            self.book.join(a, b)
+            self.constraints.join(a, b)
         else:
-            self.book.freeze(a, why)
-            self.book.freeze(b, why)
+            self.constraints.freeze(a, why)
+            self.constraints.freeze(b, why)
 
     def choose(self, num: int, part: int = -1, plain: bool = False, alike: Any = None) -> int:
         """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails.
@@ -350,21 +353,21 @@ class Recorder(Watch):
         self.guessed |= choice > 0 or not plain
         return choice
 
-    def expect(self, position: int, nodes: Nodes) -> None:
+    def expect(self, position: int, nodes: Labels) -> None:
         """The number at that position among the arguments is how many of these nodes are left."""
         self.expected.append((position, nodes))
 
-    def attributes_like(self, size: int) -> list[tuple[str, str]]:
-        """(module, attribute) of the whole numbers of that size that the running module keeps, likeliest first."""
+    def attributes_like(self, size: int) -> list[SizeAttribute]:
+        """The whole numbers of that size that the running module keeps, likeliest first."""
         if not self.stack:
             return []
         name, module = self.stack[-1]
         found = [key for key, value in vars(module).items() if type(value) is int and value == size and size > 1]
         likely = ("head", "width", "dim", "chan", "split", "group", "feat", "size", "plane")
         found.sort(key=lambda key: next((i for i, word in enumerate(likely) if word in key), len(likely)))
-        return [(name, key) for key in found]
+        return [SizeAttribute(name, key) for key in found]
 
-    def input_channels(self, size: int) -> Nodes | None:
+    def input_channels(self, size: int) -> Labels | None:
         """The channels of the running module's input, if there are that many and they can move."""
         for tensor in self.entered[-1:]:
             for label in reversed(self.labels(tensor)) if tensor is not None else ():
@@ -372,13 +375,15 @@ class Recorder(Watch):
                     return label
         return None
 
-    def follows(self, module: str, attribute: str, nodes: Nodes) -> None:
+    def follows(self, attribute: SizeAttribute, nodes: Labels) -> None:
         """That attribute of that module is the number of these nodes that are left."""
-        own = self.book.nodes(f"@attribute:{module}:{attribute}", 0, len(nodes))
+        own = self.constraints.labels_of(attribute, len(nodes))
         if len(own) == len(nodes):
-            self.book.join(own, nodes)
+            self.constraints.join(own, nodes)
         else:
-            self.book.freeze(nodes, f"attribute '{attribute}' of '{module}' counts two different things")
+            self.constraints.freeze(
+                nodes, f"attribute '{attribute.name}' of '{attribute.module}' counts two different things"
+            )
 
     # -- the mode ---------------------------------------------------------------------------------------------------
 
@@ -427,7 +432,7 @@ class Recorder(Watch):
         _sort_out((op.out,), outs, [])
         out_tags = [self.tag(tensor) for tensor in outs]
         nodes += [label for tag in out_tags for label in tag.labels if label is not None]
-        labels: Sequence[Labels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
+        labels: Sequence[DimLabels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
         shapes = [tensor.shape for tensor in outs]
         summed = None
         if tags and all([tag.uniform for tag in tags]) and not all([tag.uniform for tag in out_tags]):

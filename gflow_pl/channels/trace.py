@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from gflow_pl.channels.constraints import Nodes
-from gflow_pl.channels.expansions import STREAM, Cuts, present_cuts, residual_cuts
+from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.expansions import STREAM, Expansions, add_residual_expansions, present_expansions
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition, partition
 from gflow_pl.channels.record import Survey, survey
@@ -34,7 +34,7 @@ def trace_channels(
 ) -> ChannelGraph:
     """Finds which channels of a network belong together and can go, for any module and without hints.
 
-    Labels ride through a forward in training mode and one in evaluation mode, on tensors without contents where
+    DimLabels ride through a forward in training mode and one in evaluation mode, on tensors without contents where
     the forward allows it; then a probe runs the network at smaller shapes and everything that does not come out as
     predicted is frozen. The model, its flags, hooks and buffers, and all random generators are left as they were.
 
@@ -76,10 +76,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
     ends: dict[bool, tuple[int, str]] = {}
     stage, found = _first_survey(model, args)
     for _ in range(_ROUNDS):
-        cuts, parts = _partition(found, residual, frozen, exact_only, [])
-        probe = Probe(stage, found, cuts, parts)
+        expansions, parts = _partition(found, residual, frozen, exact_only, [])
+        probe = Probe(stage, found, expansions, parts)
         blame = probe.shapes()
-        soft: list[tuple[Nodes, str]] = []
+        soft: list[tuple[Labels, str]] = []
         if blame is None:
             soft, blame = probe.numbers()
         if blame is None:
@@ -93,9 +93,9 @@ def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: 
         found = survey(stage, choices, frozen_calls, ends)
     else:
         for call in (call for calls in found.calls.values() for call in calls):
-            found.book.frozen += [(label, "the probe did not settle") for label in call.nodes]
+            found.constraints.frozen += [(label, "the probe did not settle") for label in call.nodes]
         soft = []
-        cuts, parts = _partition(found, residual, frozen, exact_only, [])
+        expansions, parts = _partition(found, residual, frozen, exact_only, [])
     if soft:
         _, parts = _partition(found, residual, frozen, exact_only, soft)
     return _graph(stage, found, parts)
@@ -115,28 +115,28 @@ def _first_survey(model: nn.Module, args: tuple[Any, ...]) -> tuple[Stage, Surve
 
 
 def _partition(
-    found: Survey, residual: str, frozen: str, exact_only: bool, soft: list[tuple[Nodes, str]]
-) -> tuple[Cuts, Partition]:
-    cuts = present_cuts(found)
+    found: Survey, residual: str, frozen: str, exact_only: bool, soft: list[tuple[Labels, str]]
+) -> tuple[Expansions, Partition]:
+    expansions = present_expansions(found)
     if residual == "expand":
-        residual_cuts(found, cuts)
-    parts = partition(found, cuts, exact_only=exact_only, more_soft=soft)
+        add_residual_expansions(found, expansions)
+    parts = partition(found, expansions, exact_only=exact_only, inexact=soft)
     while True:
         left = [found.layers[name] for name in parts.frozen if name not in parts.outputs]
         if frozen != "expand":
             # A branch is independent of the stream, also where a grouped convolution leads from one to the other.
-            left = [f for f in left if f.grouped and (f.name in cuts.layers or parts.frozen[f.name] == STREAM)]
-        whole = [facts for facts in left if facts.outputs is not None and facts.name not in cuts.layers]
-        reads = [facts for facts in left if facts.grouped and not cuts.gathers(facts.name)]
-        reads = [facts for facts in reads if not facts.votes or facts.name in cuts.layers]
+            left = [f for f in left if f.grouped and (f.name in expansions.layers or parts.frozen[f.name] == STREAM)]
+        whole = [facts for facts in left if facts.outputs is not None and facts.name not in expansions.layers]
+        reads = [facts for facts in left if facts.grouped and not expansions.gathers(facts.name)]
+        reads = [facts for facts in reads if not facts.votes or facts.name in expansions.layers]
         if not whole and not reads:
             break
         for facts in whole:
-            cuts.add(found, facts.name, _WIDTH)
+            expansions.add(found, facts.name, _WIDTH)
         for facts in reads:
-            cuts.add_input(facts.name, _INPUT)
-        parts = partition(found, cuts, exact_only=exact_only, more_soft=soft)
-    return cuts, parts
+            expansions.add_gather(facts.name, _INPUT)
+        parts = partition(found, expansions, exact_only=exact_only, inexact=soft)
+    return expansions, parts
 
 
 def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:

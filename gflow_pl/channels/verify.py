@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gflow_pl.channels.constraints import Book, Boundary, Nodes, input_of
-from gflow_pl.channels.expansions import Cuts
+from gflow_pl.channels.constraints import Boundary, BoundaryKey, Constraints, Labels, TensorDim
+from gflow_pl.channels.expansions import Expansions
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition
 from gflow_pl.channels.record import Survey
 from gflow_pl.channels.recorder import Call, Seen, Watch, copied
+from gflow_pl.values import SizeAttribute
 from gflow_pl.values.module_sizes import shape_attributes
 
 __all__ = ["Blame", "Probe"]
@@ -61,10 +62,10 @@ class _Watcher(Watch):
     """Counts along with the recorded ops, and stops where something differs."""
 
     def __init__(
-        self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], book: Book, gone: Nodes
+        self, stage: Stage, stand_ins: dict[int, Tensor], calls: Sequence[Call], constraints: Constraints, gone: Labels
     ) -> None:
         super().__init__(stand_ins, stage.meta, stage.shapes)
-        self.calls, self.book, self.gone = calls, book, gone
+        self.calls, self.constraints, self.gone = calls, constraints, gone
         self.gone_before = np.concatenate([[0], np.cumsum(gone)])
         self.left: dict[int, int] = {}  # id of labels to how many of them are left
         self.at = -1
@@ -129,9 +130,9 @@ class _Watcher(Watch):
         if resized or not _are_equal(_comparable(call, call.numbers), _comparable(call, seen.numbers)):
             self.differing.append(self.at)
 
-    def _left(self, nodes: Nodes) -> int:
+    def _left(self, nodes: Labels) -> int:
         """How many of them are left; the survey holds them, so that their ids are theirs."""
-        whole = self.book.range_of(nodes)
+        whole = self.constraints.range_of(nodes)
         if whole is not None:
             return len(nodes) - int(self.gone_before[whole[1]] - self.gone_before[whole[0]])
         known = self.left.get(id(nodes))
@@ -176,13 +177,13 @@ class Probe:
     Args:
         stage: The model and its inputs.
         found: The survey.
-        cuts: The layers that are expanded.
+        expansions: The layers that are expanded.
         parts: The units and groups to try.
     """
 
-    def __init__(self, stage: Stage, found: Survey, cuts: Cuts, parts: Partition) -> None:
-        self.stage, self.found, self.cuts, self.parts = stage, found, cuts, parts
-        self.live = np.zeros(found.book.num_nodes, dtype=bool)
+    def __init__(self, stage: Stage, found: Survey, expansions: Expansions, parts: Partition) -> None:
+        self.stage, self.found, self.expansions, self.parts = stage, found, expansions, parts
+        self.live = np.zeros(found.constraints.num_labels, dtype=bool)
         for roots in parts.unit_roots:
             if len(roots) > 1:
                 self.live[roots] = True
@@ -201,13 +202,13 @@ class Probe:
         self.differing = differing
         return blame
 
-    def numbers(self) -> tuple[list[tuple[Nodes, str]], Blame | None]:
-        """Nodes whose removal changes a plain number that some op is given, beyond those known to be soft.
+    def numbers(self) -> tuple[list[tuple[Labels, str]], Blame | None]:
+        """Labels whose removal changes a plain number that some op is given, beyond those known to be soft.
 
         Returns:
             The nodes, with the reasons; and what a later trial met that the first one did not, if it met anything.
         """
-        soft: list[tuple[Nodes, str]] = []
+        soft: list[tuple[Labels, str]] = []
         looked_at = self.differing
         while looked_at:
             more = [pair for training, number in looked_at for pair in self._soften(training, number)]
@@ -221,7 +222,7 @@ class Probe:
             looked_at = self.differing
         return soft, None
 
-    def _soften(self, training: bool, number: int) -> list[tuple[Nodes, str]]:
+    def _soften(self, training: bool, number: int) -> list[tuple[Labels, str]]:
         """The units that the op sees, or those that the nearest op before it sees."""
         calls = self.found.calls[training]
         name = calls[number].name
@@ -233,16 +234,16 @@ class Probe:
 
     # -- one trial ---------------------------------------------------------------------------------------------------
 
-    def _removed(self, exact: bool, soft: Sequence[tuple[Nodes, str]], trial: int) -> Nodes:
+    def _removed(self, exact: bool, soft: Sequence[tuple[Labels, str]], trial: int) -> Labels:
         """Which nodes go in this trial; `self.still` are those that do not go for being soft.
 
         The first trial takes shares of every group, the second one unit of each, the third units of every other one.
         """
         root = self.parts.root
-        skip = np.zeros(self.found.book.num_nodes, dtype=bool)
+        skip = np.zeros(self.found.constraints.num_labels, dtype=bool)
         for nodes, _ in soft:
             skip[root[nodes]] = True
-        gone = np.zeros(self.found.book.num_nodes, dtype=bool)
+        gone = np.zeros(self.found.constraints.num_labels, dtype=bool)
         rng = np.random.default_rng(0)
         for i, (group, roots) in enumerate(zip(self.parts.groups, self.parts.unit_roots, strict=True)):
             share = (_SHARES[i % len(_SHARES)], 0.0, 0.6)[trial]
@@ -254,30 +255,29 @@ class Probe:
         self.still = skip[root]
         return gone[root]
 
-    def _try(self, exact: bool, soft: Sequence[tuple[Nodes, str]] = (), trial: int = 0) -> Blame | None:
+    def _try(self, exact: bool, soft: Sequence[tuple[Labels, str]] = (), trial: int = 0) -> Blame | None:
         self.gone = self._removed(exact, soft, trial)
         self.differing = []
         stand_ins = self._stand_ins()
         for training, calls in self.found.calls.items():
             if training in self.found.torn:
                 continue
-            watcher = _Watcher(self.stage, stand_ins, calls, self.found.book, self.gone)
+            watcher = _Watcher(self.stage, stand_ins, calls, self.found.constraints, self.gone)
             with self.stage.set(stand_ins, training):
                 self._set_attributes()
                 try:
-                    enter = self._enter if self.cuts.any_gather else None
-                    self.stage.run(watcher, enter, self._leave if self.cuts.modules else None)
+                    enter = self._enter if self.expansions.has_gathers else None
+                    self.stage.run(watcher, enter, self._leave if self.expansions.boundaries else None)
                 except Exception as error:
                     return self._blame(training, watcher.failed_at, error, between=not watcher.inside)
             self.differing += [(training, number) for number in watcher.differing]
         return None
 
     def _stand_ins(self) -> dict[int, Tensor]:
-        book = self.found.book
-        keep: dict[str, dict[int, Nodes]] = {}
-        for (name, dim), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
-            if not name.startswith("@") and self.gone[start:stop].any():
-                keep.setdefault(name, {})[dim] = np.flatnonzero(~self.gone[start:stop])
+        keep: dict[str, dict[int, Labels]] = {}
+        for source, start, stop in self.found.constraints.ranges():
+            if isinstance(source, TensorDim) and self.gone[start:stop].any():
+                keep.setdefault(source.tensor, {})[source.dim] = np.flatnonzero(~self.gone[start:stop])
         return self.stage.stand_ins(keep)
 
     def _set_attributes(self) -> None:
@@ -289,31 +289,28 @@ class Probe:
             for attribute, value in shape_attributes(module, shapes).items():
                 if attribute in vars(module):
                     module.__dict__[attribute] = value
-        book = self.found.book
-        for (table, _), start, stop in zip(book.tables, book.starts, book.starts[1:], strict=False):
-            if table.startswith("@attribute"):
-                _, module_name, attribute = table.split(":")
-                _set(
-                    self.stage.modules[module_name].__dict__, attribute, stop - start - int(self.gone[start:stop].sum())
-                )
+        for source, start, stop in self.found.constraints.ranges():
+            if isinstance(source, SizeAttribute):
+                size = stop - start - int(self.gone[start:stop].sum())
+                _set(self.stage.modules[source.module].__dict__, source, size)
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A grouped convolution that is cut off from its input reads the channels of the groups it has left."""
-        boundary = self._cut_at(input_of(name))
+        boundary = self._expanded_at(BoundaryKey(name, is_input=True))
         if boundary is None or name in self.found.gathering or not args or not isinstance(args[0], Tensor):
             return None
         with _disable_current_modes():
             left = torch.from_numpy(np.flatnonzero(~self.gone[boundary.inner])).to(args[0].device)
             return args[0].index_select(boundary.dim, left), *args[1:]
 
-    def _cut_at(self, place: str) -> Boundary | None:
-        if place not in self.cuts.modules:
+    def _expanded_at(self, key: BoundaryKey) -> Boundary | None:
+        if key not in self.expansions.boundaries:
             return None
-        return next((b for b in self.found.book.boundaries if b.module == place), None)
+        return next((b for b in self.found.constraints.boundaries if b.key == key), None)
 
     def _leave(self, name: str, module: nn.Module, output: Any) -> Any:
         """Behind a cut everything sees the old width; an expansion that is there already does so by itself."""
-        boundary = self._cut_at(name)
+        boundary = self._expanded_at(BoundaryKey(name))
         if boundary is None or name in self.found.expanded or not isinstance(output, Tensor):
             return None
         shape = list(output.shape)
@@ -363,11 +360,11 @@ class Probe:
         return Blame(None, (training, number), reason)
 
 
-def _set(attributes: dict[str, Any], attribute: str, value: int) -> None:
-    name, _, place = attribute.partition("[")
-    if not place:
-        attributes[name] = value
+def _set(attributes: dict[str, Any], attribute: SizeAttribute, value: int) -> None:
+    if attribute.element is None:
+        attributes[attribute.name] = value
         return
-    parts = list(attributes[name])
-    parts[int(place[:-1])] = value
-    attributes[name] = tuple(parts) if type(attributes[name]) is tuple else parts
+    present = attributes[attribute.name]
+    parts = list(present)
+    parts[attribute.element] = value
+    attributes[attribute.name] = tuple(parts) if type(present) is tuple else parts

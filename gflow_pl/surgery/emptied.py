@@ -140,10 +140,9 @@ def dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, decision:
         return set()
     counted = {
         group
-        for name, attributes in graph.patches.items()
-        if output_width(modules[name]) is None
-        for rule in attributes.values()
-        for group in rule["per_unit"]
+        for attribute, rule in graph.patches.items()
+        if output_width(modules[attribute.module]) is None
+        for group in rule.per_unit
     }
     candidates = {
         group.name: readers

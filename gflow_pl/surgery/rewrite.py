@@ -130,8 +130,8 @@ def _cut_network(
         if module_name in after.layers and after.layers[module_name].num_filters == 0:
             continue  # An emptied layer: no number is left to count, and 0 groups would be refused.
         known = follow_shapes(module, all_local.get(module_name, {}))
-        for name, value in patches.items():
-            commits.append(_setting(module, name, _filled(module, name, value), remember=name not in known))
+        for name, number in patches.items():
+            commits.append(_setting(module, name, _filled(module, name, number), remember=name not in known))
     for old in (group for group in graph.groups if group.expansion is not None):
         commits.append(_expanding(modules, old, decision))
         if old.expansion.gathers:  # type: ignore[union-attr]

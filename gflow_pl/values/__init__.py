@@ -8,6 +8,7 @@ from gflow_pl.values.graph import ChannelGraph
 from gflow_pl.values.groups import ChannelGroup, Expansion, Layer, LayerUnits, Slice
 from gflow_pl.values.keep_plan import KeepPlan
 from gflow_pl.values.scores import Scores
+from gflow_pl.values.size_rules import SizeAttribute, SizeRule
 from gflow_pl.values.structure import Structure
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Layer",
     "LayerUnits",
     "Scores",
+    "SizeAttribute",
+    "SizeRule",
     "Slice",
     "Structure",
 ]

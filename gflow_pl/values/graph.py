@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gflow_pl.values.groups import ChannelGroup, Expansion, Layer, LayerUnits, Slice
+from gflow_pl.values.size_rules import SizeAttribute, SizeRule, size_rules_as_dict, size_rules_from_dict
 
 __all__ = ["ChannelGraph"]
 
@@ -27,9 +28,7 @@ class ChannelGraph:
         shapes: Every parameter and buffer by name, with its present shape.
         uses: Weight name to the multiply-accumulates of one example per element of that weight; times the
             number of elements in `shapes` this gives the cost of the layer before and after any plan.
-        patches: Module name to the whole numbers (num_heads, split sizes, ...) that follow the groups, each as
-            ``{attribute: {"base": int, "per_unit": {group name: int}}}``: what stays, and what every unit present adds.
-            "splits[1]" is element 1 of the list `splits`.
+        patches: Whole numbers that modules keep (num_heads, split sizes, ...) to how they follow from the groups.
         buffers: The names in `shapes` that are buffers, which no count of parameters includes.
     """
 
@@ -38,7 +37,7 @@ class ChannelGraph:
     layers: dict[str, Layer] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
-    patches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patches: dict[SizeAttribute, SizeRule] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
 
     def group(self, name: str) -> ChannelGroup:
@@ -52,7 +51,7 @@ class ChannelGraph:
                 return group
         raise KeyError(f"No group '{name}'. Known: {', '.join(g.name for g in self.groups)}.")
 
-    def patched_attributes(self, groups: Iterable[ChannelGroup]) -> dict[str, dict[str, Any]]:
+    def patched_attributes(self, groups: Iterable[ChannelGroup]) -> dict[str, dict[str, int | list[int | None]]]:
         """The numbers that modules keep beside their tensors, once the groups are these.
 
         Args:
@@ -62,18 +61,16 @@ class ChannelGraph:
             Module name to attribute to its new value: an int, or a list of ints.
         """
         sizes = {group.name: group.size for group in groups}
-        patched: dict[str, dict[str, Any]] = {}
-        for module, attributes in self.patches.items():
+        patched: dict[str, dict[str, int | list[int | None]]] = {}
+        for (module, name, element), rule in self.patches.items():
             values = patched.setdefault(module, {})
-            for attribute, rule in attributes.items():
-                value = rule["base"] + sum(count * sizes[name] for name, count in rule["per_unit"].items())
-                name, _, place = attribute.partition("[")
-                if place:
-                    parts = values.setdefault(name, [])
-                    parts += [None] * (int(place[:-1]) + 1 - len(parts))
-                    parts[int(place[:-1])] = value
-                else:
-                    values[attribute] = value
+            if element is None:
+                values[name] = rule.value(sizes)
+            else:
+                elements = values.setdefault(name, [])
+                assert isinstance(elements, list), f"'{name}' of '{module}' is a number and a list at once"
+                elements += [None] * (element + 1 - len(elements))
+                elements[element] = rule.value(sizes)
         return patched
 
     @property
@@ -111,7 +108,7 @@ class ChannelGraph:
             "layers": [asdict(layer) for layer in self.layers.values()],
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "uses": dict(self.uses),
-            "patches": _plain(self.patches),
+            "patches": size_rules_as_dict(self.patches),
             "buffers": sorted(self.buffers),
         }
 
@@ -130,7 +127,7 @@ class ChannelGraph:
             layers={layer["name"]: Layer(**layer) for layer in data["layers"]},
             shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
             uses=dict(data["uses"]),
-            patches=data["patches"],
+            patches=size_rules_from_dict(data["patches"]),
             buffers=frozenset(data["buffers"]),
         )
 
@@ -154,15 +151,6 @@ class ChannelGraph:
         return "\n".join(
             "  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows
         )
-
-
-def _plain(value: Any) -> Any:
-    """Dicts and lists all the way down; tuples become lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _group_to_plain(group: ChannelGroup) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from gflow_pl.surgery import apply_structure, rewrite, structure_of
 from gflow_pl.surgery.expansion import scatter_output
-from gflow_pl.values import LayerUnits, Slice, Structure
+from gflow_pl.values import LayerUnits, SizeAttribute, SizeRule, Slice, Structure
 
 
 def pruned(name, seed=0, dtype=torch.float64):
@@ -158,10 +158,8 @@ class Headed(nn.Module):
         slices = [Slice(name, 0, pairs) for name in ("first.weight", "first.bias", "scale")]
         graph = make_graph(self, [group("first", 3, slices, layers=[LayerUnits("first", pairs)], filters=2)])
         graph.patches = {
-            "": {
-                "heads": {"base": 0, "per_unit": {"first": 1}},
-                "sizes[1]": {"base": 1, "per_unit": {"first": 2}},
-            }
+            SizeAttribute("", "heads"): SizeRule(0, {"first": 1}),
+            SizeAttribute("", "sizes", 1): SizeRule(1, {"first": 2}),
         }
         return graph
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+from gflow_pl.channels.constraints import Auxiliary
+from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
 
 __all__ = ["ELEMENTWISE", "pointwise", "unknown"]
 
@@ -40,8 +41,8 @@ def pointwise(t: Recorder, op: Op) -> None:
             t.put(out, _aligned(t, op, out), _zero_dims(t, op, out))
 
 
-def _aligned(t: Recorder, op: Op, out: Tensor) -> Labels:
-    merged: Labels = [None] * out.ndim
+def _aligned(t: Recorder, op: Op, out: Tensor) -> DimLabels:
+    merged: DimLabels = [None] * out.ndim
     for dim, size in enumerate(out.shape):
         back = dim - out.ndim
         present = [x for x in op.tensors if x.ndim >= -back and not t.tag(x).uniform]
@@ -49,23 +50,23 @@ def _aligned(t: Recorder, op: Op, out: Tensor) -> Labels:
         labelled = [(x, label) for x, label in full if label is not None]
         for x in present:
             if x.shape[back] != size:
-                t.book.freeze(t.tag(x).labels[back], "a single channel that is broadcast to many")
+                t.constraints.freeze(t.tag(x).labels[back], "a single channel that is broadcast to many")
         if not labelled:
             continue
         merged[dim] = labelled[0][1]
         if len(labelled) < len(full):
             for _, label in labelled:
-                t.book.freeze(label, _UNCHANGED)
+                t.constraints.freeze(label, _UNCHANGED)
             continue
         adding = op.name.removesuffix("_") in ("add", "sub") and size > 1
         for (a, first), (b, other) in pairwise(labelled):
             if adding and t.tag(a).active and t.tag(b).active and first is not other:
                 # What comes out belongs to neither operand alone: nodes of its own.
-                merged[dim] = own = t.book.fresh("@sum", size)
-                t.book.adds.append((first, other))
-                t.book.join(own, first)
+                merged[dim] = own = t.constraints.new_labels(Auxiliary.SUM, size)
+                t.constraints.adds.append((first, other))
+                t.constraints.join(own, first)
             else:
-                t.book.join(first, other)
+                t.constraints.join(first, other)
     return merged
 
 
@@ -118,7 +119,7 @@ def _writes_into_unknown(t: Recorder, op: Op) -> bool:
     if tag.uniform or all(label is None for label in tag.labels) or t.tag(target._base).uniform:
         for x in written:
             for label in t.tag(x).labels:
-                t.book.freeze(label, "written into a slice of a tensor that was made elsewhere")
+                t.constraints.freeze(label, "written into a slice of a tensor that was made elsewhere")
         base = t.tag(target._base)
         base.uniform = False
         tag.uniform = False
@@ -172,7 +173,7 @@ def unknown(t: Recorder, op: Op) -> None:
     """No rule: what goes in stays as it is."""
     for tensor in op.tensors:
         for label in t.labels(tensor):
-            t.book.freeze(label, f"no rule for the op '{op.name}'")
+            t.constraints.freeze(label, f"no rule for the op '{op.name}'")
     flat: list[Any] = list(op.out) if isinstance(op.out, (tuple, list)) else [op.out]
     for out in flat:
         if isinstance(out, Tensor) and not any(out is tensor for tensor in op.tensors):

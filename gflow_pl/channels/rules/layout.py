@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gflow_pl.channels.constraints import Nodes
-from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
+from gflow_pl.values import SizeAttribute
 
 __all__ = ["LAYOUT"]
 
@@ -37,7 +38,7 @@ def _transpose(t: Recorder, op: Op) -> None:
 def _unsqueeze(t: Recorder, op: Op) -> None:
     tag = t.tag(op.tensors[0])
     dim = op.arg(1, "dim") % op.out.ndim
-    labels: Labels = [*tag.labels[:dim], None, *tag.labels[dim:]]
+    labels: DimLabels = [*tag.labels[:dim], None, *tag.labels[dim:]]
     t.put(op.out, labels, [d + (d >= dim) for d in tag.zero], tag.uniform)
 
 
@@ -55,7 +56,7 @@ def _drop(t: Recorder, op: Op, x: Tensor, gone: set[int], out: Tensor, why: str)
     """The output is the input without these dims."""
     tag = t.tag(x)
     for dim in gone:
-        t.book.freeze(tag.labels[dim], why)
+        t.constraints.freeze(tag.labels[dim], why)
     kept = [dim for dim in range(x.ndim) if dim not in gone]
     t.put(out, [tag.labels[d] for d in kept], [i for i, d in enumerate(kept) if d in tag.zero], tag.uniform)
 
@@ -77,11 +78,11 @@ def _expand(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     shift = op.out.ndim - x.ndim
-    labels: Labels = [None] * shift
+    labels: DimLabels = [None] * shift
     for dim, label in enumerate(tag.labels):
         same = x.shape[dim] == op.out.shape[dim + shift]
         if not same:
-            t.book.freeze(label, "a single channel that is broadcast to many")
+            t.constraints.freeze(label, "a single channel that is broadcast to many")
         labels.append(label if same else None)
     t.put(op.out, labels, [d + shift for d in tag.zero], tag.uniform)
 
@@ -90,7 +91,7 @@ def _repeat(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     shift = op.out.ndim - x.ndim
-    labels: Labels = [None] * shift
+    labels: DimLabels = [None] * shift
     for label, times in zip(tag.labels, op.args[1][shift:], strict=True):
         labels.append(None if label is None else np.tile(label, times))
     t.put(op.out, labels, [d + shift for d in tag.zero], tag.uniform)
@@ -108,7 +109,7 @@ def _roll(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     for dim in {d % x.ndim for d in op.arg(2, "dims", ())} or set(range(x.ndim)):
-        t.book.freeze(tag.labels[dim], "channels are rolled")
+        t.constraints.freeze(tag.labels[dim], "channels are rolled")
     t.put(op.out, tag.labels, (), tag.uniform)
 
 
@@ -122,7 +123,7 @@ def _pad(t: Recorder, op: Op) -> None:
         if label is None or before == after == 0:
             continue
         if before < 0 or after < 0:
-            t.book.freeze(label, "channels are cropped")
+            t.constraints.freeze(label, "channels are cropped")
             labels[-1 - i] = None
         else:
             labels[-1 - i] = np.concatenate([np.zeros(before, np.int64), label, np.zeros(after, np.int64)])
@@ -135,7 +136,7 @@ def _border(t: Recorder, op: Op) -> None:
     tag = t.tag(x)
     behind = len(op.args[1]) // 2
     for label in tag.labels[x.ndim - behind :]:
-        t.book.freeze(label, "a padded dim")
+        t.constraints.freeze(label, "a padded dim")
     t.put(op.out, [*tag.labels[: x.ndim - behind], *[None] * behind], [d for d in tag.zero if d < x.ndim - behind])
 
 
@@ -155,10 +156,10 @@ def _cat(t: Recorder, op: Op) -> None:
     t.put(op.out, labels, zero)
 
 
-def _agreed(t: Recorder, parts: list[Tensor], skip: int | None) -> Labels:
-    """Labels of dims along which all parts lie side by side."""
+def _agreed(t: Recorder, parts: list[Tensor], skip: int | None) -> DimLabels:
+    """DimLabels of dims along which all parts lie side by side."""
     known = [t.tag(x) for x in parts if not t.tag(x).uniform]
-    labels: Labels = [None] * parts[0].ndim
+    labels: DimLabels = [None] * parts[0].ndim
     for dim in range(parts[0].ndim):
         found = [tag.labels[dim] for tag in known]
         if dim == skip or all(label is None for label in found):
@@ -193,7 +194,7 @@ def _split(t: Recorder, op: Op) -> None:
         t.put(part, labels, tag.zero, tag.uniform)
 
 
-def _cut(t: Recorder, op: Op, pieces: list[Nodes]) -> None:
+def _cut(t: Recorder, op: Op, pieces: list[Labels]) -> None:
     sizes = [len(piece) for piece in pieces]
     ways: list[Any] = []
     if "with_sizes" in op.name:
@@ -207,36 +208,36 @@ def _cut(t: Recorder, op: Op, pieces: list[Nodes]) -> None:
     way = t.choose(len(ways) + 1)
     if way == len(ways):
         for piece in pieces:
-            t.book.freeze(piece, _UNCOUNTED)
+            t.constraints.freeze(piece, _UNCOUNTED)
         return
     if equal and (ways[way] == "equal" or "with_sizes" not in op.name):
-        t.book.join_rows(np.stack(pieces, axis=1))
+        t.constraints.join_rows(np.stack(pieces, axis=1))
     if ways[way][0] == "whole":
-        t.follows(ways[way][1][0], ways[way][1][1], np.concatenate(pieces))
+        t.follows(ways[way][1], np.concatenate(pieces))
     elif ways[way] != "equal":
         for name, piece in zip(ways[way], pieces, strict=False):
             if name is None:
-                t.book.freeze(piece, _UNCOUNTED)
+                t.constraints.freeze(piece, _UNCOUNTED)
             else:
-                t.follows(name[0], name[1], piece)
+                t.follows(name, piece)
 
 
-def _listed(t: Recorder, sizes: list[int]) -> list[tuple[str, str]]:
+def _listed(t: Recorder, sizes: list[int]) -> list[SizeAttribute]:
     """The running module keeps all the sizes in a list."""
     if not t.stack:
         return []
     name, module = t.stack[-1]
     for key, value in vars(module).items():
         if isinstance(value, (list, tuple)) and all(type(item) is int for item in value) and list(value) == sizes:
-            return [(name, f"{key}[{i}]") for i in range(len(sizes))]
+            return [SizeAttribute(name, key, i) for i in range(len(sizes))]
     return []
 
 
-def _counted(t: Recorder, sizes: list[int]) -> list[list[tuple[str, str] | None]]:
+def _counted(t: Recorder, sizes: list[int]) -> list[list[SizeAttribute | None]]:
     """The running module keeps sizes in attributes of their own: all that it keeps follow, or those of one attribute."""
-    found: list[tuple[str, str] | None] = []
+    found: list[SizeAttribute | None] = []
     for size in sizes:
-        known: list[tuple[str, str]] = t.attributes_like(size)
+        known = t.attributes_like(size)
         free = [name for name in known if name not in found]
         found.append(next(iter(free or known), None))
     names = list(dict.fromkeys(name for name in found if name is not None))
@@ -257,7 +258,7 @@ def _slice(t: Recorder, op: Op) -> None:
     t.put(op.out, labels, tag.zero, tag.uniform)
 
 
-def _cut_slice(t: Recorder, label: Nodes, start: int, stop: int, step: int) -> None:
+def _cut_slice(t: Recorder, label: Labels, start: int, stop: int, step: int) -> None:
     size, width = len(label), stop - start
     ways: list[Any] = []
     if step == 1 and width > 0 and size % width == 0 and start % width == 0:
@@ -268,13 +269,12 @@ def _cut_slice(t: Recorder, label: Nodes, start: int, stop: int, step: int) -> N
         ways += [(name, label[:start]) for name in t.attributes_like(start)]
     way = t.choose(len(ways) + 1)
     if way == len(ways):
-        t.book.freeze(label, "a slice of the channels")
+        t.constraints.freeze(label, "a slice of the channels")
         return
     if ways[way] == "equal":
-        t.book.join_rows(label.reshape(-1, width).T)
+        t.constraints.join_rows(label.reshape(-1, width).T)
     else:
-        (module, attribute), nodes = ways[way]
-        t.follows(module, attribute, nodes)
+        t.follows(*ways[way])
     if start:
         t.expect(2, label[:start])
 
@@ -285,9 +285,9 @@ def _index(t: Recorder, op: Op) -> None:
     picked = [dim for dim, pick in enumerate(picks) if pick is not None]
     for pick in picks:
         for label in t.labels(pick) if pick is not None else ():
-            t.book.freeze(label, "positions that are looked up")
+            t.constraints.freeze(label, "positions that are looked up")
     for dim in picked:
-        t.book.freeze(tag.labels[dim], "channels are picked by an index")
+        t.constraints.freeze(tag.labels[dim], "channels are picked by an index")
     kept = [dim for dim in range(x.ndim) if dim not in picked]
     width = op.out.ndim - len(kept)
     together = picked == list(range(picked[0], picked[0] + len(picked))) if picked else True
@@ -295,7 +295,7 @@ def _index(t: Recorder, op: Op) -> None:
     order: list[int | None] = [*before, *[None] * width, *[dim for dim in kept if dim not in before]]
     if width < 0 or len(order) != op.out.ndim:
         for label in tag.labels:
-            t.book.freeze(label, "channels are picked by a mask")
+            t.constraints.freeze(label, "channels are picked by a mask")
         order = [None] * op.out.ndim
     t.put(
         op.out, [None if d is None else tag.labels[d] for d in order], [i for i, d in enumerate(order) if d in tag.zero]
@@ -306,7 +306,7 @@ def _index_select(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     dim = op.arg(1, "dim") % x.ndim
-    t.book.freeze(tag.labels[dim], "channels are picked by an index")
+    t.constraints.freeze(tag.labels[dim], "channels are picked by an index")
     # Whoever takes an entry out of the index takes out the position; the gather of an expansion does.
     picks = t.labels(op.tensors[1])[0] if op.tensors[1].ndim else None
     t.put(op.out, [picks if d == dim else label for d, label in enumerate(tag.labels)], tag.zero - {dim})
@@ -326,10 +326,10 @@ def _pixel_shuffle(t: Recorder, op: Op) -> None:
     tag = t.tag(x)
     label = tag.labels[-3]
     for side in tag.labels[-2:]:
-        t.book.freeze(side, "a spatial dim")
+        t.constraints.freeze(side, "a spatial dim")
     if label is not None and op.name == "pixel_shuffle":
         rows = label.reshape(-1, factor**2)
-        t.book.join_rows(rows)
+        t.constraints.join_rows(rows)
         label = rows[:, 0]
     elif label is not None:
         label = np.repeat(label, factor**2)
@@ -341,7 +341,7 @@ def _channel_shuffle(t: Recorder, op: Op) -> None:
     label = tag.labels[1]
     if label is not None:
         rows = label.reshape(op.args[1], -1).T
-        t.book.join_rows(rows)
+        t.constraints.join_rows(rows)
         label = rows.reshape(-1)
     t.put(op.out, [tag.labels[0], label, *tag.labels[2:]], tag.zero)
 
@@ -350,7 +350,7 @@ def _im2col(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     for side in tag.labels[-2:]:
-        t.book.freeze(side, "a spatial dim")
+        t.constraints.freeze(side, "a spatial dim")
     label = tag.labels[-3]
     times = op.out.shape[-2] // x.shape[-3]
     t.put(op.out, [*tag.labels[:-3], None if label is None else np.repeat(label, times), None], tag.zero)
@@ -360,10 +360,10 @@ def _col2im(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     label = tag.labels[-2]
-    t.book.freeze(tag.labels[-1], "a spatial dim")
+    t.constraints.freeze(tag.labels[-1], "a spatial dim")
     if label is not None:
         rows = label.reshape(op.out.shape[-3], -1)
-        t.book.join_rows(rows)
+        t.constraints.join_rows(rows)
         label = rows[:, 0]
     t.put(op.out, [*tag.labels[:-2], label, None, None], tag.zero)
 
@@ -372,8 +372,8 @@ def _unfold(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     dim = op.arg(1, "dimension") % x.ndim
-    t.book.freeze(tag.labels[dim], "windows slide along the channels")
-    labels: Labels = [*[None if d == dim else label for d, label in enumerate(tag.labels)], None]
+    t.constraints.freeze(tag.labels[dim], "windows slide along the channels")
+    labels: DimLabels = [*[None if d == dim else label for d, label in enumerate(tag.labels)], None]
     t.put(op.out, labels, tag.zero - {dim})
 
 
@@ -385,7 +385,7 @@ def _glu(t: Recorder, op: Op) -> None:
     label = labels[dim]
     if label is not None:
         rows = label.reshape(2, -1).T
-        t.book.join_rows(rows)
+        t.constraints.join_rows(rows)
         labels[dim] = rows[:, 0]
     t.put(op.out, labels, tag.zero)
 
@@ -393,14 +393,14 @@ def _glu(t: Recorder, op: Op) -> None:
 def _triangle(t: Recorder, op: Op) -> None:
     tag = t.tag(op.tensors[0])
     for label in tag.labels[-2:]:
-        t.book.freeze(label, "a triangle of a matrix")
+        t.constraints.freeze(label, "a triangle of a matrix")
     t.put(op.out, tag.labels, (), tag.uniform)
 
 
 def _grid_sample(t: Recorder, op: Op) -> None:
     x, grid = op.tensors[:2]
     for label in (*t.labels(x)[2:], *t.labels(grid)):
-        t.book.freeze(label, "positions that are sampled")
+        t.constraints.freeze(label, "positions that are sampled")
     t.put(op.out, [*t.labels(x)[:2], *[None] * (op.out.ndim - 2)], t.tag(x).zero & {0, 1})
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gflow_pl.channels.constraints import Nodes
-from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
+from gflow_pl.values import SizeAttribute
 
 __all__ = ["PRODUCTS"]
 
@@ -24,7 +25,7 @@ def _convolution(t: Recorder, op: Op) -> None:
         t.meet(source[1], inner, _INPUT)
     elif transposed and not weight.shape[0] == groups == op.out.shape[1]:
         for label in (source[1], kernel[0]):
-            t.book.freeze(label, "a grouped transposed convolution")
+            t.constraints.freeze(label, "a grouped transposed convolution")
         # the same position of every group
         outer = None if kernel[1] is None else np.tile(kernel[1], groups)
     else:
@@ -33,20 +34,20 @@ def _convolution(t: Recorder, op: Op) -> None:
         t.meet(outer, t.labels(bias)[0], "a bias whose filters cannot change")
     moved = [_convolved(t, source[dim], x.shape[dim] == op.out.shape[dim]) for dim in range(2, x.ndim)]
     for label in kernel[2:]:
-        t.book.freeze(label, "a spatial dim of a kernel")
+        t.constraints.freeze(label, "a spatial dim of a kernel")
     t.put(op.out, [source[0], outer, *moved], {1})
 
 
-def _convolved(t: Recorder, label: Nodes | None, same_size: bool) -> Nodes | None:
+def _convolved(t: Recorder, label: Labels | None, same_size: bool) -> Labels | None:
     """A dim that the kernel slides along (the channels, in efficient channel attention)."""
     if label is not None and same_size:
-        t.book.soften(label, "a convolution slides along the channels")
+        t.constraints.mark_inexact(label, "a convolution slides along the channels")
         return label
-    t.book.freeze(label, "a convolution slides along the channels and changes their number")
+    t.constraints.freeze(label, "a convolution slides along the channels and changes their number")
     return None
 
 
-def _grouped(t: Recorder, source: Nodes | None, kernel: Labels, weight: Tensor, groups: int) -> Nodes | None:
+def _grouped(t: Recorder, source: Labels | None, kernel: DimLabels, weight: Tensor, groups: int) -> Labels | None:
     """Whole groups go where there are many small ones, else the same position of every group."""
     filters = kernel[0]
     if source is None or filters is None:
@@ -54,15 +55,15 @@ def _grouped(t: Recorder, source: Nodes | None, kernel: Labels, weight: Tensor, 
         return filters
     by_source, by_filter = source.reshape(groups, -1), filters.reshape(groups, -1)
     if groups >= by_source.shape[1]:
-        t.book.join_rows(by_source)
-        t.book.join_rows(by_filter)
-        t.book.join(by_source[:, 0], by_filter[:, 0])
+        t.constraints.join_rows(by_source)
+        t.constraints.join_rows(by_filter)
+        t.constraints.join(by_source[:, 0], by_filter[:, 0])
         if by_source.shape[1] > 1:
-            t.book.freeze(kernel[1], "whole groups of the convolution go together")
+            t.constraints.freeze(kernel[1], "whole groups of the convolution go together")
         _module_counts(t, "groups", groups, by_source[:, 0])
     else:
-        t.book.join_rows(by_source.T)
-        t.book.join_rows(by_filter.T)
+        t.constraints.join_rows(by_source.T)
+        t.constraints.join_rows(by_filter.T)
         t.meet(by_source[0], kernel[1], _INPUT)
         # Shapes alone would say that whole groups went, where the size left is a multiple of theirs.
         _module_counts(t, "groups", groups, np.zeros(groups, np.int64))
@@ -71,10 +72,10 @@ def _grouped(t: Recorder, source: Nodes | None, kernel: Labels, weight: Tensor, 
     return filters
 
 
-def _module_counts(t: Recorder, attribute: str, value: int, nodes: Nodes) -> None:
+def _module_counts(t: Recorder, attribute: str, value: int, nodes: Labels) -> None:
     """The running module's attribute is the number of these nodes, if it has one of that value."""
     if t.stack and vars(t.stack[-1][1]).get(attribute) == value:
-        t.follows(t.stack[-1][0], attribute, nodes)
+        t.follows(SizeAttribute(t.stack[-1][0], attribute), nodes)
 
 
 def _batch_norm(t: Recorder, op: Op) -> None:
@@ -84,7 +85,7 @@ def _batch_norm(t: Recorder, op: Op) -> None:
         t.meet(tag.labels[1], t.labels(vector)[0], "a norm of channels that cannot change")
     for dim, label in enumerate(tag.labels):
         if dim != 1:
-            t.book.soften(label, "a batch norm over the pruned dim")
+            t.constraints.mark_inexact(label, "a batch norm over the pruned dim")
     outs = [out for out in op.out if isinstance(out, Tensor)] if isinstance(op.out, (tuple, list)) else [op.out]
     t.put(outs[0], tag.labels, _normed_zero(t, op))
     for out in outs[1:]:
@@ -104,7 +105,7 @@ def _layer_norm(t: Recorder, op: Op) -> None:
         for label, own in zip(tag.labels[first:], t.labels(vector), strict=True):
             t.meet(label, own, "a norm of channels that cannot change")
     for label in tag.labels[first:]:
-        t.book.soften(label, "a layer norm over the pruned dim")
+        t.constraints.mark_inexact(label, "a layer norm over the pruned dim")
     outs = op.out if isinstance(op.out, (tuple, list)) else [op.out]
     zero = set(range(first, x.ndim)) if len(op.tensors) > 1 else set()
     t.put(outs[0], tag.labels, zero)
@@ -121,16 +122,16 @@ def _group_norm(t: Recorder, op: Op) -> None:
     label = tag.labels[1]
     if label is not None and groups < len(label):
         rows = label.reshape(groups, -1)
-        if groups >= rows.shape[1] and any(attribute == "num_groups" for _, attribute in t.attributes_like(groups)):
-            t.book.join_rows(rows)
+        if groups >= rows.shape[1] and any(attribute.name == "num_groups" for attribute in t.attributes_like(groups)):
+            t.constraints.join_rows(rows)
             _module_counts(t, "num_groups", groups, rows[:, 0])
         else:
-            t.book.join_rows(rows.T)
-            t.book.soften(label, "a group norm over the pruned dim")
+            t.constraints.join_rows(rows.T)
+            t.constraints.mark_inexact(label, "a group norm over the pruned dim")
     elif label is not None:
         _module_counts(t, "num_groups", groups, label)
     for dim in range(2, x.ndim):
-        t.book.soften(tag.labels[dim], "a group norm over the pruned dim")
+        t.constraints.mark_inexact(tag.labels[dim], "a group norm over the pruned dim")
     t.put(op.out[0], tag.labels, _normed_zero(t, op))
     for out in op.out[1:]:
         t.put(out, [None] * out.ndim, uniform=True)
@@ -141,7 +142,7 @@ def _contract(t: Recorder, a: Tensor, i: int, b: Tensor, j: int) -> None:
     left, right = t.tag(a), t.tag(b)
     t.meet(left.labels[i], right.labels[j], _INPUT)
     if i % a.ndim not in left.zero and j % b.ndim not in right.zero:
-        t.book.soften(left.labels[i], "a product sums over channels that are not zero once removed")
+        t.constraints.mark_inexact(left.labels[i], "a product sums over channels that are not zero once removed")
 
 
 def _mm(t: Recorder, op: Op) -> None:
@@ -153,7 +154,7 @@ def _mm(t: Recorder, op: Op) -> None:
 def _addmm(t: Recorder, op: Op) -> None:
     bias, a, b = op.args[:3]
     _contract(t, a, a.ndim - 1, b, b.ndim - 2)
-    labels: Labels = [*t.labels(a)[:-1], t.labels(b)[-1]]
+    labels: DimLabels = [*t.labels(a)[:-1], t.labels(b)[-1]]
     for back in range(1, bias.ndim + 1):
         if bias.shape[-back] == op.out.shape[-back]:
             t.meet(labels[-back], t.labels(bias)[-back], "a bias whose filters cannot change")
@@ -189,9 +190,9 @@ def _attention(t: Recorder, op: Op) -> None:
                     t.meet(q[dim], other, "heads that cannot change")
     _contract(t, query, query.ndim - 1, key, key.ndim - 1)
     if op.kwargs.get("scale") is None:
-        t.book.soften(q[-1], "the scale of an attention follows its width")
+        t.constraints.mark_inexact(q[-1], "the scale of an attention follows its width")
     for label in (k[-2], v[-2]):
-        t.book.freeze(label, "the positions that an attention looks at")
+        t.constraints.freeze(label, "the positions that an attention looks at")
     outs = op.out if isinstance(op.out, (tuple, list)) else [op.out]
     heads = set(range(query.ndim - 2)) & t.tag(value).zero
     last = {query.ndim - 1} & t.tag(value).zero
@@ -203,7 +204,7 @@ def _attention(t: Recorder, op: Op) -> None:
 
 def _embedding(t: Recorder, op: Op) -> None:
     weight, index = op.tensors[0], op.tensors[1]
-    t.book.freeze(t.labels(weight)[0], "the vocabulary of an embedding")
+    t.constraints.freeze(t.labels(weight)[0], "the vocabulary of an embedding")
     t.put(op.out, [*t.labels(index), *t.labels(weight)[1:]], {op.out.ndim - 1})
 
 

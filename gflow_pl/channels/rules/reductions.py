@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
 
 __all__ = ["REDUCTIONS"]
 
@@ -33,12 +33,12 @@ def _reduce(t: Recorder, op: Op) -> None:
         if label is None or (op.name in _ADDS_UP and dim in tag.zero):
             continue
         if op.name in _ADDS_UP | _AVERAGES:
-            t.book.soften(label, f"'{op.name}' over the pruned dim")
+            t.constraints.mark_inexact(label, f"'{op.name}' over the pruned dim")
         else:
-            t.book.freeze(label, f"'{op.name}' over the channels")
+            t.constraints.freeze(label, f"'{op.name}' over the channels")
     for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
         if out.ndim == x.ndim:
-            labels: Labels = [None if dim in gone else label for dim, label in enumerate(tag.labels)]
+            labels: DimLabels = [None if dim in gone else label for dim, label in enumerate(tag.labels)]
             t.put(out, labels, (tag.zero - set(gone)) if op.name in ("sum", "mean", "amax", "amin") else ())
         else:
             kept = [dim for dim in range(x.ndim) if dim not in gone]
@@ -51,7 +51,7 @@ def _along(t: Recorder, op: Op) -> None:
     x = op.tensors[0]
     tag = t.tag(x)
     dim = op.arg(1, "dim") % x.ndim
-    t.book.soften(tag.labels[dim], f"'{op.name.strip('_')}' along the pruned dim")
+    t.constraints.mark_inexact(tag.labels[dim], f"'{op.name.strip('_')}' along the pruned dim")
     for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
         t.put(out, tag.labels, tag.zero - {dim} if op.name == "cumsum" else ())
 
@@ -63,7 +63,7 @@ def _order(t: Recorder, op: Op) -> None:
     position = 2 if op.name == "topk" else 1
     dim = op.arg(position, "dim", -1)
     dim = (dim if isinstance(dim, int) and not isinstance(dim, bool) else -1) % max(x.ndim, 1)
-    t.book.freeze(tag.labels[dim], f"'{op.name}' over the channels")
+    t.constraints.freeze(tag.labels[dim], f"'{op.name}' over the channels")
     for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
         t.put(out, [None if i == dim else label for i, label in enumerate(tag.labels)])
 
@@ -76,7 +76,7 @@ def _spatial(t: Recorder, op: Op) -> None:
     behind = digits[0] if digits else max(x.ndim - 2, 1)
     first = x.ndim - behind
     for dim in range(first, x.ndim):
-        t.book.freeze(tag.labels[dim], "a spatial dim of a pooling or resizing op")
+        t.constraints.freeze(tag.labels[dim], "a spatial dim of a pooling or resizing op")
     zero: Iterable[int] = [dim for dim in tag.zero if dim < first]
     for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
         if isinstance(out, Tensor):

@@ -9,8 +9,9 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from gflow_pl.channels.constraints import Nodes
-from gflow_pl.channels.recorder import Labels, Op, Recorder, Rule
+from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
+from gflow_pl.values import SizeAttribute
 
 __all__ = ["VIEWS"]
 
@@ -38,10 +39,10 @@ def _view(t: Recorder, op: Op) -> None:
     x, out = op.tensors[0], op.out
     tag = t.tag(x)
     before = _without_kernel(t, tag.labels, x.shape)
-    labels: Labels = [None] * out.ndim
+    labels: DimLabels = [None] * out.ndim
     if 0 in x.shape:
         for label in tag.labels:
-            t.book.freeze(label, "a tensor without elements")
+            t.constraints.freeze(label, "a tensor without elements")
         t.put(out, labels, (), tag.uniform)
         return
     zero: set[int] = set()
@@ -53,10 +54,10 @@ def _view(t: Recorder, op: Op) -> None:
         tracked = [dim for dim in olds if before[dim] is not None]
         for dim in tracked:
             if x.shape[dim] == 1:
-                t.book.freeze(before[dim], "a single channel")
+                t.constraints.freeze(before[dim], "a single channel")
         tracked = [dim for dim in tracked if x.shape[dim] > 1]
         for dim in tracked[:-1]:
-            t.book.freeze(before[dim], "merged with another dim whose channels move")
+            t.constraints.freeze(before[dim], "merged with another dim whose channels move")
         if tracked:
             dim = tracked[-1]
             kept = _through_block(
@@ -72,34 +73,34 @@ def _in_convolution(t: Recorder) -> bool:
     return bool(t.stack) and isinstance(t.stack[-1][1], _ConvNd)
 
 
-def _without_kernel(t: Recorder, labels: Labels, shape: Sequence[int]) -> Labels:
+def _without_kernel(t: Recorder, labels: DimLabels, shape: Sequence[int]) -> DimLabels:
     """The dims of a convolution's kernel never move; so its inputs may be merged with them."""
     if not _in_convolution(t) or tuple(shape[2:]) != tuple(t.stack[-1][1].kernel_size):  # type: ignore[arg-type]
         return labels
     for label in labels[2:]:
-        t.book.freeze(label, "a spatial dim of a kernel")
+        t.constraints.freeze(label, "a spatial dim of a kernel")
     return [*labels[:2], *[None] * len(labels[2:])]
 
 
-def _whole(t: Recorder, label: Nodes | None, dim: int) -> Nodes | None:
+def _whole(t: Recorder, label: Labels | None, dim: int) -> Labels | None:
     """A dim that stays one dim: its size may be one that the module keeps."""
-    attributes: list[tuple[str, str]] = []
+    attributes: list[SizeAttribute] = []
     if label is not None and not (t.stack and type(t.stack[-1][1]) is nn.Linear):  # torch's own views ask the tensor
         attributes = [*t.attributes_like(len(label)), *_in_a_list(t, len(label))]
     choice = t.choose(len(attributes) + 1, part=dim, plain=True) if attributes else 0
     if choice and label is not None:
-        t.follows(*attributes[choice - 1], label)
+        t.follows(attributes[choice - 1], label)
     return label
 
 
-def _in_a_list(t: Recorder, size: int) -> list[tuple[str, str]]:
-    """(module, attribute[place]) of sizes that the running module keeps in a tuple or list, such as a shape."""
+def _in_a_list(t: Recorder, size: int) -> list[SizeAttribute]:
+    """Sizes that the running module keeps in a tuple or list, such as a shape."""
     if not t.stack or size < 2:
         return []
     name, module = t.stack[-1]
     lists = [(key, value) for key, value in vars(module).items() if isinstance(value, (list, tuple))]
     return [
-        (name, f"{key}[{i}]")
+        SizeAttribute(name, key, i)
         for key, value in lists
         for i, item in enumerate(value)
         if type(item) is int and item == size
@@ -107,8 +108,8 @@ def _in_a_list(t: Recorder, size: int) -> list[tuple[str, str]]:
 
 
 def _through_block(
-    t: Recorder, label: Nodes | None, dim: int, old: list[int], new: list[int]
-) -> tuple[int, Nodes] | None:
+    t: Recorder, label: Labels | None, dim: int, old: list[int], new: list[int]
+) -> tuple[int, Labels] | None:
     """The new dim (within the block) that carries on the labels of an old one, and its labels."""
     assert label is not None
     shape = [1] * len(old)
@@ -122,21 +123,21 @@ def _through_block(
     ways = _ways(t, new, varying)
     choice = t.choose(len(ways) + 1, plain=len(varying) == 1, alike=(len(old), len(new))) if len(ways) > 1 else 0
     if choice == len(ways):
-        t.book.freeze(label, "a view with sizes that do not follow the channels")
+        t.constraints.freeze(label, "a view with sizes that do not follow the channels")
         return None
     way = ways[choice]
     rows = np.moveaxis(positions, way.kept, 0).reshape(new[way.kept], -1)
-    t.book.join_rows(label[rows])
+    t.constraints.join_rows(label[rows])
     own = label[rows[:, 0]]
     if way.attribute is not None:
-        t.follows(*way.attribute, own)
+        t.follows(way.attribute, own)
     if way.stream is not None:
         for column in way.stream.T:
-            t.book.join(own, column)
+            t.constraints.join(own, column)
     return way.kept, own
 
 
-def _first_alike(label: Nodes) -> Nodes:
+def _first_alike(label: Labels) -> Labels:
     """Per position, the first one of the same node: weights that were merged with the kernel come apart again."""
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     return first[inverse]
@@ -148,13 +149,13 @@ class _Way:
 
     Attributes:
         kept: The new dim that moves; over the others the channels are coupled.
-        attribute: (module, attribute) that counts its positions.
+        attribute: What counts its positions.
         stream: (positions, width) channels of the running module's input that its positions go with.
     """
 
     kept: int
-    attribute: tuple[str, str] | None = None
-    stream: Nodes | None = None
+    attribute: SizeAttribute | None = None
+    stream: Labels | None = None
 
 
 def _ways(t: Recorder, new: list[int], varying: list[int]) -> list[_Way]:
@@ -171,7 +172,7 @@ def _ways(t: Recorder, new: list[int], varying: list[int]) -> list[_Way]:
     return ways
 
 
-def _stream(t: Recorder, new: list[int], dim: int) -> Nodes | None:
+def _stream(t: Recorder, new: list[int], dim: int) -> Labels | None:
     """The input's channels that go with every position of the new dim, alone or together with a neighbouring dim."""
     own = t.input_channels(new[dim])
     if own is not None:
