@@ -193,7 +193,7 @@ def test_a_module_that_decides_over_its_steps_is_tracked_without_its_computed_we
     pruning = Recorder("loss", fraction=0.3, track=True)
     with (
         caplog.at_level(logging.WARNING, logger="gflow_pl"),
-        pytest.warns(UserWarning, match=r"Kept whole, because none of their layers has scores: net.weighted"),
+        pytest.warns(UserWarning, match=r"Kept whole, because none of their layers is scored: net.weighted"),
     ):
         fit(Skipping("parametrizations"), pruning, data(), tmp_path, max_epochs=2)
     assert set(pruning.seen[0]) == {"net.plain", "net.head"}

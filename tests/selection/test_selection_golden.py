@@ -1,4 +1,4 @@
-"""Decisions of the published code, fed with its own importances; its accidents are put into the input."""
+"""Decisions of the published code, reproduced from its own scores; its known deviations are built into the input."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from gflow_pl.selection import PruningSchedule, cost_after, select_units
+from gflow_pl.selection import PruningSchedule, cost_after, round_fraction, select_units
 from gflow_pl.values import ChannelGraph, ChannelGroup, Expansion, LayerUnits, Slice
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
 STEM = {"vgg": (), "resnet56": ("conv1",)}
-# Filters kept, ours (the target) and published. The published code puts one filter back into every layer that would
-# vanish and so misses its target; ours may empty a layer whose stream keeps its width, and else takes the next one.
+# Filters kept: ours, which meets the target, and published. The published code restores one filter of every layer that would
+# be empty and so misses its target. Ours may empty a layer whose stream keeps its width, and otherwise removes the next unit.
 MISSED = {
     ("resnet56", "mag_based", "75"): (532, 547),
     ("resnet56", "l1", "30"): (1490, 1492),
@@ -29,7 +29,7 @@ def golden():
 
 
 def one_group_per_conv(names, sizes, roles):
-    """Role 2 is zeroed and keeps its width in the published code; all others are cut."""
+    """A graph with one group for each conv; layers of role 2 keep their width in the published code and are expanded here."""
     groups = []
     for name, size, role in zip(names, sizes, roles, strict=True):
         index = np.arange(size)[:, None]
@@ -60,8 +60,8 @@ def decide(names, sizes, roles, importance, stem, *, min_kept=0.0, **options):
     return torch.cat([plan[str(name)] for name in names]).numpy()
 
 
-def with_last_filters_out_of_reach(importance, sizes, base_sizes):
-    """The published guard of vgg: the last int(0.05 * size) + 1 filters of each layer, by index, get 1e7."""
+def with_last_filters_protected(importance, sizes, base_sizes):
+    """Scores with the floor of the published vgg: the last int(0.05 * size) + 1 filters of each layer, by index, get 1e7."""
     importance = importance.astype(np.float64)
     for end, base in zip(np.cumsum(sizes), base_sizes, strict=True):
         importance[end - int(0.05 * base) - 1 : end] = 1e7
@@ -69,12 +69,12 @@ def with_last_filters_out_of_reach(importance, sizes, base_sizes):
 
 
 def one_round_decisions(golden, model):
-    """(measure, ratio, importance with the accidents, names, sizes, roles, n_prune, n_candidates, kept mask)."""
+    """Yield (measure, ratio, arguments of `decide`), fraction and published mask of every recorded decision."""
     names, sizes, roles = (golden[f"{model}/{key}"] for key in ("layer_names", "layer_sizes", "roles"))
     for measure in golden[f"{model}/measures"]:
         importance = golden[f"{model}/{measure}/importance"]
         if model == "vgg":
-            importance = with_last_filters_out_of_reach(importance, sizes, sizes)
+            importance = with_last_filters_protected(importance, sizes, sizes)
         for ratio in ("30", "75"):
             recorded = {
                 key: golden[f"{model}/{measure}/{ratio}/{key}"]
@@ -94,7 +94,7 @@ def test_every_decision_of_one_round_is_the_published_one_to_the_last_filter(gol
         key = (model, measure, ratio)
         if key in MISSED:
             assert (ours.sum(), published.sum()) == MISSED[key], key
-            # Asked for as many filters as it reached, one of every layer kept, the decision is the same one.
+            # With the number of filters that it reached, and one filter of every layer kept, the decision is the same.
             ours = decide(*inputs, num_filters=int((~published).sum()), min_kept=1e-6)
             missed += 1
         np.testing.assert_array_equal(ours, published, err_msg=str(key))
@@ -105,7 +105,7 @@ def test_every_decision_of_one_round_is_the_published_one_to_the_last_filter(gol
 
 
 def vgg_with_slices(names, sizes):
-    """All tensors of vgg13 (10 classes) by hand: 3x3 convs without bias, each with a norm behind, and one linear layer."""
+    """The graph of vgg13 (10 classes) by hand: 3x3 convs without bias, each followed by a norm, and one linear layer."""
     positions = [32 * 32] * 2 + [16 * 16] * 2 + [8 * 8] * 2 + [4 * 4] * 2 + [2 * 2] * 2
     graph = one_group_per_conv(names, sizes, np.ones(10))
     shapes, uses, groups = {"linear.weight": (10, int(sizes[-1])), "linear.bias": (10,)}, {"linear.weight": 1}, []
@@ -137,13 +137,13 @@ def test_costs_after_a_plan_are_those_of_the_published_pruned_networks(golden):
 
 def test_five_rounds_of_vgg_are_the_published_ones(golden):
     names, base = golden["vgg/layer_names"], golden["vgg/layer_sizes"]
-    schedule, compared = PruningSchedule(0.75, 5), 0
+    compared = 0
     for k in range(1, 6):
         prefix = f"vgg/rounds5/{k}/"
         sizes = golden[prefix + "layer_sizes_before"]
-        importance = with_last_filters_out_of_reach(golden[prefix + "importance"], sizes, base)
+        importance = with_last_filters_protected(golden[prefix + "importance"], sizes, base)
         published = np.unpackbits(golden[prefix + "kept_bits"], count=int(sizes.sum())).astype(bool)
-        ours = decide(names, sizes, golden["vgg/roles"], importance, (), fraction=schedule.fraction_of(k))
+        ours = decide(names, sizes, golden["vgg/roles"], importance, (), fraction=round_fraction(k, 5, 0.75))
         assert not golden[prefix + "cut_is_tie"]
         assert (~ours).sum() == golden[prefix + "n_prune"]
         np.testing.assert_array_equal(ours, published)
@@ -151,8 +151,8 @@ def test_five_rounds_of_vgg_are_the_published_ones(golden):
     assert compared == 8_044
 
 
-def test_rounds_asked_for_by_target_end_at_the_exact_count_where_rounding_down_each_round_does_not(golden):
-    # 738 of 2,944 filters are left by the published rounds, 736 are a quarter.
+def test_targets_end_at_the_exact_count_although_rounding_down_in_each_round_does_not(golden):
+    # The published rounds leave 738 of 2,944 filters; a quarter is 736.
     last = np.unpackbits(golden["vgg/rounds5/5/kept_bits"], count=int(golden["vgg/rounds5/5/layer_sizes_before"].sum()))
     assert last.sum() == 738
     schedule, present = PruningSchedule(0.75, 5), 2944

@@ -1,4 +1,4 @@
-"""Schedules against the published code's numbers and against themselves."""
+"""Schedules against the numbers of the published code, and their own invariants."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,9 @@ def test_fractions_and_kept_shares_equal_the_published_ones(golden):
             prefix = f"p{percent}_n{rounds}__"
             schedule = PruningSchedule(percent / 100, rounds)
             ks = range(1, rounds + 1)
-            np.testing.assert_allclose([schedule.fraction_of(k) for k in ks], golden[prefix + "p_ratios"], rtol=1e-13)
+            np.testing.assert_allclose(
+                [round_fraction(k, rounds, percent / 100) for k in ks], golden[prefix + "p_ratios"], rtol=1e-13
+            )
             np.testing.assert_allclose(
                 [schedule.kept_after(k) for k in ks], golden[prefix + "kept_fraction_exact"], rtol=1e-12
             )
@@ -54,7 +56,9 @@ def test_thresholds_equal_the_published_ones(golden):
     schedule = PruningSchedule(thresholds=[0.1, 0.5, 0.8])
     assert schedule.num_rounds == golden["thresholds_10_50_80__n_rounds"] == 3
     np.testing.assert_allclose(
-        [schedule.fraction_of(k) for k in (1, 2, 3)], golden["thresholds_10_50_80__p_ratios"], rtol=1e-13
+        [1 - schedule.kept_after(k) / schedule.kept_after(k - 1) for k in (1, 2, 3)],
+        golden["thresholds_10_50_80__p_ratios"],
+        rtol=1e-13,
     )
     np.testing.assert_allclose(
         [schedule.kept_after(k) for k in (1, 2, 3)], golden["thresholds_10_50_80__kept_fraction_exact"], rtol=1e-12
@@ -63,12 +67,11 @@ def test_thresholds_equal_the_published_ones(golden):
     assert [round(truncated.kept_after(k) * 100) for k in (1, 2, 3)] == [90, 50, 19]
 
 
-@pytest.mark.parametrize("published_truncation", [False, True])
-def test_fractions_multiply_to_the_kept_share(published_truncation):
-    schedule = PruningSchedule(0.6, 7, published_truncation=published_truncation)
+def test_fractions_multiply_to_the_kept_share():
+    schedule = PruningSchedule(0.6, 7)
     kept = 1.0
     for k in range(1, 8):
-        kept *= 1 - schedule.fraction_of(k)
+        kept *= 1 - round_fraction(k, 7, 0.6)
         assert kept == pytest.approx(schedule.kept_after(k))
 
 
@@ -95,7 +98,7 @@ def test_targets_with_the_published_truncation_end_where_the_published_rounds_en
 
 
 class HundredFilters(pl.LightningModule):
-    """Filters that are left are per cent."""
+    """A network with 100 filters, so that the number left is a percentage."""
 
     def __init__(self):
         super().__init__()
@@ -121,9 +124,7 @@ class HundredFilters(pl.LightningModule):
         ("thresholds_10_50_80", {"thresholds": [0.1, 0.5, 0.8]}),
     ],
 )
-def test_a_whole_run_with_the_published_truncation_leaves_what_the_published_rounds_leave(
-    golden, name, schedule, tmp_path
-):
+def test_a_whole_run_with_the_published_truncation_keeps_the_published_numbers(golden, name, schedule, tmp_path):
     expected = golden[f"{name}__p_cumulative_int"].tolist()
     pruning = PruningCallback("magnitude", **schedule, published_truncation=True, min_kept=0.0)
     settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
@@ -134,7 +135,7 @@ def test_a_whole_run_with_the_published_truncation_leaves_what_the_published_rou
     assert module.net[0].out_features + module.net[2].out_features == expected[-1]
 
 
-def test_a_round_makes_up_for_what_an_earlier_one_left_over():
+def test_a_round_corrects_for_what_an_earlier_one_left_over():
     schedule = PruningSchedule(0.5, 2)
     first = schedule.target(1, 100, 100)
     assert first == 33
@@ -176,4 +177,4 @@ def test_a_round_outside_the_schedule_is_refused():
     with pytest.raises(ValueError, match="rounds count from 1 to 5"):
         round_fraction(6, 5, 0.5)
     with pytest.raises(ValueError, match="rounds count from 1 to 5"):
-        PruningSchedule(0.5, 5).fraction_of(0)
+        PruningSchedule(0.5, 5).kept_after(6)
