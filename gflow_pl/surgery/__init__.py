@@ -1,4 +1,4 @@
-"""Rewriting networks exactly, and keeping their shape in files; why a unit goes is none of its business."""
+"""Rewriting networks to their pruned shape, exactly, and storing that shape in files. Surgery does not choose the units."""
 
 from gflow_pl.surgery.checkpoint import (
     StructureMixin,
@@ -8,10 +8,9 @@ from gflow_pl.surgery.checkpoint import (
     load_pruned,
     save_pruned,
 )
-from gflow_pl.surgery.emptied import drop_empty_parameters
 from gflow_pl.surgery.expansion import scatter_output
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
-from gflow_pl.surgery.optimizer_state import check_optimizers, drop_state
+from gflow_pl.surgery.optimizer_state import check_optimizers, drop_empty_parameters, drop_state
 from gflow_pl.surgery.rewrite import rewrite
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The shape of a network as plain data: read off a network, and given to one."""
+"""Reading the `Structure` of a network, and giving a network the shape that a structure describes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gflow_pl.surgery.emptied import follow_emptiness
-from gflow_pl.surgery.expansion import expansion_of, gather_of, set_expansion, set_gather
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.surgery.emptied import update_emptiness
+from gflow_pl.surgery.expansion import Placement, expansion_of, gather_of, set_expansion, set_gather
 from gflow_pl.surgery.module_attributes import (
-    follow_shapes,
-    forget,
+    attributes_from_shapes,
     local_shapes,
+    original_values,
     read_attribute,
-    remembered,
+    restore_attribute,
     set_attribute,
 )
 from gflow_pl.surgery.tensor_table import TensorTable, empty_like_format
@@ -23,28 +24,32 @@ from gflow_pl.values import Structure
 
 __all__ = ["apply_structure", "structure_from", "structure_of"]
 
-_MAX_NAMED = 5
+_MAX_PROBLEMS = 5
+"""Number of problems that a message lists."""
 
 
 def structure_of(module: nn.Module) -> Structure:
-    """The present shape of any module, pruned or not, or of one that contains pruned ones.
+    """Return the present shape of any module, pruned or not, or of a module that contains pruned ones.
 
-    Listed are all parameters and the buffers that a state dict has; buffers that it has not are listed, with their values, only
-    where a rewrite has cut them.
+    The structure lists all parameters, and the buffers that are in the state dict. Other buffers are listed, with their
+    values, only if a rewrite has cut them.
+
+    Args:
+        module: The module.
     """
     return structure_from(TensorTable(module))
 
 
 def structure_from(table: TensorTable) -> Structure:
-    """The present shape of the network that the table was made of."""
+    """Return the present shape of the network that a table was made of."""
     shapes = {name: tuple(entry.tensor.shape) for name, entry in table.items() if entry.persistent}
     local = local_shapes(table, {})
     attributes: dict[str, dict[str, Any]] = {}
     expansions: dict[str, dict[str, Any]] = {}
     gathers: dict[str, dict[str, Any]] = {}
-    for name, module in _once(table.modules).items():
-        follow = follow_shapes(module, local[name]) if name in local else {}
-        values = {key: read_attribute(module, key) for key in [*follow, *remembered(module)]}
+    for name, module in _modules_by_first_name(table).items():
+        from_shapes = attributes_from_shapes(module, local[name]) if name in local else {}
+        values = {key: read_attribute(module, key) for key in [*from_shapes, *original_values(module)]}
         if values:
             attributes[name] = values
         expansion = expansion_of(module)
@@ -56,106 +61,127 @@ def structure_from(table: TensorTable) -> Structure:
     return Structure(shapes=shapes, attributes=attributes, expansions=expansions, gathers=gathers)
 
 
-def _once(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module under its first name, the one that a structure speaks of, where a network has it in several places."""
-    first = {module: name for name, module in reversed(modules.items())}
-    return {name: module for name, module in modules.items() if first[module] == name}
+def _modules_by_first_name(table: TensorTable) -> dict[str, nn.Module]:
+    """Return every module once, under its first name, which is the one that a structure uses."""
+    first = {module: name for name, module in reversed(table.modules.items())}
+    return {name: module for name, module in table.modules.items() if first[module] == name}
 
 
 def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> None:
-    """Gives a network the shape that a structure describes, smaller or bigger than its present one.
+    """Give a network the shape that a structure describes, whether that is smaller or larger than its present shape.
 
-    Tensors stay the same objects. Those whose shape changes are filled with zeros, the others keep their values: load the
-    weights afterwards. Numbers that follow from the shapes and expansions become those of the structure, too. Doing it
-    twice changes nothing. A structure of a network that contains this one under a name (``net.conv1.weight`` for
-    ``conv1.weight``) fits as well. Nothing is changed if it does not fit.
+    Parameters stay the same objects. Tensors whose shape changes are filled with zeros, so load the weights afterwards;
+    other tensors keep their values. Attributes that follow from the shapes, expansions and gathers become those of the
+    structure. Applying a structure a second time changes nothing. A structure of a network that contains this one as a
+    submodule (``net.conv1.weight`` for ``conv1.weight``) fits as well. If the structure does not fit, nothing is changed.
 
     Args:
         model: A network of the same architecture, of any width.
-        structure: What `rewrite` or `structure_of` returned, or its ``as_dict()``.
+        structure: Result of `rewrite` or `structure_of`, or its ``as_dict()``.
 
     Raises:
-        ValueError: The structure names tensors or modules that the network does not have, or of another number of dims.
+        SettingsError: The structure has tensors or modules that the network lacks, or tensors with another number of dims.
     """
+    # Check that the structure fits.
     wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
     table = TensorTable(model)
-    wanted = _part_that_fits(table, wanted)
-    _check(table, table.modules, wanted)
-    modules = _once(table.modules)
+    wanted = _matching_part(table, wanted)
+    _check_fits(table, wanted)
+    modules = _modules_by_first_name(table)
     shapes = {table.aliases[name]: tuple(shape) for name, shape in wanted.shapes.items()}
+    # Tensors that are created in inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
+        # Attributes.
         local = local_shapes(table, shapes)
         for name, module in modules.items():
             listed = wanted.attributes.get(name, {})
-            for attribute in [a for a in remembered(module) if a not in listed]:
-                forget(module, attribute)
-            follow = follow_shapes(module, local[name]) if name in local else {}
-            for attribute, value in {**follow, **listed}.items():
-                set_attribute(module, attribute, value, remember=attribute not in follow)
+            for attribute in [a for a in original_values(module) if a not in listed]:
+                restore_attribute(module, attribute)
+            from_shapes = attributes_from_shapes(module, local[name]) if name in local else {}
+            for attribute, value in {**from_shapes, **listed}.items():
+                set_attribute(module, attribute, value, record=attribute not in from_shapes)
+        # Tensors.
         changed = _resize(table, shapes)
-        emptied = any(not entry["index"] for entry in wanted.expansions.values())
+        # Hooks and replaced forwards.
+        has_emptied_layers = any(not entry["index"] for entry in wanted.expansions.values())
         for name, module in modules.items():
-            set_expansion(module, _placed(wanted.expansions.get(name)))
-            set_gather(module, _placed(wanted.gathers.get(name)))
-            follow_emptiness(module, emptied=emptied)
+            set_expansion(module, _placement(wanted.expansions.get(name)))
+            set_gather(module, _placement(wanted.gathers.get(name)))
+            update_emptiness(module, network_has_emptied_layers=has_emptied_layers)
     if changed:
         model.zero_grad(set_to_none=True)
 
 
-def _placed(entry: Mapping[str, Any] | None) -> tuple[int, int, list[int]] | None:
-    return None if entry is None else (entry["dim"], entry["width"], entry["index"])
+def _placement(entry: Mapping[str, Any] | None) -> Placement | None:
+    """Return an entry of `Structure.expansions` or `Structure.gathers` as a placement."""
+    return None if entry is None else Placement(entry["dim"], entry["width"], entry["index"])
 
 
 def _resize(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Fills those tensors with zeros whose shape is another; whether there were any."""
-    others = {name: shape for name, shape in shapes.items() if tuple(table[name].tensor.shape) != shape}
-    for name, shape in others.items():
+    """Replace every tensor of another shape by zeros, and return whether there was one."""
+    changed = {name: shape for name, shape in shapes.items() if tuple(table[name].tensor.shape) != shape}
+    for name, shape in changed.items():
         table[name].put(empty_like_format(table[name].tensor, shape).zero_())
-    return bool(others)
+    return bool(changed)
 
 
-def _part_that_fits(table: TensorTable, structure: Structure) -> Structure:
-    """The structure itself, or the part of it that speaks of this network under a prefix."""
+def _matching_part(table: TensorTable, structure: Structure) -> Structure:
+    """Return the part of a structure that describes a network: all of it, or the one submodule that has its tensors.
+
+    A structure that does not fit at all is returned as it is; `_check_fits` then reports the differences.
+
+    Raises:
+        SettingsError: Several submodules have all tensors of the network.
+    """
     if not table or all(name in table.aliases for name in structure.shapes):
         return structure
+    # Prefixes under which all tensors of the network occur.
     names = [name for name, entry in table.items() if entry.persistent]
     prefixes = [full[: -len(names[0])] for full in structure.shapes if full.endswith("." + names[0])] if names else []
     fitting = [prefix for prefix in prefixes if all(prefix + name in structure.shapes for name in names)]
     if len(fitting) > 1:
-        raise ValueError(
+        raise SettingsError(
             f"Structure: it holds {len(fitting)} networks with these tensors ({', '.join(p[:-1] for p in fitting)}); "
             "apply it to the whole module that it was made of."
         )
-    return _below(structure, fitting[0]) if fitting else structure
+    return _submodule_part(structure, fitting[0]) if fitting else structure
 
 
-def _below(structure: Structure, prefix: str) -> Structure:
-    def cut(entries: Mapping[str, Any]) -> dict[str, Any]:
-        # The part itself is a module too, and its name there is empty here.
+def _submodule_part(structure: Structure, prefix: str) -> Structure:
+    """Return the structure of a submodule, with names relative to it.
+
+    Args:
+        structure: Structure of the whole module.
+        prefix: Name of the submodule, with a dot at the end.
+    """
+
+    def relative(entries: Mapping[str, Any]) -> dict[str, Any]:
+        # The entry of the submodule itself has the name "" in the result.
         return {f"{name}."[len(prefix) : -1]: value for name, value in entries.items() if f"{name}.".startswith(prefix)}
 
     fields = (structure.shapes, structure.attributes, structure.expansions, structure.gathers)
-    return Structure(*(cut(entries) for entries in fields))
+    return Structure(*(relative(entries) for entries in fields))
 
 
-def _check(table: TensorTable, modules: Mapping[str, nn.Module], structure: Structure) -> None:
+def _check_fits(table: TensorTable, structure: Structure) -> None:
+    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors with another number of dims."""
     problems = []
     for name, shape in structure.shapes.items():
         if name not in table.aliases:
             problems.append(f"no tensor '{name}'")
         elif table[table.aliases[name]].tensor.ndim != len(shape):
             found = tuple(table[table.aliases[name]].tensor.shape)
-            problems.append(f"'{name}' has shape {found}, the structure says {tuple(shape)}")
+            problems.append(f"'{name}' has shape {found}, the structure has {tuple(shape)}")
     for name, values in structure.attributes.items():
-        if name not in modules:
+        if name not in table.modules:
             problems.append(f"no module '{name}'")
         else:
-            problems += [f"module '{name}' has no '{key}'" for key in values if not hasattr(modules[name], key)]
+            problems += [f"module '{name}' has no '{key}'" for key in values if not hasattr(table.modules[name], key)]
     placed = [*structure.expansions, *structure.gathers]
-    problems += [f"no module '{name}' to expand" for name in placed if name not in modules]
+    problems += [f"no module '{name}' to expand" for name in placed if name not in table.modules]
     if problems:
-        more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
-        raise ValueError(
-            f"Structure does not fit {type(next(iter(modules.values()))).__name__}: "
-            f"{'; '.join(problems[:_MAX_NAMED])}{more}. Build the network with the settings that it was made with."
+        more = f" and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise SettingsError(
+            f"Structure does not fit {type(table.modules['']).__name__}: "
+            f"{'; '.join(problems[:_MAX_PROBLEMS])}{more}. Build the network with the settings that it was made with."
         )

@@ -7,7 +7,7 @@ from hand_graphs import assert_equal_states, build, column, example, group, make
 from torch import nn
 
 from gflow_pl.surgery import apply_structure, drop_empty_parameters, rewrite, structure_of
-from gflow_pl.surgery.emptied import follow_emptiness, runs_no_more
+from gflow_pl.surgery.emptied import has_replaced_forward, update_emptiness
 from gflow_pl.values import Expansion, Slice, Structure
 
 NOTHING = torch.zeros(6, dtype=torch.bool)
@@ -160,8 +160,8 @@ def test_the_stand_in_has_the_shape_of_the_output_but_for_its_channels(name):
     hollow = copy.deepcopy(module)
     leaf = "out_features" if name == "linear" else "out_channels"
     setattr(hollow, leaf, 0)
-    follow_emptiness(hollow)
-    assert runs_no_more(hollow)
+    update_emptiness(hollow)
+    assert has_replaced_forward(hollow)
     assert list(hollow(x).shape) == expected
     assert hollow(x).count_nonzero() == 0
 
@@ -175,14 +175,14 @@ def test_the_stand_in_is_called_as_the_layer_is(name):
     expected[-1 if name == "linear" else 1] = 1
     hollow = copy.deepcopy(module)
     setattr(hollow, "out_features" if name == "linear" else "out_channels", 0)
-    follow_emptiness(hollow)
+    update_emptiness(hollow)
     assert list(hollow(input=x, **more).shape) == expected
 
 
 def test_under_autocast_the_stand_in_has_the_dtype_of_the_layer():
     conv = nn.Conv2d(3, 4, 1)
     conv.out_channels = 0
-    follow_emptiness(conv)
+    update_emptiness(conv)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv(torch.randn(1, 3, 2, 2)).dtype == torch.bfloat16
 

@@ -7,7 +7,7 @@ from hand_graphs import build, example, random_plan
 from torch import nn
 
 from gflow_pl.surgery import apply_structure, rewrite, scatter_output, structure_of
-from gflow_pl.surgery.expansion import expansion_of, set_expansion
+from gflow_pl.surgery.expansion import Placement, expansion_of, set_expansion
 
 
 def expanded(dtype=torch.float64):
@@ -40,7 +40,7 @@ def test_state_dict_names_do_not_change():
 
 def test_autocast_zeros_have_the_dtype_of_the_output():
     conv = nn.Conv2d(3, 2, 1)
-    set_expansion(conv, (1, 5, [0, 3]))
+    set_expansion(conv, Placement(1, 5, [0, 3]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = conv(torch.randn(1, 3, 2, 2))
     assert y.dtype == torch.bfloat16
@@ -53,7 +53,7 @@ def test_autocast_zeros_have_the_dtype_of_the_output():
 )
 def test_any_dim_of_any_output(shape, dim):
     module = nn.Identity()
-    set_expansion(module, (dim, 6, [1, 2, 5]))
+    set_expansion(module, Placement(dim, 6, [1, 2, 5]))
     x = torch.randn(shape)
     y = module(x)
     assert y.shape[dim] == 6
@@ -93,7 +93,7 @@ def test_second_derivatives_pass_through():
 
 def test_memory_format_of_the_output_stays():
     conv = nn.Conv2d(3, 2, 1)
-    set_expansion(conv, (1, 5, [0, 3]))
+    set_expansion(conv, Placement(1, 5, [0, 3]))
     conv.to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     assert conv(x).is_contiguous(memory_format=torch.channels_last)
@@ -101,8 +101,8 @@ def test_memory_format_of_the_output_stays():
 
 def test_a_full_expansion_carries_no_hook():
     module = nn.Linear(2, 3)
-    set_expansion(module, (1, 4, [0, 1, 3]))
-    set_expansion(module, (1, 3, [0, 1, 2]))
+    set_expansion(module, Placement(1, 4, [0, 1, 3]))
+    set_expansion(module, Placement(1, 3, [0, 1, 2]))
     assert expansion_of(module) is None
     assert not module._forward_hooks
     assert not dict(module.named_buffers())

@@ -296,7 +296,7 @@ def test_a_graph_that_contradicts_itself_is_refused_and_nothing_changes():
         slices=(*second.slices, Slice("conv1.weight", 0, np.arange(second.size)[:, None]))
     )
     plan = {first.name: torch.arange(first.size) > 2}
-    with pytest.raises(ValueError, match=f"'{second.name}' that stay hold positions that another group takes away"):
+    with pytest.raises(ValueError, match=f"'{second.name}' that stay hold positions that another group removes"):
         rewrite(model, graph, plan)
     assert_equal_states(model.state_dict(), before)
 

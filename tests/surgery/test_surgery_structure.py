@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_listed_and_nothing_changes():
         apply_structure(model, bad)
     for text in (
         "no tensor 'conv7.weight'",
-        "'conv1.weight' has shape (8, 3, 3, 3), the structure says (4, 3, 3)",
+        "'conv1.weight' has shape (8, 3, 3, 3), the structure has (4, 3, 3)",
         "module 'conv1' has no 'colour'",
         "no module 'conv8'",
         "no module 'bn9' to expand",
