@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.curvature import curvature_along_gradient
+from gflow_pl.callbacks.lightning.precision import gradient_scale, with_true_precision
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
-from gflow_pl.callbacks.lightning.training_loss import training_loss, with_true_precision
-from gflow_pl.callbacks.tracked_scoring import scale_of_gradients
+from gflow_pl.callbacks.lightning.training_loss import training_loss
 
 __all__ = ["GradientFlowMonitor"]
 
@@ -144,7 +144,7 @@ class GradientFlowMonitor(Callback):
             return
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = scale_of_gradients(scaler, optimizer, pl_module.device)
+        scale = gradient_scale(scaler, optimizer, pl_module.device)
         with torch.no_grad():
             measured = {
                 name: self._statistics(name, parameter, _gradient(parameter, scale))

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
+from gflow_pl.callbacks.lightning.module_forward import is_compiled
 from gflow_pl.callbacks.lightning.packages import averaged_models, callbacks_of
 from gflow_pl.callbacks.lightning.ranks import rebuild_ddp
 from gflow_pl.selection import cost_after
@@ -43,17 +44,10 @@ def apply_plan(
     # Other callbacks may hold tensors of the parameters' shapes, and say so by this method.
     held = [c.tensors_by_name() for c in callbacks_of(trainer, Callback) if hasattr(c, "tensors_by_name")]
     rewrite(module, graph, plan, optimizers=optimizers, copies=[*averaged_models(trainer), *copies, *held])
-    if _is_compiled(module):
+    if is_compiled(module):
         # One recompilation a round would soon reach dynamo's limit, after which it silently stops compiling.
         torch._dynamo.reset()
     rebuild_ddp(trainer, module)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_compiler_ctx")
-        for m in module.modules()
-    )
 
 
 def costs_of(graph: ChannelGraph) -> dict[str, int]:

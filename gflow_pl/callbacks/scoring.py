@@ -21,6 +21,7 @@ from gflow_pl.callbacks.lightning.loaders import (
     has_length,
     validation_batches,
 )
+from gflow_pl.callbacks.lightning.precision import with_true_precision
 from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.silence import without_side_effects
@@ -28,7 +29,6 @@ from gflow_pl.callbacks.lightning.training_loss import (
     default_logits,
     is_classifier,
     training_loss,
-    with_true_precision,
 )
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance import Importance, score_filters

@@ -12,12 +12,13 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gflow_pl.callbacks.lightning.precision import gradient_scale
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
 from gflow_pl.importance import Tracker
 from gflow_pl.importance.derived_weights import DerivedWeightGradients
 from gflow_pl.values import Scores
 
-__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window", "scale_of_gradients"]
+__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window"]
 
 TrackOrder = Literal["formula", "published"]
 
@@ -31,13 +32,6 @@ def in_window(trainer: pl.Trainer, batch_idx: int, track_batches: int) -> bool:
         return True
     size = trainer.accumulate_grad_batches  # batches of a step; the last step of an epoch may have fewer
     return batch_idx // size >= math.ceil(trainer.num_training_batches / size) - track_batches
-
-
-def scale_of_gradients(scaler: Any, optimizer: Optimizer, device: torch.device) -> Tensor | None:
-    """What a scaler's gradients are still multiplied by; None for 1. Fused optimizers divide by it within their step."""
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return None
-    return scaler.scale(torch.ones((), device=device))
 
 
 class StepGradients:
@@ -87,7 +81,7 @@ class StepGradients:
                 return
             scale = scaler.scale(torch.ones((), device=module.device))
             computed = {name: gradient / scale for name, gradient in computed.items()}
-            if scale_of_gradients(scaler, optimizer, module.device) is not None:
+            if gradient_scale(scaler, optimizer, module.device) is not None:
                 gradients = {name: gradient / scale for name, gradient in gradients.items()}
         gradients |= computed
         if self._order == "formula":

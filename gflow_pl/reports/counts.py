@@ -100,9 +100,13 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    # A LightningModule holds its trainer, and through it data loaders and optimizers.
-    if model.__dict__.get("_trainer") is not None:
-        memo[id(model.__dict__["_trainer"])] = None
+    # A LightningModule holds its Trainer, and through it data loaders and optimizers.
+    try:
+        trainer = getattr(model, "trainer", None)
+    except RuntimeError:  # raised by Lightning where no Trainer is attached
+        trainer = None
+    if trainer is not None and not isinstance(trainer, nn.Module):
+        memo[id(trainer)] = None
     return copy.deepcopy(model, memo)
 
 

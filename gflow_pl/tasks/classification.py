@@ -85,7 +85,7 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch of images and labels."""
         loss = self._step("train", batch)
-        if self._trainer is not None and self._trainer.is_last_batch:
+        if self._is_last_batch():
             self._log_epoch("train")
         return loss
 
@@ -124,6 +124,12 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         )
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=list(hp.milestones), gamma=hp.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _is_last_batch(self) -> bool:
+        try:
+            return self.trainer.is_last_batch
+        except RuntimeError:  # raised by Lightning where no Trainer is attached
+            return False
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

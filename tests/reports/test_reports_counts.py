@@ -133,9 +133,9 @@ class Uncopyable:
 
 def test_a_trainer_that_the_module_holds_is_not_copied():
     model = nn.Linear(4, 4)
-    model._trainer = Uncopyable()
+    model.trainer = Uncopyable()
     assert count_network(model, torch.ones(1, 4)).macs == 16
-    assert isinstance(model._trainer, Uncopyable)
+    assert isinstance(model.trainer, Uncopyable)
 
 
 class TakesMore(nn.Module):

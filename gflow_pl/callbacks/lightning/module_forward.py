@@ -1,75 +1,98 @@
-"""The trace of a LightningModule through its `forward`, or through its loss."""
+"""The `forward` of a LightningModule: trace the network through it, and find out whether it is compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
-from gflow_pl.callbacks.lightning.training_loss import batch_inputs, true_precision
+from gflow_pl.callbacks.lightning.precision import true_precision
+from gflow_pl.callbacks.lightning.training_loss import batch_inputs
 from gflow_pl.channels import trace_channels
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.values import ChannelGraph
 
-__all__ = ["trace_module"]
+__all__ = ["is_compiled", "trace_module"]
+
+_Forward = Callable[..., object]
 
 
 def trace_module(
-    module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor], **options: Any
+    module: pl.LightningModule,
+    batch: object,
+    loss_fn: Callable[[pl.LightningModule, Any], Tensor],
+    *,
+    residual: Literal["expand", "remove"] = "expand",
+    exact_only: bool = False,
 ) -> ChannelGraph:
-    """Trace a LightningModule as it stands in training, by its `forward`, or by its loss if it has none that runs.
+    """Trace the channels of a LightningModule, whose `forward` may take anything.
 
-    `forward` is tried on the module's `example_input_array` (a dict gives arguments by name, as in Lightning), on the
-    batch's first part, and on the whole batch.
+    The first call that raises no error is traced: `forward` of the module's `example_input_array` (a dict holds keyword
+    arguments, as in Lightning), `forward` of the batch's inputs, `forward` of the whole batch, the loss of the batch.
+
+    Args:
+        module: The module, attached to its Trainer.
+        batch: A training batch on the module's device.
+        loss_fn: ``loss_fn(module, batch)`` returns the scalar loss.
+        residual: As in `trace_channels`.
+        exact_only: As in `trace_channels`.
 
     Raises:
-        ValueError: Neither `forward` nor the loss runs on any of them.
+        SettingsError: None of these calls succeeds.
     """
-    forward, example = module.forward, module.example_input_array
+    forward = module.forward
 
-    def by_loss(whole: Any) -> Tensor:
-        with _forward_of(module, forward):  # which the loss may well call
-            return loss_fn(module, whole)
+    def loss_of_batch(whole_batch: object) -> Tensor:
+        with _forward_replaced(module, forward):  # the loss may call the module
+            return loss_fn(module, whole_batch)
 
-    ways: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+    calls: list[tuple[_Forward, tuple[object, ...]]] = [
         (forward, (batch_inputs(batch),)),
         (forward, (batch,)),
-        (by_loss, (batch,)),
+        (loss_of_batch, (batch,)),
     ]
-    if example is not None:
-        example = module.trainer.precision_plugin.convert_input(example)
-        example = move_data_to_device(example, module.device)
-        if isinstance(example, Mapping):
-            ways.insert(0, (lambda named: forward(**named), (dict(example),)))
-        else:
-            ways.insert(0, (forward, example if isinstance(example, tuple) else (example,)))
+    if module.example_input_array is not None:
+        calls.insert(0, _call_of_example(module, forward))
+
+    # Find the first call that succeeds.
     reasons = []
-    for way, inputs in ways:
-        with _forward_of(module, way), true_precision(module):
+    for function, arguments in calls:
+        with _forward_replaced(module, function), true_precision(module):
             try:
                 with evaluation_mode(module), torch.no_grad():
-                    module(*inputs)
-            except Exception as error:  # a foreign forward may raise anything on inputs that are not its own
-                reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160])
+                    module(*arguments)
+            except Exception as error:  # the module's own code may raise anything
+                first_line = str(error).partition("\n")[0]
+                reasons.append(f"{type(error).__name__}: {first_line}"[:160])
                 continue
-            return trace_channels(module, inputs, **options)
-    raise ValueError(
-        f"`forward` of {type(module).__name__} runs neither on the first part of a training batch ({reasons[-3]}) nor on the "
-        f"whole batch, and its loss cannot be taken of one ({reasons[-1]}): set the module's `example_input_array` to "
-        "inputs that `forward` takes."
+            return trace_channels(module, arguments, residual=residual, exact_only=exact_only)
+    raise SettingsError(
+        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor on the "
+        f"whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's `example_input_array` "
+        "to inputs that `forward` takes."
     )
 
 
+def _call_of_example(module: pl.LightningModule, forward: _Forward) -> tuple[_Forward, tuple[object, ...]]:
+    """Return a function and its arguments that call `forward` with the module's `example_input_array`, as Lightning does."""
+    example = module.trainer.precision_plugin.convert_input(module.example_input_array)
+    example = move_data_to_device(example, module.device)
+    if isinstance(example, Mapping):
+        return (lambda keywords: forward(**keywords)), (dict(example),)
+    return forward, example if isinstance(example, tuple) else (example,)
+
+
 @contextmanager
-def _forward_of(module: pl.LightningModule, way: Callable[..., Any]) -> Iterator[None]:
-    """Within, `way` is what the module's `forward` does."""
-    before = module.__dict__.get("forward")  # `torch.compile` of a LightningModule leaves one there
-    module.__dict__["forward"] = way
+def _forward_replaced(module: pl.LightningModule, function: _Forward) -> Iterator[None]:
+    """Make a function the module's `forward` for the time of the block."""
+    before = module.__dict__.get("forward")  # set on the instance by `torch.compile` of a LightningModule
+    module.__dict__["forward"] = function
     try:
         yield
     finally:
@@ -77,3 +100,13 @@ def _forward_of(module: pl.LightningModule, way: Callable[..., Any]) -> Iterator
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `torch.compile` was applied to a module or one of its submodules."""
+    # Private: the wrapper that `torch.compile` returns, `nn.Module.compile`, and `torch.compile` of a LightningModule.
+    # Without them dynamo's caches would not be reset at a cut, and after a few cuts it would stop compiling.
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_compiler_ctx")
+        for m in module.modules()
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import nn
 
-__all__ = ["averaged_models", "both_packages", "callbacks_of"]
+from gflow_pl.common.errors import SettingsError
+
+__all__ = ["attached_trainer", "averaged_models", "both_packages", "callbacks_of", "private_attribute"]
 
 _COUNTERPARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
@@ -45,6 +47,37 @@ def both_packages(*classes: type) -> tuple[type, ...]:
     return tuple(found)
 
 
+def private_attribute(owner: object, name: str, purpose: str) -> Any:
+    """Return a private attribute of an object of Lightning, or raise if the installed version has none of this name.
+
+    For attributes without which training would go on with wrong results. `getattr` with a default would hide that.
+
+    Args:
+        owner: The object.
+        name: The name of the attribute.
+        purpose: What the attribute is needed for, to complete "is needed to ...".
+
+    Raises:
+        SettingsError: The attribute does not exist.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise SettingsError(
+            f"{type(owner).__name__} of pytorch-lightning {pl.__version__} has no attribute `{name}`, which is needed to "
+            f"{purpose}: install a version that gflow_pl was tested with (see the dependencies in its pyproject.toml)."
+        ) from None
+
+
+def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
+    """Return the Trainer that a module is attached to; None if there is none, or if Fabric runs the module."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # raised by the property `LightningModule.trainer`
+        return None
+    return trainer if isinstance(trainer, both_packages(pl.Trainer)) else None
+
+
 def callbacks_of(trainer: pl.Trainer, cls: type[_Callback]) -> list[_Callback]:
     """Return the callbacks of a Trainer that are instances of a class or of its counterpart in the other package.
 
@@ -58,5 +91,6 @@ def callbacks_of(trainer: pl.Trainer, cls: type[_Callback]) -> list[_Callback]:
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     """Return the copies of the module whose weights WeightAveraging callbacks average."""
+    # Private; without it a pruned module would be averaged with a full-size copy, and the next update would fail.
     averages = [callback._average_model for callback in callbacks_of(trainer, WeightAveraging)]
     return [average.module for average in averages if average is not None]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins import DoublePrecision, HalfPrecision
 from torch import Tensor
 
-from gflow_pl.callbacks.lightning.packages import both_packages
+from gflow_pl.callbacks.lightning.precision import true_precision, with_true_precision
 from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance.gradients import logits_and_labels
@@ -24,31 +21,7 @@ __all__ = [
     "is_classifier",
     "training_loss",
     "training_step_returns_loss",
-    "true_precision",
-    "with_true_precision",
 ]
-
-_Result = TypeVar("_Result")
-
-
-@contextmanager
-def true_precision(module: pl.LightningModule) -> Iterator[None]:
-    """Within, new tensors have the type of the Trainer's "64-true", "16-true" or "bf16-true" precision, as in training."""
-    plugin: Any = getattr(getattr(module, "_trainer", None), "precision_plugin", None)
-    has_own_type = isinstance(plugin, both_packages(DoublePrecision, HalfPrecision))
-    with plugin.forward_context() if has_own_type else nullcontext():
-        yield
-
-
-def with_true_precision(function: Callable[[Any, Any], _Result]) -> Callable[[Any, Any], _Result]:
-    """A function of a module and a batch, run in `true_precision`."""
-
-    @functools.wraps(function)
-    def run(module: pl.LightningModule, batch: Any) -> _Result:
-        with true_precision(module):
-            return function(module, batch)
-
-    return run
 
 
 @with_true_precision
