@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gflow_pl.channels.constraints import Auxiliary, Boundary, BoundaryKey, Constraints, Labels
 from gflow_pl.channels.forward_runner import Stage
+from gflow_pl.channels.labels import ChoiceSite
 from gflow_pl.channels.recorder import Call, Recorder
 from gflow_pl.channels.rules.elementwise import pointwise, unknown
 from gflow_pl.channels.rules.registry import RULES
@@ -143,7 +144,7 @@ class _Surveyor:
     def _input(self, name: str, module: Any, x: Tensor) -> Tensor:
         """What a grouped convolution reads, under nodes of its own."""
         dim = _channel_dim(module)
-        tag = self.t.tag(x)
+        tag = self.t.table.info(x)
         outer = tag.labels[dim]
         if outer is None:
             outer = np.zeros(x.shape[dim], np.int64)
@@ -152,15 +153,14 @@ class _Surveyor:
         labels = list(tag.labels)
         labels[dim] = inner = self.t.constraints.new_labels(Auxiliary.BOUNDARY, len(outer))
         self.t.constraints.boundaries.append(Boundary(BoundaryKey(name, is_input=True), dim, inner, outer))
-        self.t.put(own, labels, tag.zero)
-        self.t.tag(own).active = tag.active
+        self.t.table.set_labels(own, labels, tag.zero_dims, is_activation=tag.is_activation)
         if id(x) in self.t.readers:
             self.t.readers[id(x)].append(name)
         return own
 
     def _reads(self, name: str, module: nn.Module, x: Tensor) -> None:
         """A norm is the norm of the layer whose channels it reads, however many activations lie between."""
-        labels = self.t.labels(x)
+        labels = self.t.table.info(x).labels
         for dim in (1, -1) if x.ndim > 1 else (-1,):
             vector = labels[dim] if x.ndim else None
             facts = self.by_start.get(int(vector[0])) if vector is not None and len(vector) else None
@@ -184,7 +184,7 @@ class _Surveyor:
                 self._boundary(name, output, 1)
 
     def _boundary(self, name: str, output: Tensor, dim: int) -> Boundary | None:
-        tag = self.t.tag(output)
+        tag = self.t.table.info(output)
         inner = tag.labels[dim]
         if inner is None:
             return None
@@ -229,7 +229,7 @@ class _Surveyor:
     def finish(self, output: Any) -> None:
         """The model's outputs stay as they are, and are read by somebody."""
         for leaf in iter_tensors(output):
-            for dim, label in enumerate(self.t.labels(leaf)):
+            for dim, label in enumerate(self.t.table.info(leaf).labels):
                 if label is not None:
                     self.t.constraints.freeze(label, "the model's output")
                     # channels that were folded into the examples are frozen, but no output of their layer
@@ -245,7 +245,7 @@ class _Surveyor:
 
 def survey(
     stage: Stage,
-    choices: dict[tuple[Any, ...], int],
+    choices: dict[ChoiceSite, int],
     frozen_calls: dict[tuple[bool, int], str],
     ends: dict[bool, tuple[int, str]],
 ) -> Survey:
@@ -283,8 +283,7 @@ def survey(
             ends[training][0] if training in ends else None,
         )
         for tensor in stage.inputs:
-            recorder.put(tensor, [None] * tensor.ndim)
-            recorder.tag(tensor).active = True
+            recorder.table.set_labels(tensor, [None] * tensor.ndim, is_activation=True)
         weights = {**first_names, **names}
         surveyor = _Surveyor(found, recorder, stage, weights, training)
         with stage.set(stand_ins, training):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,53 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gflow_pl.channels.code_location import code_location
 from gflow_pl.channels.constraints import Constraints, Labels
+from gflow_pl.channels.label_table import LabelTable
+from gflow_pl.channels.labels import ChoiceSite, DimLabels, TensorInfo
+from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.shape_cache import Shapes
-from gflow_pl.values import SizeAttribute
 
-__all__ = ["Call", "DimLabels", "Op", "Recorder", "Seen", "Tag", "Watch", "copied", "location"]
+__all__ = ["Call", "Recorder", "Seen", "Watch", "copied"]
 
-DimLabels = list[Labels | None]
-Rule = Callable[["Recorder", "Op"], None]
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_TORCH_NN = os.path.join(_TORCH, "nn") + os.sep
-_CALL = os.path.join(_TORCH_NN, "modules", "module.py")
-_HERE = os.path.dirname(__file__) + os.sep
 _REMEMBERED = 1024  # a tensor made from Python numbers is compared by value up to this size
 _META = torch.device("meta")
-
-
-@dataclass(eq=False)
-class Tag:
-    """What the trace knows of one tensor.
-
-    Attributes:
-        labels: Per dim, the nodes of its positions, or None where they cannot change.
-        zero: Dims along which a removed unit leaves nothing but zeros.
-        active: Whether it depends on the network's input.
-        uniform: Whether one number fills it, so that its size follows whatever it meets.
-    """
-
-    labels: DimLabels
-    zero: frozenset[int] = frozenset()
-    active: bool = False
-    uniform: bool = False
-
-
-@dataclass(eq=False)
-class Op:
-    """One operation: what was called with what, and what came out."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]
-    out: Any
-
-    def arg(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument, given by position or by name."""
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
 
 @dataclass(eq=False)
@@ -86,7 +48,7 @@ class Call:
     labels: list[DimLabels | None]
     nodes: list[Labels]
     module: str
-    site: tuple[Any, ...] | None = None
+    site: ChoiceSite | None = None
     choices: int = 0
     expected: list[tuple[int, Labels]] = field(default_factory=list)
     place: tuple[Any, ...] | None = None
@@ -104,26 +66,6 @@ class Seen(NamedTuple):
 
     tensors: list[Tensor]
     numbers: tuple[Any, ...]
-
-
-def location(lines: bool = True) -> tuple[Any, ...]:
-    """Where the user's code is: file and line of every frame outside torch (but in torch.nn) and this room.
-
-    Blocks of one class share their places, so that what is learnt of one holds for all.
-
-    Args:
-        lines: Whether lines of the innermost function are told apart.
-    """
-    frame = sys._getframe(1)
-    chain: list[tuple[str, Any]] = []
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_HERE) and (
-            not file.startswith(_TORCH) or (file.startswith(_TORCH_NN) and file != _CALL)
-        ):
-            chain.append((file, frame.f_lineno if lines or chain else frame.f_code.co_name))
-        frame = frame.f_back  # type: ignore[assignment]
-    return tuple(chain)
 
 
 def _sort_out(values: Iterable[Any], tensors: list[Tensor], numbers: list[Any]) -> None:
@@ -271,121 +213,31 @@ class Recorder(Watch):
         stand_ins: dict[int, Tensor],
         meta: bool,
         shapes: Shapes,
-        choices: dict[tuple[Any, ...], int],
+        choices: dict[ChoiceSite, int],
         places: bool,
         end: int | None,
     ) -> None:
         super().__init__(stand_ins, meta, shapes)
         self.end = end
-        self.constraints, self.rules, self.names = constraints, rules, names
+        self.constraints, self.rules = constraints, rules
+        self.table = LabelTable(constraints, names)
         self.pointwise, self.unknown = fallback
         self.choices, self.places = choices, places
-        self.tags: dict[int, Tag] = {}
         self.calls: list[Call] = []
         self.readers: dict[int, list[str]] = {}
         self.guessed = False  # whether a rule had to suppose what a size follows
-        self.sites: list[tuple[tuple[Any, ...], int]] = []
-        self.expected: list[tuple[int, Labels]] = []
         self._found: dict[Any, tuple[str, Rule | None]] = {}
 
-    # -- tags ---------------------------------------------------------------------------------------------------
-
-    def tag(self, tensor: Tensor) -> Tag:
-        """What is known of that tensor; a parameter or buffer gets its nodes on first sight."""
-        found = self.tags.get(id(tensor))
-        if found is None:
-            name = self.names.get(id(tensor))
-            if name is None:
-                found = Tag([None] * tensor.ndim)
-            else:
-                found = Tag(
-                    [*self.constraints.labels_of_tensor(name, tensor.shape)], zero=frozenset(range(tensor.ndim))
-                )
-            self.tags[id(tensor)] = found
-            self.alive.append(tensor)
-        return found
-
-    def labels(self, tensor: Tensor) -> DimLabels:
-        """Per dim, the nodes of the positions."""
-        return self.tag(tensor).labels
-
-    def _first_sight(self, tensor: Tensor) -> Tag:
+    def _first_sight(self, tensor: Tensor) -> TensorInfo:
         """What no op has put out: parameters and buffers, but also numbers that the forward put on its tensors' device.
 
         Raises:
             _Unreadable: Without contents, such numbers (``torch.tensor(x.shape[1], device=x.device)``) cannot be told.
         """
-        known = id(tensor) in self.names or id(tensor) in self.made_up
+        known = id(tensor) in self.table.names or id(tensor) in self.made_up
         if self.meta and not known and tensor.numel() <= _REMEMBERED:
             raise _Unreadable("a tensor made of numbers, which tensors without contents do not hold")
-        return self.tag(tensor)
-
-    def put(self, tensor: Tensor, labels: DimLabels, zero: Iterable[int] = (), uniform: bool = False) -> None:
-        """Gives an output its labels."""
-        base = self.tags.get(id(tensor._base)) if id(tensor) in self.tags else None
-        if base is not None and self.tags[id(tensor)].zero - frozenset(zero):
-            base.zero = frozenset()  # what is written into a view is in the whole, too
-        self.tags[id(tensor)] = Tag(list(labels), frozenset(zero), self._active, uniform)
-        self.alive.append(tensor)
-
-    # -- what rules ask and say -----------------------------------------------------------------------------------
-
-    def meet(self, a: Labels | None, b: Labels | None, why: str) -> None:
-        """These two are position by position the same; where one side cannot change, neither can the other."""
-        if a is not None and b is not None:
-            self.constraints.join(a, b)
-        else:
-            self.constraints.freeze(a, why)
-            self.constraints.freeze(b, why)
-
-    def choose(self, num: int, part: int = -1, plain: bool = False, alike: Any = None) -> int:
-        """Which of `num` ways to take at this place in the code; the probe moves on to the next if it fails.
-
-        Args:
-            num: Ways there are.
-            part: Tells apart what one op has to choose; of several, the probe tries the lowest first.
-            plain: Whether the first way supposes nothing.
-            alike: Ops of one function with the same key here take the same way (views of queries, keys and values).
-        """
-        site = (part, *location()) if alike is None else (part, alike, *location(lines=False))
-        choice = min(self.choices.get(site, 0), num - 1)
-        self.sites.append((site, num - 1 - choice))
-        self.guessed |= choice > 0 or not plain
-        return choice
-
-    def expect(self, position: int, nodes: Labels) -> None:
-        """The number at that position among the arguments is how many of these nodes are left."""
-        self.expected.append((position, nodes))
-
-    def attributes_like(self, size: int) -> list[SizeAttribute]:
-        """The whole numbers of that size that the running module keeps, likeliest first."""
-        if not self.stack:
-            return []
-        name, module = self.stack[-1]
-        found = [key for key, value in vars(module).items() if type(value) is int and value == size and size > 1]
-        likely = ("head", "width", "dim", "chan", "split", "group", "feat", "size", "plane")
-        found.sort(key=lambda key: next((i for i, word in enumerate(likely) if word in key), len(likely)))
-        return [SizeAttribute(name, key) for key in found]
-
-    def input_channels(self, size: int) -> Labels | None:
-        """The channels of the running module's input, if there are that many and they can move."""
-        for tensor in self.entered[-1:]:
-            for label in reversed(self.labels(tensor)) if tensor is not None else ():
-                if label is not None and len(label) == size:
-                    return label
-        return None
-
-    def follows(self, attribute: SizeAttribute, nodes: Labels) -> None:
-        """That attribute of that module is the number of these nodes that are left."""
-        own = self.constraints.labels_of(attribute, len(nodes))
-        if len(own) == len(nodes):
-            self.constraints.join(own, nodes)
-        else:
-            self.constraints.freeze(
-                nodes, f"attribute '{attribute.name}' of '{attribute.module}' counts two different things"
-            )
-
-    # -- the mode ---------------------------------------------------------------------------------------------------
+        return self.table.info(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, rule = self._rule_of(func)
@@ -401,8 +253,20 @@ class Recorder(Watch):
         answer = None
         if self.end is not None and len(self.calls) >= self.end and (by_value or name == "_local_scalar_dense"):
             answer = None if writes(func) else copied(out)
-        op = Op(name, args, kwargs, seen.tensors, out)
-        self._record(op, rule or self.unknown, seen.numbers)
+        module_name, module = self.stack[-1] if self.stack else ("", None)
+        call = OperatorCall(
+            name,
+            args,
+            kwargs,
+            seen.tensors,
+            out,
+            module,
+            module_name,
+            self.entered[-1] if self.entered else None,
+            table=self.table,
+            choices=self.choices,
+        )
+        self._record(call, rule or self.unknown, seen.numbers)
         self.calls[-1].by_value, self.calls[-1].answer = by_value, answer
         return out
 
@@ -419,25 +283,25 @@ class Recorder(Watch):
             known = self._found[func] = (name, rule)
         return known
 
-    def _record(self, op: Op, rule: Rule, numbers: tuple[Any, ...]) -> None:
-        tags = [self.tags.get(id(tensor)) or self._first_sight(tensor) for tensor in op.tensors]
-        for tensor in op.tensors:
+    def _record(self, op: OperatorCall, rule: Rule, numbers: tuple[Any, ...]) -> None:
+        known = [self.table.known(tensor) or self._first_sight(tensor) for tensor in op.operands]
+        for tensor in op.operands:
             if id(tensor) in self.readers:
                 self.readers[id(tensor)].append(self.module_name)
-        self._active = any([tag.active for tag in tags])
-        self.sites, self.expected = [], []
-        nodes = [label for tag in tags for label in tag.labels if label is not None]
-        rule(self, op)
+        op.is_activation = any([info.is_activation for info in known])
+        nodes = [vector for info in known for vector in info.labels if vector is not None]
+        rule(op)
+        self.guessed |= op.is_guess
         outs: list[Tensor] = []
-        _sort_out((op.out,), outs, [])
-        out_tags = [self.tag(tensor) for tensor in outs]
-        nodes += [label for tag in out_tags for label in tag.labels if label is not None]
-        labels: Sequence[DimLabels | None] = [None if tag.uniform else list(tag.labels) for tag in out_tags]
+        _sort_out((op.output,), outs, [])
+        out_infos = [self.table.info(tensor) for tensor in outs]
+        nodes += [vector for info in out_infos for vector in info.labels if vector is not None]
+        labels: Sequence[DimLabels | None] = [None if own.is_uniform else list(own.labels) for own in out_infos]
         shapes = [tensor.shape for tensor in outs]
         summed = None
-        if tags and all([tag.uniform for tag in tags]) and not all([tag.uniform for tag in out_tags]):
-            summed = [tensor.shape for tensor in op.tensors]
-        open_sites = [pair for pair in self.sites if pair[1]]
+        if known and all([own.is_uniform for own in known]) and not all([own.is_uniform for own in out_infos]):
+            summed = [tensor.shape for tensor in op.operands]
+        open_sites = [pair for pair in op.sites if pair[1]]
         site, left = min(open_sites, key=lambda pair: pair[0][0]) if open_sites else (None, 0)
         self.calls.append(
             Call(
@@ -449,10 +313,8 @@ class Recorder(Watch):
                 self.module_name,
                 site,
                 left,
-                self.expected,
-                location() if self.places else None,
+                op.expected,
+                code_location() if self.places else None,
                 summed,
             )
         )
-
-    _active = False

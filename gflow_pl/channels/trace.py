@@ -10,6 +10,7 @@ from gflow_pl.channels.constraints import Labels
 from gflow_pl.channels.expansions import STREAM, Expansions, add_residual_expansions, present_expansions
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition, partition
+from gflow_pl.channels.labels import ChoiceSite
 from gflow_pl.channels.record import Survey, survey
 from gflow_pl.channels.verify import Probe
 from gflow_pl.common.snapshot import garbage_collection_paused
@@ -71,7 +72,7 @@ def trace_channels(
 
 def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: bool, frozen: str) -> ChannelGraph:
     """Surveys and probes in turns, until everything comes out as predicted."""
-    choices: dict[tuple[Any, ...], int] = {}
+    choices: dict[ChoiceSite, int] = {}
     frozen_calls: dict[tuple[bool, int], str] = {}
     ends: dict[bool, tuple[int, str]] = {}
     stage, found = _first_survey(model, args)

@@ -15,6 +15,7 @@ from gflow_pl.channels.constraints import Boundary, BoundaryKey, Constraints, La
 from gflow_pl.channels.expansions import Expansions
 from gflow_pl.channels.forward_runner import Stage
 from gflow_pl.channels.grouping import Partition
+from gflow_pl.channels.labels import ChoiceSite
 from gflow_pl.channels.record import Survey
 from gflow_pl.channels.recorder import Call, Seen, Watch, copied
 from gflow_pl.values import SizeAttribute
@@ -48,7 +49,7 @@ class Blame:
         ends: Whether the sizes of all that follows it depend on values, so that the labels of all the rest are to be frozen.
     """
 
-    site: tuple[Any, ...] | None
+    site: ChoiceSite | None
     call: tuple[bool, int] | None
     reason: str
     ends: bool = False

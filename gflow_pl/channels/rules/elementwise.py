@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gflow_pl.channels.constraints import Auxiliary
-from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
+from gflow_pl.channels.labels import DimLabels
+from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 
 __all__ = ["ELEMENTWISE", "pointwise", "unknown"]
 
@@ -22,63 +22,65 @@ _ZERO_WITH_FIRST = frozenset(["div", "floor_divide", "pow", "true_divide", "hard
 _UNCHANGED = "meets a tensor whose channels are not known"
 
 
-def pointwise(t: Recorder, op: Op) -> None:
+def pointwise(op: OperatorCall) -> None:
     """Right-aligned, dim by dim: all operands of the full width are position by position the same."""
-    outs = [out for out in (op.out if isinstance(op.out, (tuple, list)) else [op.out]) if isinstance(out, Tensor)]
+    outs = [
+        out for out in (op.output if isinstance(op.output, (tuple, list)) else [op.output]) if isinstance(out, Tensor)
+    ]
     if not outs:
         return
     if op.name.endswith("_"):
-        _note_partial_write(t, op)
-    if op.name in _WRITES and _writes_into_unknown(t, op):
+        _note_partial_write(op)
+    if op.name in _WRITES and _writes_into_unknown(op):
         return
-    tags = [t.tag(tensor) for tensor in op.tensors]
+    infos = [op.info(tensor) for tensor in op.operands]
     for out in outs:
-        if tags and all([tag.uniform for tag in tags]):
-            t.put(out, [None] * out.ndim, uniform=True)
-        elif len(tags) == 1 and out.shape == op.tensors[0].shape:
-            t.put(out, tags[0].labels, _zero_dims(t, op, out))
+        if infos and all([info.is_uniform for info in infos]):
+            op.set_labels(out, [None] * out.ndim, is_uniform=True)
+        elif len(infos) == 1 and out.shape == op.operands[0].shape:
+            op.set_labels(out, infos[0].labels, _zero_dims(op, out))
         else:
-            t.put(out, _aligned(t, op, out), _zero_dims(t, op, out))
+            op.set_labels(out, _aligned(op, out), _zero_dims(op, out))
 
 
-def _aligned(t: Recorder, op: Op, out: Tensor) -> DimLabels:
+def _aligned(op: OperatorCall, out: Tensor) -> DimLabels:
     merged: DimLabels = [None] * out.ndim
     for dim, size in enumerate(out.shape):
         back = dim - out.ndim
-        present = [x for x in op.tensors if x.ndim >= -back and not t.tag(x).uniform]
-        full = [(x, t.tag(x).labels[back]) for x in present if x.shape[back] == size]
+        present = [x for x in op.operands if x.ndim >= -back and not op.info(x).is_uniform]
+        full = [(x, op.info(x).labels[back]) for x in present if x.shape[back] == size]
         labelled = [(x, label) for x, label in full if label is not None]
         for x in present:
             if x.shape[back] != size:
-                t.constraints.freeze(t.tag(x).labels[back], "a single channel that is broadcast to many")
+                op.freeze(op.info(x).labels[back], "a single channel that is broadcast to many")
         if not labelled:
             continue
         merged[dim] = labelled[0][1]
         if len(labelled) < len(full):
             for _, label in labelled:
-                t.constraints.freeze(label, _UNCHANGED)
+                op.freeze(label, _UNCHANGED)
             continue
         adding = op.name.removesuffix("_") in ("add", "sub") and size > 1
         for (a, first), (b, other) in pairwise(labelled):
-            if adding and t.tag(a).active and t.tag(b).active and first is not other:
+            if adding and op.info(a).is_activation and op.info(b).is_activation and first is not other:
                 # What comes out belongs to neither operand alone: nodes of its own.
-                merged[dim] = own = t.constraints.new_labels(Auxiliary.SUM, size)
-                t.constraints.adds.append((first, other))
-                t.constraints.join(own, first)
+                merged[dim] = own = op.sum_labels(size)
+                op.add_activations(first, other)
+                op.join(own, first)
             else:
-                t.constraints.join(first, other)
+                op.join(first, other)
     return merged
 
 
-def _zero_dims(t: Recorder, op: Op, out: Tensor) -> set[int]:
+def _zero_dims(op: OperatorCall, out: Tensor) -> set[int]:
     """Dims of the output along which a removed unit leaves zeros."""
     name = op.name.removesuffix("_")
-    tensors = [(x, t.tag(x)) for x in op.tensors]
+    tensors = [(x, op.info(x)) for x in op.operands]
     # A single channel that meets many is no zero at their places.
     shifts = [out.ndim - x.ndim for x, _ in tensors]
     aligned = [
-        {dim + shift for dim in tag.zero if x.shape[dim] == out.shape[dim + shift]}
-        for (x, tag), shift in zip(tensors, shifts, strict=True)
+        {dim + shift for dim in info.zero_dims if x.shape[dim] == out.shape[dim + shift]}
+        for (x, info), shift in zip(tensors, shifts, strict=True)
     ]
     if not aligned:
         return set()
@@ -97,90 +99,90 @@ def _zero_dims(t: Recorder, op: Op, out: Tensor) -> set[int]:
     return set()
 
 
-def _note_partial_write(t: Recorder, op: Op) -> None:
+def _note_partial_write(op: OperatorCall) -> None:
     """Of a tensor that one number fills, a part now holds others."""
-    target = op.tensors[0]
+    target = op.operands[0]
     if target._base is not None and target.numel() < target._base.numel():
-        t.tag(target).uniform = t.tag(target._base).uniform = False
+        op.info(target).is_uniform = op.info(target._base).is_uniform = False
 
 
-def _writes_into_unknown(t: Recorder, op: Op) -> bool:
+def _writes_into_unknown(op: OperatorCall) -> bool:
     """In-place writes: a view of a tensor that has no labels of its own would lose those of what is written."""
-    target = op.tensors[0]
-    tag = t.tag(target)
-    written = [x for x in op.tensors[1:] if any(label is not None for label in t.tag(x).labels)]
+    target = op.operands[0]
+    info = op.info(target)
+    written = [x for x in op.operands[1:] if any(label is not None for label in op.info(x).labels)]
     if target._base is None or not written:
-        if target._base is None and op.name == "copy_" and tag.uniform and len(op.tensors) > 1:
-            source = t.tag(op.tensors[1])
-            if target.shape == op.tensors[1].shape:
-                t.put(target, source.labels, source.zero, source.uniform)
+        if target._base is None and op.name == "copy_" and info.is_uniform and len(op.operands) > 1:
+            source = op.info(op.operands[1])
+            if target.shape == op.operands[1].shape:
+                op.set_labels(target, source.labels, source.zero_dims, source.is_uniform)
                 return True
         return False
-    if tag.uniform or all(label is None for label in tag.labels) or t.tag(target._base).uniform:
+    if info.is_uniform or all(label is None for label in info.labels) or op.info(target._base).is_uniform:
         for x in written:
-            for label in t.tag(x).labels:
-                t.constraints.freeze(label, "written into a slice of a tensor that was made elsewhere")
-        base = t.tag(target._base)
-        base.uniform = False
-        tag.uniform = False
+            for label in op.info(x).labels:
+                op.freeze(label, "written into a slice of a tensor that was made elsewhere")
+        base = op.info(target._base)
+        base.is_uniform = False
+        info.is_uniform = False
         return True
     return False
 
 
-def _like(t: Recorder, op: Op) -> None:
+def _like(op: OperatorCall) -> None:
     """A new tensor of a known tensor's shape."""
-    tag = t.tag(op.tensors[0])
-    zero = range(op.out.ndim) if op.name == "zeros_like" else ()
-    t.put(op.out, tag.labels, zero, tag.uniform)
+    info = op.info(op.operands[0])
+    zero = range(op.output.ndim) if op.name == "zeros_like" else ()
+    op.set_labels(op.output, info.labels, zero, info.is_uniform)
 
 
-def _filled(t: Recorder, op: Op) -> None:
+def _filled(op: OperatorCall) -> None:
     """One number everywhere: its size follows whatever it meets, and the probe sees whether that is right."""
-    t.put(op.out, [None] * op.out.ndim, uniform=True)
+    op.set_labels(op.output, [None] * op.output.ndim, is_uniform=True)
 
 
-def _new(t: Recorder, op: Op) -> None:
+def _new(op: OperatorCall) -> None:
     """A new tensor of a shape that was given in numbers."""
-    for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
-        t.put(out, [None] * out.ndim)
+    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
+        op.set_labels(out, [None] * out.ndim)
 
 
-def _same(t: Recorder, op: Op) -> None:
+def _same(op: OperatorCall) -> None:
     """Nothing but a copy or another view of the same positions."""
-    tag = t.tag(op.tensors[0])
-    t.put(op.out, tag.labels, tag.zero, tag.uniform)
+    info = op.info(op.operands[0])
+    op.set_labels(op.output, info.labels, info.zero_dims, info.is_uniform)
 
 
-def _restrided(t: Recorder, op: Op) -> None:
+def _restrided(op: OperatorCall) -> None:
     """The same positions in another memory layout; anything else that strides can do is not followed."""
-    x = op.tensors[0]
-    tag = t.tag(x)
+    x = op.operands[0]
+    info = op.info(x)
     if tuple(op.args[1]) == tuple(x.shape) and op.name == "as_strided_":
-        t.put(op.out, tag.labels, tag.zero, tag.uniform)
+        op.set_labels(op.output, info.labels, info.zero_dims, info.is_uniform)
     else:
-        unknown(t, op)
+        unknown(op)
 
 
-def _in_place_fill(t: Recorder, op: Op) -> None:
+def _in_place_fill(op: OperatorCall) -> None:
     """The positions stay, the values are new."""
-    _note_partial_write(t, op)
-    target = op.tensors[0]
-    tag = t.tag(target)
-    t.put(op.out, tag.labels, (), tag.uniform)
+    _note_partial_write(op)
+    target = op.operands[0]
+    info = op.info(target)
+    op.set_labels(op.output, info.labels, (), info.is_uniform)
 
 
-def unknown(t: Recorder, op: Op) -> None:
+def unknown(op: OperatorCall) -> None:
     """No rule: what goes in stays as it is."""
-    for tensor in op.tensors:
-        for label in t.labels(tensor):
-            t.constraints.freeze(label, f"no rule for the op '{op.name}'")
-    flat: list[Any] = list(op.out) if isinstance(op.out, (tuple, list)) else [op.out]
+    for tensor in op.operands:
+        for label in op.info(tensor).labels:
+            op.freeze(label, f"no rule for the op '{op.name}'")
+    flat: list[Any] = list(op.output) if isinstance(op.output, (tuple, list)) else [op.output]
     for out in flat:
-        if isinstance(out, Tensor) and not any(out is tensor for tensor in op.tensors):
-            t.put(out, [None] * out.ndim)
+        if isinstance(out, Tensor) and not any(out is tensor for tensor in op.operands):
+            op.set_labels(out, [None] * out.ndim)
         elif isinstance(out, Tensor):
             whole = out if out._base is None else out._base
-            t.tag(out).uniform = t.tag(whole).uniform = False  # what was written is not known
+            op.info(out).is_uniform = op.info(whole).is_uniform = False  # what was written is not known
 
 
 _WRITES = frozenset(["copy_", "add_", "mul_", "sub_", "div_"])

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gflow_pl.channels.recorder import DimLabels, Op, Recorder, Rule
+from gflow_pl.channels.labels import DimLabels
+from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 
 __all__ = ["REDUCTIONS"]
 
@@ -15,7 +16,7 @@ _ADDS_UP = frozenset(["sum", "linalg_vector_norm", "norm", "count_nonzero"])
 _AVERAGES = frozenset(["mean", "var", "std", "var_mean", "std_mean", "logsumexp"])
 
 
-def _dims(op: Op, position: int, ndim: int) -> tuple[int, ...]:
+def _dims(op: OperatorCall, position: int, ndim: int) -> tuple[int, ...]:
     """The dims that go, all of them where none are named."""
     dims: Any = op.kwargs.get("dim", op.args[position] if position < len(op.args) else None)
     if dims is None or isinstance(dims, bool) or (isinstance(dims, (list, tuple)) and not dims):
@@ -23,64 +24,68 @@ def _dims(op: Op, position: int, ndim: int) -> tuple[int, ...]:
     return tuple(dim % ndim for dim in (dims if isinstance(dims, (list, tuple)) else (dims,)))
 
 
-def _reduce(t: Recorder, op: Op) -> None:
-    x = op.tensors[0]
-    tag = t.tag(x)
+def _reduce(op: OperatorCall) -> None:
+    x = op.operands[0]
+    info = op.info(x)
     position = 2 if op.name in ("linalg_vector_norm", "norm") else 1
     gone = _dims(op, position, x.ndim) if x.ndim else ()
     for dim in gone:
-        label = tag.labels[dim]
-        if label is None or (op.name in _ADDS_UP and dim in tag.zero):
+        label = info.labels[dim]
+        if label is None or (op.name in _ADDS_UP and dim in info.zero_dims):
             continue
         if op.name in _ADDS_UP | _AVERAGES:
-            t.constraints.mark_inexact(label, f"'{op.name}' over the pruned dim")
+            op.mark_inexact(label, f"'{op.name}' over the pruned dim")
         else:
-            t.constraints.freeze(label, f"'{op.name}' over the channels")
-    for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
+            op.freeze(label, f"'{op.name}' over the channels")
+    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
         if out.ndim == x.ndim:
-            labels: DimLabels = [None if dim in gone else label for dim, label in enumerate(tag.labels)]
-            t.put(out, labels, (tag.zero - set(gone)) if op.name in ("sum", "mean", "amax", "amin") else ())
+            labels: DimLabels = [None if dim in gone else label for dim, label in enumerate(info.labels)]
+            op.set_labels(
+                out, labels, (info.zero_dims - set(gone)) if op.name in ("sum", "mean", "amax", "amin") else ()
+            )
         else:
             kept = [dim for dim in range(x.ndim) if dim not in gone]
-            zero = [i for i, dim in enumerate(kept) if dim in tag.zero and op.name in ("sum", "mean", "amax", "amin")]
-            t.put(out, [tag.labels[dim] for dim in kept][: out.ndim], zero)
+            zero = [
+                i for i, dim in enumerate(kept) if dim in info.zero_dims and op.name in ("sum", "mean", "amax", "amin")
+            ]
+            op.set_labels(out, [info.labels[dim] for dim in kept][: out.ndim], zero)
 
 
-def _along(t: Recorder, op: Op) -> None:
+def _along(op: OperatorCall) -> None:
     """Softmax, cumulative sums: every position along the dim depends on the others."""
-    x = op.tensors[0]
-    tag = t.tag(x)
+    x = op.operands[0]
+    info = op.info(x)
     dim = op.arg(1, "dim") % x.ndim
-    t.constraints.mark_inexact(tag.labels[dim], f"'{op.name.strip('_')}' along the pruned dim")
-    for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
-        t.put(out, tag.labels, tag.zero - {dim} if op.name == "cumsum" else ())
+    op.mark_inexact(info.labels[dim], f"'{op.name.strip('_')}' along the pruned dim")
+    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
+        op.set_labels(out, info.labels, info.zero_dims - {dim} if op.name == "cumsum" else ())
 
 
-def _order(t: Recorder, op: Op) -> None:
+def _order(op: OperatorCall) -> None:
     """Sorting, the largest few: what is chosen depends on what is there."""
-    x = op.tensors[0]
-    tag = t.tag(x)
+    x = op.operands[0]
+    info = op.info(x)
     position = 2 if op.name == "topk" else 1
     dim = op.arg(position, "dim", -1)
     dim = (dim if isinstance(dim, int) and not isinstance(dim, bool) else -1) % max(x.ndim, 1)
-    t.constraints.freeze(tag.labels[dim], f"'{op.name}' over the channels")
-    for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
-        t.put(out, [None if i == dim else label for i, label in enumerate(tag.labels)])
+    op.freeze(info.labels[dim], f"'{op.name}' over the channels")
+    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
+        op.set_labels(out, [None if i == dim else label for i, label in enumerate(info.labels)])
 
 
-def _spatial(t: Recorder, op: Op) -> None:
+def _spatial(op: OperatorCall) -> None:
     """Pools and resizing: batch and channels pass, the dims behind them must not move."""
-    x = op.tensors[0]
-    tag = t.tag(x)
+    x = op.operands[0]
+    info = op.info(x)
     digits = [int(char) for char in op.name if char.isdigit()]
     behind = digits[0] if digits else max(x.ndim - 2, 1)
     first = x.ndim - behind
     for dim in range(first, x.ndim):
-        t.constraints.freeze(tag.labels[dim], "a spatial dim of a pooling or resizing op")
-    zero: Iterable[int] = [dim for dim in tag.zero if dim < first]
-    for out in op.out if isinstance(op.out, (tuple, list)) else [op.out]:
+        op.freeze(info.labels[dim], "a spatial dim of a pooling or resizing op")
+    zero: Iterable[int] = [dim for dim in info.zero_dims if dim < first]
+    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
         if isinstance(out, Tensor):
-            t.put(out, [*tag.labels[:first], *[None] * behind], zero, tag.uniform)
+            op.set_labels(out, [*info.labels[:first], *[None] * behind], zero, info.is_uniform)
 
 
 _NAMES: dict[Rule, str] = {

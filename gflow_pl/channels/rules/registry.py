@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gflow_pl.channels.recorder import Rule
 from gflow_pl.channels.rules.elementwise import ELEMENTWISE
 from gflow_pl.channels.rules.layout import LAYOUT
+from gflow_pl.channels.rules.operator_call import Rule
 from gflow_pl.channels.rules.products import PRODUCTS
 from gflow_pl.channels.rules.reductions import REDUCTIONS
 from gflow_pl.channels.rules.views import VIEWS
