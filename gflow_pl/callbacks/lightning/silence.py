@@ -15,29 +15,50 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["without_side_effects"]
+__all__ = ["SideEffects", "without_side_effects"]
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands in for whatever logs."""
 
 
+class SideEffects:
+    """What running a module has changed in it since this object was made: metrics, buffers, lists and counters.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+        self._modules = [_Kept(m) for m in module.modules() if not isinstance(m, Metric)]
+
+    def undo(self) -> None:
+        """Restore the module to its state when this object was made; may be called any number of times."""
+        for metric, state in self._metrics:
+            metric.__dict__.update({name: _own_copy(value) for name, value in state.items()})
+        for each in self._modules:
+            each.restore()
+
+
 @contextmanager
-def without_side_effects(module: pl.LightningModule) -> Iterator[None]:
-    """Within, nothing is logged; afterwards the module's metrics, buffers, lists and counters are what they were."""
+def without_side_effects(module: pl.LightningModule) -> Iterator[SideEffects]:
+    """Run a module without logging anything, and undo the side effects on the module at the end of the block.
+
+    Gives the `SideEffects`, which can be undone within the block, too.
+    """
     trainer = getattr(module, "_trainer", None)
     loggers = [] if trainer is None else list(trainer.loggers)
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    saved = [(m, _metric_state(m)) for m in metrics]
-    kept = [_Kept(m) for m in module.modules() if not isinstance(m, Metric)]
     silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     for name in silenced:
         module.__dict__[name] = _nothing
     if trainer is not None:
         trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+    effects = SideEffects(module)  # after the above, which undoing must not reverse
     try:
-        yield
+        yield effects
     finally:
+        effects.undo()
         if trainer is not None:
             trainer.loggers = loggers
         for name, before in silenced.items():
@@ -45,10 +66,6 @@ def without_side_effects(module: pl.LightningModule) -> Iterator[None]:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = before
-        for metric, state in saved:
-            metric.__dict__.update(state)
-        for each in kept:
-            each.restore()
 
 
 class _SilentLogger:
@@ -150,12 +167,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _metric_state(metric: nn.Module) -> dict[str, Any]:
-    """A metric's states and counters; lists are copied, tensors cloned, since updates may work in place."""
-    state = {}
-    for name in (*metric._defaults, "_update_count", "_computed", "_update_called"):  # type: ignore[misc]
-        if name in metric.__dict__:
-            value = metric.__dict__[name]
-            state[name] = (
-                value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
-            )
-    return state
+    """Return a metric's states and counters, as copies: updates may work in place."""
+    names = (*metric._defaults, "_update_count", "_computed", "_update_called")  # type: ignore[misc]
+    return {name: _own_copy(metric.__dict__[name]) for name in names if name in metric.__dict__}
+
+
+def _own_copy(value: Any) -> Any:
+    """Return a clone of a tensor, a copy of a list, and any other value itself."""
+    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
