@@ -520,7 +520,7 @@ class PruningCallback(CarriesStructure):
             **(self._scoring.loss_options(module, batch) if self.measure.needs_hessian else {}),
         )
 
-    def _quiet_while_tracking(self, module: pl.LightningModule) -> AbstractContextManager[None]:
+    def _quiet_while_tracking(self, module: pl.LightningModule) -> AbstractContextManager[object]:
         # Only a Hessian-gradient product runs the module.
         return without_side_effects(module) if self.measure.needs_hessian else nullcontext()
 
