@@ -1,4 +1,4 @@
-"""Small networks with graphs written by hand, so that surgery is tested without the tracer; and masked twins."""
+"""Small networks with graphs written by hand, to test surgery without the tracer; and masked networks."""
 
 import copy
 
@@ -42,7 +42,7 @@ def norm_slices(name, index):
 
 
 class Plain(nn.Module):
-    """conv-norm-conv-norm-linear with a flatten that gives each channel four columns."""
+    """conv-norm-conv-norm-linear, where flattening gives each channel four columns of the linear layer."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -131,7 +131,7 @@ class Residual(nn.Module):
 
 
 class Joined(nn.Module):
-    """Two convs side by side, concatenated, then a depthwise conv and a linear layer: many groups cut one dim."""
+    """Two parallel convs, concatenated, then a depthwise conv and a linear layer: two groups cut the same dims."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ class Joined(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two linear layers that share one weight, which is cut along both dims."""
+    """Two linear layers with one shared weight, which is cut along both dims."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ def example(model, batch=4):
 
 
 def randomise(model, seed=0):
-    """Every parameter and running statistic random, so that no comparison is vacuous."""
+    """Fill every parameter and running statistic with random numbers, so that no comparison is vacuous."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -221,17 +221,17 @@ def random_plan(graph, seed=0, share=0.5):
     return KeepPlan(keep)
 
 
-def masked_twin(model, graph, plan):
-    """A deepcopy whose removed units are zero in every slice, in producers and consumers."""
-    twin = copy.deepcopy(model)
-    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+def masked_network(model, graph, plan):
+    """A deepcopy with every slice of a removed unit set to zero, in producing and in consuming layers."""
+    masked = copy.deepcopy(model)
+    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for g in graph.groups:
-            gone = ~plan[g.name].numpy()
+            removed = ~plan[g.name].numpy()
             for part in g.slices:
-                positions = torch.from_numpy(part.index[gone].ravel())
+                positions = torch.from_numpy(part.index[removed].ravel())
                 tensors[part.tensor].index_fill_(part.dim, positions, 0.0)
-    return twin
+    return masked
 
 
 def assert_equal_states(a, b):

@@ -22,7 +22,7 @@ from gflow_pl.surgery import (
 
 
 class Foreign(pl.LightningModule):
-    """Knows nothing of pruning, and has a hook of its own."""
+    """A LightningModule without the mixin that defines on_load_checkpoint itself."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Foreign(pl.LightningModule):
 
 
 class Plainest(pl.LightningModule):
-    """Has not even a hook."""
+    """A LightningModule without the mixin and without hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,11 +55,11 @@ class Own(StructureMixin, Plainest):
 class OwnWithHooks(Own):
     def on_save_checkpoint(self, checkpoint):
         super().on_save_checkpoint(checkpoint)
-        checkpoint["mine"] = 1
+        checkpoint["added"] = 1
 
     def on_load_checkpoint(self, checkpoint):
         super().on_load_checkpoint(checkpoint)
-        assert checkpoint["mine"] == 1
+        assert checkpoint["added"] == 1
 
 
 def pruned(cls):
@@ -70,7 +70,7 @@ def pruned(cls):
 
 
 def write(module, path, *, carries=True):
-    """A file as Lightning writes it."""
+    """Write a checkpoint as a Trainer does."""
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
     trainer.strategy.connect(module)
     if carries and not isinstance(module, StructureMixin):
@@ -80,7 +80,7 @@ def write(module, path, *, carries=True):
 
 
 @pytest.mark.parametrize("cls", [Foreign, Plainest, Own, OwnWithHooks])
-def test_a_pruned_file_loads_into_a_class_and_leaves_the_class_as_it_was(cls, tmp_path):
+def test_a_pruned_file_loads_into_a_class_and_the_class_is_unchanged(cls, tmp_path):
     module = pruned(cls)
     path = write(module, tmp_path / "x.ckpt")
     hooks = inspect.getattr_static(cls, "on_load_checkpoint"), "on_load_checkpoint" in vars(cls)
@@ -90,12 +90,12 @@ def test_a_pruned_file_loads_into_a_class_and_leaves_the_class_as_it_was(cls, tm
     assert structure_of(loaded) == structure_of(module)
     assert (inspect.getattr_static(cls, "on_load_checkpoint"), "on_load_checkpoint" in vars(cls)) == hooks
     if cls is Foreign:
-        # The class's own hook ran, after the shape was there.
+        # The hook of the class ran after the shape was set.
         assert loaded.seen == [tuple(module.net.conv1.weight.shape)]
 
 
 @pytest.mark.parametrize("cls", [Own, OwnWithHooks])
-def test_the_mixin_makes_lightnings_own_loading_do(cls, tmp_path):
+def test_with_the_mixin_lightnings_load_from_checkpoint_suffices(cls, tmp_path):
     module = pruned(cls)
     path = write(module, tmp_path / "x.ckpt")
     loaded = cls.load_from_checkpoint(path, weights_only=True).eval()
@@ -112,7 +112,7 @@ def test_the_class_is_restored_after_a_failure(tmp_path):
     assert "on_load_checkpoint" not in vars(Plainest)
 
 
-def test_unpruned_files_without_a_structure_load_as_ever(tmp_path):
+def test_unpruned_files_without_a_structure_load(tmp_path):
     module = randomise(Plainest()).eval()
     path = write(module, tmp_path / "x.ckpt", carries=False)
     assert "gflow_pl" not in torch.load(path, weights_only=True)
@@ -130,7 +130,7 @@ def test_a_pruned_file_without_a_structure_is_refused_in_one_sentence(tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_a_bigger_file_grows_a_pruned_module():
+def test_a_larger_file_grows_a_pruned_module():
     module, full = pruned(Plainest), randomise(Plainest(), seed=5).eval()
     checkpoint = {"state_dict": full.state_dict()}
     add_structure(full, checkpoint)
@@ -139,7 +139,7 @@ def test_a_bigger_file_grows_a_pruned_module():
     assert torch.equal(module(example(module.net)), full(example(full.net)))
 
 
-def test_what_a_checkpoint_carries_is_plain_data():
+def test_the_structure_in_a_checkpoint_is_plain_data():
     checkpoint = {}
     add_structure(pruned(Plainest), checkpoint)
 
@@ -153,7 +153,7 @@ def test_what_a_checkpoint_carries_is_plain_data():
 
 
 @pytest.mark.parametrize("cls", [Plain, Residual])
-def test_plain_networks_are_saved_with_their_structure_beside(cls, tmp_path):
+def test_networks_are_saved_together_with_their_structure(cls, tmp_path):
     model = randomise(cls()).eval()
     rewrite(model, graph := model.graph(), random_plan(graph, 0))
     save_pruned(model, tmp_path / "deep" / "x.pt")
@@ -164,13 +164,13 @@ def test_plain_networks_are_saved_with_their_structure_beside(cls, tmp_path):
     assert os.listdir(tmp_path / "deep") == ["x.pt"]
 
 
-def test_other_files_are_no_files_of_save_pruned(tmp_path):
+def test_load_pruned_refuses_other_files(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no file of save_pruned"):
         load_pruned(Plain(), tmp_path / "x.pt")
 
 
-def test_a_fresh_process_rebuilds_the_network(tmp_path):
+def test_a_new_process_rebuilds_the_network(tmp_path):
     module = pruned(Plainest)
     path = write(module, tmp_path / "x.ckpt")
     torch.save((example(module.net), module(example(module.net)).detach()), tmp_path / "pair.pt")

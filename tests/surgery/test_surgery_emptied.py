@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from hand_graphs import assert_equal_states, build, column, example, group, make_graph, masked_twin, norm_slices
+from hand_graphs import assert_equal_states, build, column, example, group, make_graph, masked_network, norm_slices
 from torch import nn
 
 from gflow_pl.surgery import apply_structure, drop_empty_parameters, rewrite, structure_of
@@ -28,20 +28,20 @@ def emptied(dtype=torch.float64, optimizers=lambda model: ()):
 
 
 def no_branch(model):
-    """The network without its block: what an emptied branch leaves."""
+    """Output of the network without its block."""
     x = example(model)
     stem = torch.relu(model.bn0(model.stem(x)))
     return model.head(torch.relu(stem).mean((2, 3)))
 
 
 def test_an_emptied_branch_computes_nothing_and_changes_nothing_else():
-    untouched = build("residual")
-    whole = {g.name: torch.ones(g.size).bool() for g in untouched.graph().groups}
-    twin = masked_twin(untouched, untouched.graph(), {**whole, "conv2": NOTHING})
+    unpruned = build("residual")
+    whole = {g.name: torch.ones(g.size).bool() for g in unpruned.graph().groups}
+    masked = masked_network(unpruned, unpruned.graph(), {**whole, "conv2": NOTHING})
     model, graph, structure = emptied()
-    assert (model(example(model)) - twin(example(model))).abs().max() < 1e-14
+    assert (model(example(model)) - masked(example(model))).abs().max() < 1e-14
     assert torch.equal(model(example(model)), no_branch(model))
-    # conv1 was read by conv2 alone.
+    # Only conv2 reads conv1.
     names = ["conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias"]
     assert [n for n, p in model.named_parameters() if p.numel() == 0] == names
     assert all(p.requires_grad == (n not in names) for n, p in model.named_parameters())
@@ -60,7 +60,7 @@ def test_no_operator_of_the_branch_runs():
     assert convs == 2 * 4 * 6 * 3 * 9 * 36
 
 
-def test_it_trains_on_and_the_optimizer_forgets_the_empty_ones():
+def test_training_continues_and_empty_parameters_leave_the_optimizer():
     made = []
 
     def optimizers(model):
@@ -80,22 +80,22 @@ def test_it_trains_on_and_the_optimizer_forgets_the_empty_ones():
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
     assert model.conv2.weight.grad is None
-    # A new optimizer of the emptied network takes the saved state.
+    # A new optimizer of the emptied network loads the saved state.
     fresh = torch.optim.Adam(two_groups(model))
     drop_empty_parameters([fresh])
     fresh.load_state_dict(optimizer.state_dict())
 
 
-def test_another_round_goes_on():
+def test_another_round_follows():
     model, graph, _ = emptied()
     keep = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
-    twin = masked_twin(model, graph, {"stem": keep, "conv1": torch.ones(0).bool(), "conv2": torch.ones(0).bool()})
+    masked = masked_network(model, graph, {"stem": keep, "conv1": torch.ones(0).bool(), "conv2": torch.ones(0).bool()})
     structure = rewrite(model, graph, {"stem": keep, "conv1": torch.ones(0).bool()})
-    assert (model(example(model)) - twin(example(model))).abs().max() < 1e-14
+    assert (model(example(model)) - masked(example(model))).abs().max() < 1e-14
     assert list(structure.expansions) == ["bn0", "bn2"]
 
 
-def test_a_fresh_network_takes_the_emptied_shape_and_gives_it_back():
+def test_a_new_network_takes_the_emptied_shape_and_the_full_one_again():
     model, _, structure = emptied()
     fresh = build("residual", seed=5)
     apply_structure(fresh, Structure.from_dict(pickle.loads(pickle.dumps(structure.as_dict()))))
@@ -103,11 +103,11 @@ def test_a_fresh_network_takes_the_emptied_shape_and_gives_it_back():
     assert torch.equal(fresh(example(model)), model(example(model)))
     assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in model.parameters()]
     assert structure_of(fresh) == structure
-    untouched = build("residual")
+    unpruned = build("residual")
     for network in (model, fresh):
-        apply_structure(network, structure_of(untouched))
-        network.load_state_dict(untouched.state_dict())
-        assert torch.equal(network(example(network)), untouched(example(network)))
+        apply_structure(network, structure_of(unpruned))
+        network.load_state_dict(unpruned.state_dict())
+        assert torch.equal(network(example(network)), unpruned(example(network)))
         assert all(p.requires_grad for p in network.parameters())
         assert not any("forward" in vars(m) for m in network.modules())
 
@@ -151,35 +151,35 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_stand_in_has_the_shape_of_the_output_but_for_its_channels(name):
+def test_the_replaced_forward_returns_the_shape_of_the_layer_with_one_channel(name):
     module, shape = LAYERS[name]
     x = torch.randn(shape)
     expected = list(module(x).shape)
     dim = {"linear": -1, "unbatched": 0}.get(name, 1)
     expected[dim] = 1
-    hollow = copy.deepcopy(module)
+    emptied_layer = copy.deepcopy(module)
     leaf = "out_features" if name == "linear" else "out_channels"
-    setattr(hollow, leaf, 0)
-    update_emptiness(hollow)
-    assert has_replaced_forward(hollow)
-    assert list(hollow(x).shape) == expected
-    assert hollow(x).count_nonzero() == 0
+    setattr(emptied_layer, leaf, 0)
+    update_emptiness(emptied_layer)
+    assert has_replaced_forward(emptied_layer)
+    assert list(emptied_layer(x).shape) == expected
+    assert emptied_layer(x).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("name", ["conv", "linear", "transposed"])
-def test_the_stand_in_is_called_as_the_layer_is(name):
+def test_the_replaced_forward_accepts_the_keywords_of_the_layer(name):
     module, shape = LAYERS[name]
     x = torch.randn(shape)
     more = {"output_size": (9, 12)} if name == "transposed" else {}
     expected = list(module(input=x, **more).shape)
     expected[-1 if name == "linear" else 1] = 1
-    hollow = copy.deepcopy(module)
-    setattr(hollow, "out_features" if name == "linear" else "out_channels", 0)
-    update_emptiness(hollow)
-    assert list(hollow(input=x, **more).shape) == expected
+    emptied_layer = copy.deepcopy(module)
+    setattr(emptied_layer, "out_features" if name == "linear" else "out_channels", 0)
+    update_emptiness(emptied_layer)
+    assert list(emptied_layer(input=x, **more).shape) == expected
 
 
-def test_under_autocast_the_stand_in_has_the_dtype_of_the_layer():
+def test_the_replaced_forward_returns_the_dtype_of_the_layer_under_autocast():
     conv = nn.Conv2d(3, 4, 1)
     conv.out_channels = 0
     update_emptiness(conv)
@@ -188,7 +188,7 @@ def test_under_autocast_the_stand_in_has_the_dtype_of_the_layer():
 
 
 class Pooled(nn.Module):
-    """A branch with a max pool and a resize, whose middle is read by a second layer as well."""
+    """A branch with max pooling and resizing, whose first layer is read by two layers."""
 
     def __init__(self):
         super().__init__()
@@ -219,7 +219,7 @@ class Pooled(nn.Module):
         return make_graph(self, groups, outputs=("head",))
 
 
-def test_what_another_layer_reads_too_stays_until_that_one_is_empty_as_well():
+def test_a_layer_with_two_readers_stays_until_both_are_emptied():
     torch.manual_seed(0)
     model = Pooled().double().eval()
     graph, x = model.graph(), torch.randn(2, 3, 4, 4, dtype=torch.float64)

@@ -17,7 +17,7 @@ def expanded(dtype=torch.float64):
     return model
 
 
-def test_deep_copies_and_pickles_compute_the_same_and_stand_alone():
+def test_deep_copies_and_pickles_compute_the_same_and_are_independent():
     model = expanded()
     x = example(model)
     expected = model(x)
@@ -38,7 +38,7 @@ def test_state_dict_names_do_not_change():
     assert list(expanded().state_dict()) == list(build("residual").state_dict())
 
 
-def test_autocast_zeros_have_the_dtype_of_the_output():
+def test_zeros_have_the_dtype_of_the_output_under_autocast():
     conv = nn.Conv2d(3, 2, 1)
     set_expansion(conv, Placement(1, 5, [0, 3]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -75,7 +75,7 @@ def test_exported():
     assert torch.allclose(program.module()(x), model(x), atol=1e-6)
 
 
-def test_averaged_copies_follow():
+def test_averaged_copies_compute_the_same():
     model = expanded(torch.float32)
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)
@@ -99,7 +99,7 @@ def test_memory_format_of_the_output_stays():
     assert conv(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_full_expansion_carries_no_hook():
+def test_an_expansion_with_all_positions_leaves_no_hook_and_no_attribute():
     module = nn.Linear(2, 3)
     set_expansion(module, Placement(1, 4, [0, 1, 3]))
     set_expansion(module, Placement(1, 3, [0, 1, 2]))

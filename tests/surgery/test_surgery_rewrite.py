@@ -13,7 +13,7 @@ from hand_graphs import (
     example,
     group,
     make_graph,
-    masked_twin,
+    masked_network,
     random_plan,
 )
 from torch import nn
@@ -30,22 +30,22 @@ def relative_difference(a, b):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_rewritten_network_equals_its_masked_twin(name, seed):
+def test_a_rewritten_network_equals_the_masked_network(name, seed):
     model = build(name)
     graph, x = model.graph(), example(model)
     plan = random_plan(graph, seed)
-    twin = masked_twin(model, graph, plan)
+    masked = masked_network(model, graph, plan)
     before = sum(p.numel() for p in model.parameters())
     rewrite(model, graph, plan)
     assert sum(p.numel() for p in model.parameters()) < before
-    assert relative_difference(model(x), twin(x)) < 1e-12
+    assert relative_difference(model(x), masked(x)) < 1e-12
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_masked_twin_is_not_the_network_itself(name):
+def test_masking_changes_the_output(name):
     model = build(name)
     plan = random_plan(model.graph(), 0)
-    assert relative_difference(masked_twin(model, model.graph(), plan)(example(model)), model(example(model))) > 1e-3
+    assert relative_difference(masked_network(model, model.graph(), plan)(example(model)), model(example(model))) > 1e-3
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -75,12 +75,12 @@ def test_five_rounds_equal_one_rewrite_by_the_product_of_the_plans(name):
     assert graph.layers == whole.layers
     for a, b in zip(graph.groups, whole.groups, strict=True):
         assert a.kept == b.kept
-        for mine, other in zip((*a.slices, *a.layers), (*b.slices, *b.layers), strict=True):
-            assert (mine.index == other.index).all()
+        for part, other in zip((*a.slices, *a.layers), (*b.slices, *b.layers), strict=True):
+            assert (part.index == other.index).all()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_graph_knows_the_shapes_that_are_left(name):
+def test_the_graph_has_the_new_shapes(name):
     model = build(name)
     graph = model.graph()
     rewrite(model, graph, random_plan(graph, 4))
@@ -92,7 +92,7 @@ def test_the_graph_knows_the_shapes_that_are_left(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_plan_that_keeps_all_changes_nothing(name):
+def test_a_plan_that_keeps_all_units_changes_nothing(name):
     model = build(name)
     graph, before = model.graph(), copy.deepcopy(build(name).state_dict())
     rewrite(model, graph, {g.name: torch.ones(g.size, dtype=torch.bool) for g in graph.groups})
@@ -110,7 +110,7 @@ def test_attributes_follow_the_shapes():
 
 
 class PairedGroups(nn.Module):
-    """A grouped convolution of which the same position of every group goes."""
+    """A grouped convolution that loses whole groups, or the same filters of every group."""
 
     def __init__(self):
         super().__init__()
@@ -131,22 +131,22 @@ class PairedGroups(nn.Module):
 
 
 @pytest.mark.parametrize(("whole", "groups", "inputs"), [(True, 1, 4), (False, 2, 8)])
-def test_the_groups_of_a_grouped_convolution_follow_the_filters_not_the_shapes(whole, groups, inputs):
+def test_the_number_of_groups_follows_from_the_filters_that_stay(whole, groups, inputs):
     torch.manual_seed(0)
     model = PairedGroups().double()
     graph = model.graph(whole)
     size = graph.groups[0].size
     keep = torch.arange(size) % 2 == 0
-    twin = masked_twin(model, graph, {"grouped": keep})
+    masked = masked_network(model, graph, {"grouped": keep})
     rewrite(model, graph, {"grouped": keep})
-    # Four filters of four inputs each are left either way.
+    # In both cases four filters with four inputs each are left.
     assert tuple(model.grouped.weight.shape[:2]) == (4, 4)
     assert (model.grouped.groups, model.grouped.in_channels) == (groups, inputs)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert relative_difference(model(x), twin(x)) < 1e-12
+    assert relative_difference(model(x), masked(x)) < 1e-12
 
 
-def test_parameters_stay_the_same_objects_with_what_hangs_on_them():
+def test_parameters_stay_the_same_objects_with_their_hooks():
     model = build("plain", dtype=torch.float32)
     model.bn1.bias.requires_grad_(False)
     before = dict(model.named_parameters())
@@ -165,7 +165,7 @@ def test_parameters_stay_the_same_objects_with_what_hangs_on_them():
     assert sorted(calls) == ["hook", "post"]
 
 
-def test_a_tied_weight_follows_in_both_places():
+def test_a_tied_weight_stays_tied():
     model = build("tied")
     rewrite(model, model.graph(), {"inner": torch.tensor([1, 0, 1, 1, 0, 1]).bool()})
     assert model.second.weight is model.first.weight
@@ -202,7 +202,7 @@ def test_gradients_of_the_whole_model_are_dropped():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_graph_of_tensors_from_before_may_stay_alive():
+def test_an_autograd_graph_from_before_a_rewrite_does_no_harm():
     model = build("plain", dtype=torch.float32).train()
     x = example(model)
     last_loss = model(x).square().mean()
@@ -229,7 +229,7 @@ def test_old_tensors_are_freed():
     assert old() is None
 
 
-def test_copies_and_dicts_are_cut_alike():
+def test_copies_and_dicts_are_cut_like_the_model():
     model, average = build("residual"), build("residual", seed=9)
     graph = model.graph()
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -288,7 +288,7 @@ def test_all_or_nothing_when_the_last_part_fails():
     assert model.conv1.out_channels == 8
 
 
-def test_a_graph_that_contradicts_itself_is_refused_and_nothing_changes():
+def test_an_inconsistent_graph_is_refused_and_nothing_changes():
     model = build("plain")
     graph, before = model.graph(), build("plain").state_dict()
     first, second = graph.groups[:2]
@@ -303,7 +303,7 @@ def test_a_graph_that_contradicts_itself_is_refused_and_nothing_changes():
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("shape", [(1100, 1000, 1), (11, 10, 3)])
-def test_large_and_small_tensors_are_cut_alike(shape, dims):
+def test_large_and_small_tensors_are_cut_in_the_same_way(shape, dims):
     tensor = torch.arange(float(np.prod(shape))).view(shape)
     kept = {dim: torch.arange(0, shape[dim], 2) for dim in dims}
     expected = tensor
@@ -312,7 +312,7 @@ def test_large_and_small_tensors_are_cut_alike(shape, dims):
     assert torch.equal(cut_tensor(tensor, [Cut(dim, index) for dim, index in reversed(kept.items())]), expected)
 
 
-def test_hooks_are_registered_once_however_many_rounds():
+def test_hooks_are_registered_once_in_several_rounds():
     model = build("residual")
     graph = model.graph()
     for k in range(3):

@@ -1,4 +1,4 @@
-"""Surgery on networks as people build them, with graphs from the tracer."""
+"""Surgery on real architectures, with graphs from the tracer."""
 
 import copy
 import io
@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torchvision
-from hand_graphs import assert_equal_states, masked_twin, random_plan, randomise
+from hand_graphs import assert_equal_states, masked_network, random_plan, randomise
 from torch import nn
 
 from gflow_pl import models
@@ -31,7 +31,7 @@ def build(name):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                # Activations of the order of one at any depth, so that no part of the output is negligible.
+                # Keeps activations near one at any depth, so that no part of the output is negligible.
                 module.weight.div_(module.weight[0].numel() ** 0.5)
     return model
 
@@ -44,17 +44,17 @@ CASES = [(name, "expand") for name in NETWORKS] + [("resnet56", "remove"), ("mob
 
 
 @pytest.mark.parametrize(("name", "residual"), CASES)
-def test_masked_twin_rounds_and_reload(name, residual):
+def test_rounds_equal_the_masked_network_and_one_rewrite_and_reload(name, residual):
     model, once = build(name), build(name)
-    untouched = model(EXAMPLE)
+    unpruned = model(EXAMPLE)
     graph = trace_channels(model, EXAMPLE, residual=residual)
     whole = graph.copy()
     for k in range(3):
         plan = random_plan(graph, k, share=0.25)
-        twin = masked_twin(model, graph, plan)
+        masked = masked_network(model, graph, plan)
         rewrite(model, graph, plan)
-        assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
-    assert difference(model(EXAMPLE), untouched) > 1e-3
+        assert difference(model(EXAMPLE), masked(EXAMPLE)) < 1e-12
+    assert difference(model(EXAMPLE), unpruned) > 1e-3
     product = {g.name: torch.isin(torch.arange(g.original_size), torch.tensor(g.kept)) for g in graph.groups}
     structure = rewrite(once, whole, KeepPlan(product))
     assert_equal_states(model.state_dict(), once.state_dict())
@@ -73,18 +73,18 @@ def test_masked_twin_rounds_and_reload(name, residual):
 
 
 @pytest.mark.parametrize("name", ["resnet56", "mobilenet_v3", "regnet"])
-def test_emptied_branches_equal_their_masked_twin_and_train(name):
+def test_emptied_branches_equal_the_masked_network_and_train(name):
     model = build(name)
     graph = trace_channels(model, EXAMPLE)
     branches = [g for g in graph.groups if g.kind == "expand"][2::2]
     plan = {g.name: torch.ones(g.size, dtype=torch.bool) for g in graph.groups}
     plan |= {g.name: torch.zeros(g.size, dtype=torch.bool) for g in branches}
-    twin = masked_twin(model, graph, plan)
+    masked = masked_network(model, graph, plan)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     structure = rewrite(model, graph, plan, optimizers=[optimizer])
-    assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+    assert difference(model(EXAMPLE), masked(EXAMPLE)) < 1e-12
     empty = [n for n, p in model.named_parameters() if p.numel() == 0]
-    # At least the branch's last conv and its norm; mostly what they read, too.
+    # At least the last conv of the branch and its norm, and mostly the layers before them.
     assert len(empty) >= 3 * len(branches)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters())) - len(empty)
     fresh = build(name)
@@ -93,14 +93,14 @@ def test_emptied_branches_equal_their_masked_twin_and_train(name):
     assert torch.equal(fresh(EXAMPLE), model(EXAMPLE))
     model.train()(EXAMPLE).square().mean().backward()
     optimizer.step()
-    # The next plan speaks of what is left.
+    # The next plan is for the units that are left.
     plan = random_plan(graph, 1)
-    twin = masked_twin(model.eval(), graph, plan)
+    masked = masked_network(model.eval(), graph, plan)
     rewrite(model, graph, plan, optimizers=[optimizer])
-    assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+    assert difference(model(EXAMPLE), masked(EXAMPLE)) < 1e-12
 
 
-def test_a_squeeze_and_its_gate_die_with_the_branch_that_they_serve():
+def test_squeeze_and_excitation_is_emptied_with_its_branch():
     model = build("mobilenet_v3")
     graph = trace_channels(model, EXAMPLE)
     last = [g for g in graph.groups if g.kind == "expand"][-1]
@@ -111,7 +111,7 @@ def test_a_squeeze_and_its_gate_die_with_the_branch_that_they_serve():
 
 
 class Joined(nn.Module):
-    """A branch that reads two layers side by side, behind a norm of both; one of them is read by another branch, too."""
+    """A branch that reads two concatenated layers through one norm; another branch reads one of them too."""
 
     def __init__(self):
         super().__init__()
@@ -124,16 +124,16 @@ class Joined(nn.Module):
         return (x + self.both(self.norm(torch.cat([self.a(x), b], 1))) + self.alone(b)).mean((1, 2, 3))
 
 
-def test_a_norm_that_others_share_keeps_what_only_an_emptied_layer_reads():
+def test_a_norm_with_channels_that_another_layer_reads_is_not_emptied():
     torch.manual_seed(0)
     model = randomise(Joined().double()).eval()
     graph = trace_channels(model, EXAMPLE)
     plan = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
     for names, empty in ((["both"], {"both.weight", "both.bias"}), (["alone"], set(dict(model.named_parameters())))):
         plan |= {name: torch.zeros(6, dtype=torch.bool) for name in names}
-        twin = masked_twin(model, graph, plan)
+        masked = masked_network(model, graph, plan)
         rewrite(model, graph, plan)
-        assert difference(model(EXAMPLE), twin(EXAMPLE)) < 1e-12
+        assert difference(model(EXAMPLE), masked(EXAMPLE)) < 1e-12
         assert {n for n, p in model.named_parameters() if p.numel() == 0} == empty - {"stem.weight", "stem.bias"}
         plan = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
         model(EXAMPLE).sum().backward()

@@ -20,7 +20,7 @@ def pruned(name, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_fresh_network_takes_the_shape_and_the_weights_from_a_file(name):
+def test_a_new_network_loads_shape_and_weights_from_a_file(name):
     model, structure = pruned(name)
     file = io.BytesIO()
     torch.save({"structure": structure.as_dict(), "state_dict": model.state_dict()}, file)
@@ -36,7 +36,7 @@ def test_a_fresh_network_takes_the_shape_and_the_weights_from_a_file(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_structure_is_that_of_the_network_at_any_later_time(name):
+def test_structure_of_equals_the_result_of_the_rewrite(name):
     model, structure = pruned(name)
     assert structure_of(model) == structure
     wrapped = structure_of(nn.ModuleDict({"net": model}))
@@ -47,16 +47,16 @@ def test_the_structure_is_that_of_the_network_at_any_later_time(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_growing_back_and_shrinking_again(name):
     model, small = pruned(name)
-    untouched = build(name)
-    full = structure_of(untouched)
+    unpruned = build(name)
+    full = structure_of(unpruned)
     state = copy.deepcopy(model.state_dict())
     identities = {n: id(p) for n, p in model.named_parameters()}
     apply_structure(model, full)
     assert structure_of(model) == full
     assert not any(m._forward_hooks for m in model.modules())
-    model.load_state_dict(untouched.state_dict())
+    model.load_state_dict(unpruned.state_dict())
     x = example(model)
-    assert torch.equal(model(x), untouched(x))
+    assert torch.equal(model(x), unpruned(x))
     apply_structure(model, small)
     model.load_state_dict(state)
     assert torch.equal(model(x), pruned(name)[0](x))
@@ -78,7 +78,7 @@ def test_applying_twice_changes_nothing(name):
     assert hooks == [scatter_output] * len(structure.expansions)
 
 
-def test_values_of_tensors_that_keep_their_shape_stay_and_others_are_zero():
+def test_tensors_that_keep_their_shape_keep_their_values_and_others_are_zero():
     model, structure = build("plain"), pruned("plain")[1]
     before = copy.deepcopy(model.state_dict())
     apply_structure(model, structure)
@@ -86,7 +86,7 @@ def test_values_of_tensors_that_keep_their_shape_stay_and_others_are_zero():
     assert torch.equal(model.head.bias, before["head.bias"])
 
 
-def test_expansions_that_are_not_listed_go_and_others_come():
+def test_expansions_are_those_that_the_structure_lists():
     model, structure = pruned("residual")
     full = structure_of(build("residual"))
     only_stem = {name: e for name, e in structure.expansions.items() if name == "bn0"}
@@ -99,7 +99,7 @@ def test_expansions_that_are_not_listed_go_and_others_come():
 
 
 @pytest.mark.parametrize("name", ["residual", "tied"])
-def test_a_structure_of_the_whole_fits_the_part(name):
+def test_a_structure_of_the_whole_module_fits_a_submodule(name):
     model = build(name)
     whole = nn.ModuleDict({"other": nn.Linear(2, 2), "net": model})
     graph = model.graph()
@@ -109,13 +109,13 @@ def test_a_structure_of_the_whole_fits_the_part(name):
     assert structure_of(fresh) == structure_of(model)
 
 
-def test_a_structure_with_two_such_parts_is_refused():
+def test_a_structure_with_two_matching_submodules_is_refused():
     pair = nn.ModuleDict({"student": build("plain"), "teacher": build("plain")})
     with pytest.raises(ValueError, match="2 networks with these tensors \\(student, teacher\\)"):
         apply_structure(build("plain"), structure_of(pair))
 
 
-def test_what_does_not_fit_is_listed_and_nothing_changes():
+def test_a_structure_that_does_not_fit_is_refused_with_a_list_and_nothing_changes():
     model, structure = build("plain"), pruned("plain")[1]
     before = copy.deepcopy(model.state_dict())
     shapes = {**structure.shapes, "conv1.weight": (4, 3, 3), "conv7.weight": (1,)}
@@ -140,7 +140,7 @@ def test_data_of_another_version_is_refused():
 
 
 class Headed(nn.Module):
-    """Reads an integer that no shape tells, and a scale that no state dict holds."""
+    """A module with integers that do not follow from its shapes, and a buffer that is not in its state dict."""
 
     def __init__(self):
         super().__init__()
@@ -164,12 +164,12 @@ class Headed(nn.Module):
         return graph
 
 
-def test_patched_integers_and_buffers_without_a_state_dict_are_remembered():
+def test_integers_and_buffers_outside_of_the_state_dict_are_recorded_and_restored():
     torch.manual_seed(0)
     model, fresh = Headed(), Headed()
     full = structure_of(model)
     x = torch.randn(4, 3)
-    untouched = model(x)
+    unpruned = model(x)
     state = copy.deepcopy(model.state_dict())
     structure = rewrite(model, model.graph(), {"first": torch.tensor([True, False, True])})
     assert structure.attributes[""] == {"scale": model.scale.tolist(), "heads": 2, "sizes": [4, 5]}
@@ -180,11 +180,11 @@ def test_patched_integers_and_buffers_without_a_state_dict_are_remembered():
     apply_structure(fresh, Structure.from_dict(pickle.loads(pickle.dumps(structure.as_dict()))))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
-    # A structure that does not list them puts them back.
+    # A structure that does not list them restores their first values.
     apply_structure(fresh, full)
     fresh.load_state_dict(state)
     assert (fresh.heads, fresh.sizes) == (3, (4, 7))
-    assert torch.equal(fresh(x), untouched)
+    assert torch.equal(fresh(x), unpruned)
     assert structure_of(fresh) == full
 
 
@@ -198,7 +198,7 @@ def test_after_syncbatchnorm_conversion_the_structure_is_applied_again():
     assert torch.equal(converted.eval()(x), model(x))
 
 
-def test_plain_data_from_before_there_were_gathers_is_read():
+def test_plain_data_of_versions_without_gathers_is_read():
     model = build("residual")
     data = structure_of(model).as_dict()
     assert data.pop("gathers") == {}
