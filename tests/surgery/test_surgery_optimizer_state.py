@@ -267,6 +267,17 @@ def test_lbfgs_with_state_is_refused_and_nothing_changes():
     assert model.conv1.weight.shape[0] == 8
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_sharded_state_is_refused_and_nothing_changes(steps):
+    sharded = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})  # the real one needs a process group
+    model = Convs()
+    optimizer = sharded(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, steps, 0, clip=False)
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer is spread over ranks"):
+        rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    assert model.conv.weight.shape[0] == 8
+
+
 class Odd(torch.optim.SGD):
     """SGD with two more state tensors: one of the parameter's shape, and a flat one that cannot be cut."""
 
