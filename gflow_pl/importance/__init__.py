@@ -1,6 +1,9 @@
-"""Importance of filters: the measures, their gradients and Hessian-gradient products, and tracking over training."""
+"""Importance of filters: the measures, their gradients and Hessian-gradient products, and tracked scores.
 
-from gflow_pl.importance.base import Importance
+`gflow_pl.importance.measures.MEASURES` lists all built-in measures.
+"""
+
+from gflow_pl.importance.base import ActivationImportance, Importance
 from gflow_pl.importance.fisher import Fisher, NvidiaTaylor
 from gflow_pl.importance.gradient_flow import GradientPreservation, Grasp
 from gflow_pl.importance.loss import BiasedLoss, LossPreservation, TaylorFirstOrder, TrackedBiasedLoss
@@ -10,6 +13,7 @@ from gflow_pl.importance.score import score_filters
 from gflow_pl.importance.tracker import Tracker
 
 __all__ = [
+    "ActivationImportance",
     "BatchNormScale",
     "BiasedLoss",
     "Fisher",

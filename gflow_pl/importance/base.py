@@ -1,4 +1,4 @@
-"""What a measure is: a few declared facts and one formula."""
+"""The base classes of importance measures: a few declared facts and one formula."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ from torch import Tensor
 from gflow_pl.importance.layers import Reads
 from gflow_pl.values.choices import Bias
 
-__all__ = ["Bias", "Importance", "Statistic"]
+__all__ = ["ActivationImportance", "Bias", "Importance", "Statistic"]
 
-Statistic = Literal["weights", "noise", "gradient", "squared_gradient", "hessian_product"]
+Statistic = Literal["weights", "noise", "gradient", "squared_gradient", "hessian_product", "activation"]
 
 
 class Importance(ABC):
-    """The importance of filters; higher = keep.
+    """Base class of all measures: gives every filter an importance score; a higher score means keep.
 
-    A filter's score is ``finish(sum over the filter's weights of bias * summand(theta, flow))``: `theta` are the
-    weights, `flow` is the statistic that the measure declares, and the bias is 1, |theta| or |theta - theta_0|.
-    A new measure is a subclass with a name, a statistic and a `summand`; all else (passes, ranks, sampling,
-    tracking, transposed and grouped layers) is done for it.
+    The score of a filter is ``finish(sum over the filter's weights of bias * summand(theta, flow))``. `theta` holds the
+    weights, `flow` the statistic that the measure declares, and the bias is 1, |theta| or |theta - theta_0|.
+
+    To add a measure, write a subclass with a `name`, a `statistic` and a `summand`. Passes over batches, several ranks,
+    sampling, tracking, and transposed and grouped layers need no further code. For a measure of activations, subclass
+    `ActivationImportance`.
 
     Attributes:
-        name: What the measure is called in settings, logs and errors.
+        name: Name in settings, logs and messages.
         aliases: Other names that are accepted.
-        statistic: What `flow` holds. "weights": nothing is needed, `flow` is `theta`; "noise": one uniform number in
-            [0, 1) a filter, from a private generator; "gradient": the mean gradient g of the loss;
-            "squared_gradient": the mean over batches of the squared gradient of a batch; "hessian_product": H g.
-        reads: "weight" for the layer's own weight, "norm" for weight and bias of the norm behind it; a layer
-            without norm is seen as if a norm of weight 1 and bias 0 followed.
+        statistic: Content of `flow`. "weights": the weights; no batch is read. "noise": one uniform number in [0, 1) for
+            each filter, from a private generator. "gradient": the mean gradient g of the loss. "squared_gradient": the
+            mean over batches of the squared gradient of a batch. "hessian_product": the product H g of the Hessian and
+            the gradient. "activation": one number for each filter, see `ActivationImportance`.
+        reads: "weight" for the weight of the layer, "norm" for weight and bias of the norm that follows it. A layer
+            without a norm is treated as if a norm of weight 1 and bias 0 followed.
         is_signed: Whether scores can be negative.
-        temperature: Divides the logits where the caller names no temperature; None where the formula asks for none (then 1,
-            and inside a training run the training's own).
-        default_bias: The bias where the caller names none.
-        is_tracked: Whether the score is by definition an exponential average over batches.
-        alpha: Share of the newest batch in that average, in (0, 1].
-        needs_gradients: Follows from `statistic`: batches and first-order gradients are needed.
-        needs_hessian: Follows from `statistic`: Hessian-gradient products are needed.
-        needs_labels: Follows from `statistic`: samples are balanced over the classes, if there are labels.
+        temperature: Divisor of the logits if the caller gives none. None for a formula without one: then it is 1, and
+            inside a training run the temperature of the training.
+        default_bias: Bias if the caller gives none.
+        is_tracked: Whether the score is defined as an exponential average over batches.
+        alpha: Weight of the newest batch in that average, in (0, 1].
+        needs_batches: Derived from `statistic`: whether batches are read.
+        needs_gradients: Derived from `statistic`: whether batches and first-order gradients are needed.
+        needs_hessian: Derived from `statistic`: whether Hessian-gradient products are needed.
+        needs_activations: Derived from `statistic`: whether the outputs of the layers are needed.
+        needs_labels: Derived from `statistic`: whether samples are balanced over the classes, if there are labels.
     """
 
     name: ClassVar[str]
@@ -51,8 +56,10 @@ class Importance(ABC):
     default_bias: ClassVar[Bias] = "none"
     is_tracked: ClassVar[bool] = False
     alpha: float = 0.8
+    needs_batches: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_hessian: ClassVar[bool] = False
+    needs_activations: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -60,22 +67,54 @@ class Importance(ABC):
         statistic = getattr(cls, "statistic", None)
         cls.needs_hessian = cls.needs_labels = statistic == "hessian_product"
         cls.needs_gradients = statistic in ("gradient", "squared_gradient", "hessian_product")
+        cls.needs_activations = statistic == "activation"
+        cls.needs_batches = cls.needs_gradients or cls.needs_activations
 
     @abstractmethod
     def summand(self, theta: Tensor, flow: Tensor) -> Tensor:
-        """What each weight adds to its filter.
+        """Return the contribution of each weight to the score of its filter.
 
         Args:
             theta: Weights, (filters, weights of one filter), float32 or float64.
-            flow: The statistic, of the same shape; (filters, 1) for "noise".
+            flow: Statistic, of the same shape; (filters, 1) for "noise".
 
         Returns:
-            The terms, of the shape of `flow`.
+            The contributions, of the shape of `flow`.
         """
 
     def finish(self, total: Tensor) -> Tensor:
-        """The scores, (filters,), from the sums over each filter's terms, (filters,); here the sums themselves."""
+        """Return the scores, (filters,), computed from the sums of the contributions, (filters,); here the sums themselves."""
         return total
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class ActivationImportance(Importance):
+    """Base class of measures of activations, such as APoZ and HRank.
+
+    To add one, write a subclass with a `name` and `score_activations`. The activations of a layer are its output after
+    the norm and the non-linearity that follow it; `gflow_pl.importance.activations` defines them precisely.
+
+    The score of a filter is ``finish(mean over all examples of score_activations)``. The mean is taken over batches,
+    weighted by their numbers of examples, over the calls of a layer that is called more than once, and over all ranks.
+    """
+
+    statistic = "activation"
+
+    @abstractmethod
+    def score_activations(self, activations: Tensor) -> Tensor:
+        """Return one number for every filter of a layer: the mean over the examples of a batch.
+
+        Args:
+            activations: Activations of one layer for one batch, (examples, filters, ...), float32 or float64. The last
+                dimensions are the positions: height and width for a 2-d convolution, none for a linear layer that is
+                applied to vectors.
+
+        Returns:
+            The numbers, (filters,).
+        """
+
+    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:
+        """Return the mean of `score_activations`, (filters, 1), unchanged."""
+        return flow

@@ -1,4 +1,4 @@
-"""Measures from the squared gradients of batches."""
+"""Measures of the squared gradients of batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Fisher", "NvidiaTaylor"]
 
 
 class Fisher(Importance):
-    """Diagonal Fisher information: ``sum theta^2 q``, q the mean over batches of the squared gradient of a batch.
+    """Diagonal Fisher information: ``sum theta^2 q``, with q the mean over batches of the squared gradient of a batch.
 
-    As published, the mean gradient of a whole batch is squared, not that of each example: scores depend on the batch
-    size. Across ranks a batch is the global one.
+    As in the published code, the mean gradient of a batch is squared, not the gradient of each example, so scores depend
+    on the batch size. With several ranks the batch is the global one.
 
-    References: Theis et al. 2018; published code of Lubana and Dick 2021 (whose tracked variant forgets the square).
+    References: Theis et al. 2018; published code of Lubana and Dick 2021 (whose tracked variant omits the square).
     """
 
     name = "fisher"
@@ -26,9 +26,9 @@ class Fisher(Importance):
 
 
 class NvidiaTaylor(Fisher):
-    """The same on the norm behind a filter: ``gamma^2 q_gamma + beta^2 q_beta``.
+    """The same on the norm that follows a filter: ``gamma^2 q_gamma + beta^2 q_beta``.
 
-    A layer without norm is seen as if one of weight 1 and bias 0 followed: ``(sum w g + b g_b)^2``, averaged.
+    A layer without a norm is treated as if a norm of weight 1 and bias 0 followed: the mean of ``(sum w g + b g_b)^2``.
 
     References: Molchanov et al. 2019, Importance estimation for neural network pruning (gates behind the norm).
     """

@@ -1,4 +1,4 @@
-"""Measures of gradient flow: how the squared norm of the gradient would change without a filter."""
+"""Measures of gradient flow: the change of the squared gradient norm when a filter is removed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["GradientPreservation", "Grasp"]
 
 
 class Grasp(Importance):
-    """Increase of the gradient norm: ``sum theta (H g)``, signed; the lowest go first.
+    """Increase of the gradient norm: ``sum theta (H g)``. Scores are signed; the lowest are pruned first.
 
-    The logits are divided by 200 unless a temperature is named.
+    The logits are divided by 200 unless another temperature is given.
 
     References: Wang et al. 2020, GraSP; per filter in Lubana and Dick 2021.
     """
@@ -27,7 +27,7 @@ class Grasp(Importance):
 
 
 class GradientPreservation(Grasp):
-    """Preservation of the gradient norm: ``|sum theta (H g)|``; the temperature is 1 unless named.
+    """Preservation of the gradient norm: ``|sum theta (H g)|``. The temperature is 1 unless another is given.
 
     References: Lubana and Dick 2021, the proposed second-order measure.
     """

@@ -1,21 +1,20 @@
-"""Hessian-gradient products, exact, in batches of any size."""
+"""Exact Hessian-gradient products over batches of any size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gflow_pl.common.attention import attention_fast_path_disabled
-from gflow_pl.common.nested import map_tensors
-from gflow_pl.importance.batches import batch_size, to_device
+from gflow_pl.importance.batches import Batch, batch_size, map_tensors, to_device
 from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
-from gflow_pl.importance.hessian_strategies import WAYS, Way, choose_way, watched_loss
+from gflow_pl.importance.hessian_strategies import STRATEGIES, Strategy, choose_strategy
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
+from gflow_pl.importance.loss_operators import loss_and_operators
 from gflow_pl.importance.reduction import Ranks
 
 __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
@@ -23,28 +22,28 @@ __all__ = ["HessianProducts", "flow_tensors", "second_order_kernels"]
 
 @contextmanager
 def second_order_kernels() -> Iterator[None]:
-    """Only kernels with second derivatives: plain attention, no fused transformer layer, nothing compiled."""
+    """Use only kernels that have second derivatives: plain attention, no fused transformer layers, nothing compiled."""
     with attention_fast_path_disabled(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]:
-    """The tensors that gradient flow moves: every floating parameter, once.
+    """Return the tensors that gradient flow moves: every floating-point parameter, once.
 
-    Where a layer's weight is computed from others (a parametrization), the weight stands for them.
+    Of a layer whose weight is derived from other parameters, the weight is returned in place of these.
     """
     refs: list[TensorRef] = []
-    computed: list[str] = []
+    sources: list[str] = []
     for layer in layers:
         if not isinstance(layer.module.weight, nn.Parameter):
             refs.append(layer.tensors("weight")[0])
-            own = f"{layer.name}." if layer.name else ""
-            computed += [f"{own}parametrizations.weight.", f"{own}weight_g", f"{own}weight_v", f"{own}weight_orig"]
+            prefix = f"{layer.name}." if layer.name else ""
+            sources += [prefix + part for part in ("parametrizations.weight.", "weight_g", "weight_v", "weight_orig")]
     seen: set[int] = set()
     for owner_name, owner in model.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{attribute}" if owner_name else attribute
-            if id(parameter) in seen or not parameter.is_floating_point() or name.startswith(tuple(computed)):
+            if id(parameter) in seen or not parameter.is_floating_point() or name.startswith(tuple(sources)):
                 continue
             seen.add(id(parameter))
             refs.append(TensorRef(owner, attribute, name))
@@ -52,19 +51,24 @@ def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]
 
 
 class HessianProducts:
-    """Products H g of a mean loss over samples, g its gradient with respect to all that gradient flow moves.
+    """Products H g of a mean loss over samples, with g its gradient with respect to all tensors that gradient flow moves.
+
+    The strategy is chosen on two examples, before anything is spent on the others. A batch that the model computes with
+    other operators (a branch that depends on the data) gets a strategy of its own.
 
     Args:
-        model: The model, in evaluation mode.
+        model: The model, in `scoring_mode`.
         layers: Its layers.
-        refs: The tensors whose products are asked for.
-        loss: The mean loss of a batch.
-        first: A batch on the model's device; two examples of it are used to choose the way, before anything is spent on
-            the others. A batch that turns out to be computed otherwise, by a branch of the model's, gets a way of its own.
-        prefer: The way to try first; None: the order of `possible_ways`.
+        refs: Tensors whose products are needed.
+        loss: Mean loss of a batch.
+        first: A batch on the model's device.
+        strategies: Strategies to try in this order; None for those that the model allows, the fastest first.
+
+    Attributes:
+        strategy: The strategy chosen for `first`.
 
     Raises:
-        ValueError: The model has no second derivatives.
+        SettingsError: The model has no second derivatives.
     """
 
     def __init__(
@@ -73,73 +77,75 @@ class HessianProducts:
         layers: list[ScoredLayer],
         refs: list[TensorRef],
         loss: LossFn,
-        first: Any,
-        prefer: Way | None = None,
+        first: Batch,
+        strategies: Sequence[Strategy] | None = None,
     ) -> None:
         self.model = model
+        self.loss = loss
+        self.strategies = strategies
+        self.names = [ref.name for ref in refs]
+
+        # The product is needed of a few tensors, but g is the gradient with respect to all that gradient flow moves.
         self.refs = flow_tensors(model, layers)
         places = {id(ref.value): i for i, ref in enumerate(self.refs) if isinstance(ref.value, nn.Parameter)}
         names = {ref.name: i for i, ref in enumerate(self.refs)}
         for ref in refs:
-            # What is asked for and is no parameter (a norm's weight that is held as a buffer) is moved as well.
+            # A tensor that is not a parameter (a norm's weight that is a buffer) is added.
             if id(ref.value) not in places and ref.name not in names:
                 names[ref.name] = len(self.refs)
                 self.refs.append(ref)
-        # By identity first: a tied weight is moved once, under its first name, and asked for under each.
+        # Identity comes first: a tied weight is moved once, under its first name, and needed under each of its names.
         asked = [places[id(ref.value)] if id(ref.value) in places else names[ref.name] for ref in refs]
-        self.names = [ref.name for ref in refs]
         self.scored = sorted(set(asked))
         self._place = [self.scored.index(i) for i in asked]
-        self.loss = loss
-        self.prefer = prefer
-        size = batch_size(first)
-        # Not one: what works on one example alone is often another operator (a vector in place of a matrix).
-        few = map_tensors(first, lambda t: t[:2] if t.ndim and len(t) == size else t)
-        self.way, facts = choose_way(model, self.refs, self.scored, few, loss, prefer)
-        self._ways = {facts: self.way}
 
-    def of(self, sample: list[Any], ranks: Ranks) -> dict[str, Tensor]:
-        """The products over a sample by tensor name; g is averaged over the ranks before the products are taken.
+        # One example would not do: it is often computed with other operators (a vector instead of a matrix).
+        size = batch_size(first)
+        few = map_tensors(first, lambda t: t[:2] if t.ndim and len(t) == size else t)
+        self.strategy, operators = self._choose(few)
+        self._strategies = {operators: self.strategy}
+
+    def compute(self, sample: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
+        """Return the products over a sample by tensor name. The gradient is averaged over the ranks first.
 
         Args:
-            sample: Batches of this rank, gone through twice; there may be none. Each is on the device in its turn only.
-            ranks: The processes that score together.
+            sample: Batches of this rank, possibly none. Every batch is moved to the device twice, one at a time.
+            ranks: The ranks that score together.
         """
-        direction, facts = self._gradient(sample, ranks)
+        direction, operators = self._gradient(sample, ranks)
         totals = [_zeros(self.refs[i].value) for i in self.scored]
-        for batch, made_by in zip(sample, facts, strict=True):
+        for batch, used in zip(sample, operators, strict=True):
             examples = to_device(batch, totals[0].device)
-            products = WAYS[self._way_for(examples, made_by)](
-                self.model, self.refs, self.scored, direction, examples, self.loss
-            )
-            torch._foreach_add_(totals, products, alpha=batch_size(batch))
+            product = STRATEGIES[self._strategy_for(examples, used)]
+            parts = product(self.model, self.refs, self.scored, direction, examples, self.loss)
+            torch._foreach_add_(totals, parts, alpha=batch_size(batch))
         means = ranks.weighted_mean(totals, sum(map(batch_size, sample)))
         return {name: means[place] for name, place in zip(self.names, self._place, strict=True)}
 
-    def _way_for(self, batch: Any, facts: tuple[str, ...]) -> Way:
-        """The way of a batch that is computed by these operators."""
-        if facts not in self._ways:
-            known = [way for met, way in self._ways.items() if set(facts) <= set(met)]
-            self._ways[facts] = (
-                known[0] if known else choose_way(self.model, self.refs, self.scored, batch, self.loss, self.prefer)[0]
-            )
-        return self._ways[facts]
+    def _choose(self, batch: Batch) -> tuple[Strategy, frozenset[str]]:
+        return choose_strategy(self.model, self.refs, self.scored, batch, self.loss, self.strategies)
 
-    def _gradient(self, sample: list[Any], ranks: Ranks) -> tuple[list[Tensor], list[tuple[str, ...]]]:
-        """The gradient, and the facts of every batch as its pass shows them: no further pass is needed."""
-        facts: list[tuple[str, ...]] = []
+    def _strategy_for(self, batch: Batch, operators: frozenset[str]) -> Strategy:
+        """Return the strategy for a batch that is computed with these operators; choose one if they are new."""
+        if operators not in self._strategies:
+            known = [strategy for others, strategy in self._strategies.items() if operators <= others]
+            self._strategies[operators] = known[0] if known else self._choose(batch)[0]
+        return self._strategies[operators]
 
-        def watched(model: nn.Module, batch: Any) -> Tensor:
-            value, found = watched_loss(model, batch, self.loss)
-            facts.append(found)
+    def _gradient(self, sample: list[Batch], ranks: Ranks) -> tuple[list[Tensor], list[frozenset[str]]]:
+        """Return the mean gradient of all ranks, and the operators of every batch, which the same passes show."""
+        operators: list[frozenset[str]] = []
+
+        def observed_loss(model: nn.Module, batch: Batch) -> Tensor:
+            value, used = loss_and_operators(self.loss, model, batch)
+            operators.append(used)
             return value
 
         sums = [_zeros(ref.value) for ref in self.refs]
-        device = sums[0].device
-        for size, gradients in batch_gradients(self.model, self.refs, sample, watched, device):
+        for size, gradients in batch_gradients(self.model, self.refs, sample, observed_loss, sums[0].device):
             torch._foreach_add_(sums, gradients, alpha=size)
         means = ranks.weighted_mean(sums, sum(map(batch_size, sample)))
-        return [mean.to(ref.value.dtype) for mean, ref in zip(means, self.refs, strict=True)], facts
+        return [mean.to(ref.value.dtype) for mean, ref in zip(means, self.refs, strict=True)], operators
 
 
 def _zeros(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tensors a filter is made of: layers, the norms behind them, and their tensors as rows, a row a filter."""
+"""The layers that are scored, the norms that follow them, and their tensors as rows: one row for each filter."""
 
 from __future__ import annotations
 
@@ -16,29 +16,41 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.values import ChannelGraph
 
 __all__ = [
     "Reads",
     "ScoredLayer",
     "TensorRef",
-    "computed_from",
-    "computing_hooks",
     "find_layers",
     "gradient_rows",
+    "is_norm",
+    "log_layers_without_norm",
     "recompute_weights",
+    "source_parameters",
     "unique_refs",
+    "weight_hooks",
     "weight_rows",
 ]
 
 log = logging.getLogger(__name__)
 
 Reads = Literal["weight", "norm"]
+"""Tensors that a measure reads: the weight of the layer, or weight and bias of the norm that follows it."""
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor by its place: an attribute of a module. Read anew each time, for a parametrization computes it."""
+    """A tensor by its place: an attribute of a module.
+
+    The tensor is read again at every use, because a parametrization computes a new one at every access.
+
+    Attributes:
+        owner: The module.
+        attribute: Name of the attribute.
+        name: Full name of the tensor, as in ``named_parameters()``.
+    """
 
     owner: nn.Module
     attribute: str
@@ -49,56 +61,67 @@ class TensorRef:
         """The tensor as the forward pass uses it."""
         return getattr(self.owner, self.attribute)
 
-    def value_by(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The tensor as it would be by other parameters and buffers of the model; None where these do not say it.
+    def value_from(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the value that the tensor has with other parameters and buffers of the model.
 
-        A parametrization, or a hook, computes it anew from its own; buffers that are not given are those of the model.
+        A weight that a parametrization or a hook derives from other parameters is derived from the given ones.
+
+        Args:
+            tensors: Parameters and buffers by name. Missing buffers are those of the model.
+
+        Returns:
+            The value; None if a parameter is missing.
         """
-        parts = computed_from(self.owner, self.attribute)
-        if self.name in tensors or not parts:
+        sources = source_parameters(self.owner, self.attribute)
+        if self.name in tensors or not sources:
             return tensors.get(self.name)
         prefix = self.name.removesuffix(self.attribute)
-        if any(prefix + name not in tensors for name in parts):
+        if any(prefix + name not in tensors for name in sources):
             return None
-        parts += [name for name, _ in self.owner.named_buffers() if prefix + name in tensors]
-        own = {f"owner.{name}": tensors[prefix + name] for name in parts}
+        sources += [name for name, _ in self.owner.named_buffers() if prefix + name in tensors]
+        replaced = {f"owner.{name}": tensors[prefix + name] for name in sources}
         try:
-            return torch.func.functional_call(_Reading(self.owner, self.attribute), own, ())
+            return torch.func.functional_call(_AttributeReader(self.owner, self.attribute), replaced, ())
         finally:
             recompute_weights(self.owner)
 
 
-def computed_from(owner: nn.Module, attribute: str) -> list[str]:
-    """The parameters, by their names in a module, that a parametrization or a hook computes an attribute from.
+def source_parameters(owner: nn.Module, attribute: str) -> list[str]:
+    """Return the names, inside a module, of the parameters that an attribute is derived from.
 
-    None for a parameter.
+    The list is empty for a parameter, and not empty for a weight that a parametrization or a hook of
+    `torch.nn.utils.weight_norm` or `spectral_norm` computes.
     """
     if parametrize.is_parametrized(owner, attribute):
         start = f"parametrizations.{attribute}."
-    elif any(hook.name == attribute for hook in computing_hooks(owner)):
+    elif any(hook.name == attribute for hook in weight_hooks(owner)):
         start = f"{attribute}_"
     else:
         return []
     return [name for name, _ in owner.named_parameters() if name.startswith(start)]
 
 
-def computing_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
-    """What `torch.nn.utils.weight_norm` and `spectral_norm`, those before parametrizations, compute a weight by."""
+def weight_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
+    """Return the hooks of `torch.nn.utils.weight_norm` and `spectral_norm` that compute a weight of a module.
+
+    Parametrizations, which replace these hooks in current PyTorch, are not included.
+    """
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
 
 
 @torch.no_grad()
 def recompute_weights(module: nn.Module) -> None:
-    """Make a weight that a hook computes that of the parameters as they are: until now it was of the last forward pass.
+    """Recompute the weights that hooks derive from parameters.
 
-    In evaluation mode, where the hook of a spectral norm moves nothing.
+    Such a weight is otherwise that of the last forward pass, not that of the current parameters. The module must be in
+    evaluation mode, in which a spectral norm updates no buffer.
     """
-    for hook in computing_hooks(module):
+    for hook in weight_hooks(module):
         hook(module, ())
 
 
-class _Reading(nn.Module):
-    """Reads an attribute of a module as its forward, so that other tensors can be lent to it."""
+class _AttributeReader(nn.Module):
+    """A module whose forward returns an attribute of another module, for `torch.func.functional_call`."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         super().__init__()
@@ -111,9 +134,15 @@ class _Reading(nn.Module):
 
 @dataclass(frozen=True)
 class ScoredLayer:
-    """A conv, transposed conv or linear layer, and the norm behind it.
+    """A convolution, transposed convolution or linear layer, and the norm that follows it.
 
-    A tied tensor goes by its first owner's name, as in ``named_parameters()``: `first_names` knows it.
+    Attributes:
+        name: Name of the layer.
+        module: The layer.
+        norm: The norm that follows it, if any.
+        norm_name: Name of that norm.
+        first_names: Name of every parameter to the first of its names, as in ``named_parameters()``; the two differ for
+            tied parameters.
     """
 
     name: str
@@ -124,15 +153,15 @@ class ScoredLayer:
 
     @property
     def num_filters(self) -> int:
-        """Output channels at present."""
+        """Number of output channels."""
         weight = _weight(self.module)
         return weight.shape[1] * self.module.groups if isinstance(self.module, _ConvTransposeNd) else weight.shape[0]
 
     def tensors(self, reads: Reads) -> list[TensorRef]:
-        """The tensors that a measure of this kind looks at.
+        """Return the tensors that a measure reads.
 
-        A layer without norm is seen as if a norm of weight 1 and bias 0 followed; the gradients of these two
-        follow from the layer's own weight and bias, which are returned then.
+        A layer without a norm is treated as if a norm of weight 1 and bias 0 followed. The gradients of these two follow
+        from those of the layer's own weight and bias, which are returned then.
         """
         if reads == "weight":
             return [self._ref(self.module, self.name, "weight")]
@@ -146,15 +175,15 @@ class ScoredLayer:
 
 
 def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[ScoredLayer]:
-    """Every conv, transposed conv and linear layer of a model, in the order of ``named_modules()``.
+    """Return every convolution, transposed convolution and linear layer of a model, in the order of ``named_modules()``.
 
     Args:
-        model: Any module; nothing is changed.
-        graph: A `ChannelGraph`, which knows the norm that reads a layer's output. Without one (or for layers that it
-            does not know) a layer's norm is the next one registered in the same parent with its width.
+        model: Any module; it is not changed.
+        graph: Graph that names the norm behind each layer. Without a graph, and for layers that the graph does not
+            contain, the norm is the next one of the layer's width that is registered in the same parent module.
 
     Raises:
-        ValueError: There is no such layer, or a lazy one is not initialised yet.
+        SettingsError: The model has no such layer, or a lazy one that is not initialized.
     """
     layers = []
     modules = dict(model.named_modules())
@@ -164,43 +193,46 @@ def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[Sco
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
         if isinstance(module.weight, UninitializedParameter):
-            raise ValueError(f"Layer '{name}' is lazy and has no weight yet: run one batch through the model first.")
-        norm_name = _norm_behind(modules, ScoredLayer(name, module, None, None), graph)
+            raise SettingsError(f"Layer '{name}' is lazy and has no weight yet: run one batch through the model first.")
+        norm_name = _name_of_norm(modules, ScoredLayer(name, module, None, None), graph)
         norm = modules[norm_name] if norm_name is not None else None
         layers.append(ScoredLayer(name, module, norm, norm_name, first_names))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no conv, transposed conv or linear layer: nothing to score.")
+        raise SettingsError(f"{type(model).__name__} has no conv, transposed conv or linear layer: nothing to score.")
     return layers
 
 
-def _norm_behind(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
+def _name_of_norm(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
+    """Return the name of the norm that follows a layer, by the graph or else by the order of registration."""
     if graph is not None and layer.name in graph.layers:
         norm = graph.layers[layer.name].norm
-        return (
-            norm
-            if norm is not None and norm in modules and getattr(modules[norm], "weight", None) is not None
-            else None
-        )
-    parent_name, _, own = layer.name.rpartition(".")
+        return norm if norm in modules and getattr(modules[norm], "weight", None) is not None else None
     if not layer.name:
         return None
+    parent_name, _, own_name = layer.name.rpartition(".")
     siblings = list(modules[parent_name].named_children())
-    place = next(i for i, (name, _) in enumerate(siblings) if name == own)
+    place = next(i for i, (name, _) in enumerate(siblings) if name == own_name)
     for name, sibling in siblings[place + 1 :]:
-        if _is_norm(sibling) and _weight(sibling).numel() == layer.num_filters:
+        if is_norm(sibling) and _has_vector_weight(sibling) and _weight(sibling).numel() == layer.num_filters:
             return f"{parent_name}.{name}" if parent_name else name
     return None
 
 
-def _is_norm(module: nn.Module) -> bool:
-    known = isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)) or "Norm" in type(module).__name__
-    return known and isinstance(getattr(module, "weight", None), Tensor) and _weight(module).ndim == 1
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm: one of PyTorch's, or of a class with "Norm" in its name."""
+    known = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return isinstance(module, known) or "Norm" in type(module).__name__
+
+
+def _has_vector_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and _weight(module).ndim == 1
 
 
 def _filter_rows(layer: ScoredLayer, weight: Tensor) -> Tensor:
-    """(filters, weights of one filter); of a transposed conv the outputs stand in dim 1, group by group."""
+    """Return a weight, or a tensor of its shape, as (filters, weights of one filter)."""
     if not isinstance(layer.module, _ConvTransposeNd):
         return weight.flatten(1)
+    # The weight of a transposed convolution is (inputs, outputs of one group, ...), group by group.
     groups = layer.module.groups
     inputs, outputs, *kernel = weight.shape
     size = inputs // groups * torch.Size(kernel).numel()
@@ -208,12 +240,12 @@ def _filter_rows(layer: ScoredLayer, weight: Tensor) -> Tensor:
 
 
 def weight_rows(layer: ScoredLayer, reads: Reads, values: Mapping[str, Tensor]) -> Tensor:
-    """The values of a layer's tensors, (filters, values of one filter).
+    """Return the tensors that a measure reads of one layer as rows, (filters, weights of one filter).
 
     Args:
         layer: The layer.
-        reads: "weight", or "norm" for the norm's weight and bias (1 and 0 where there is none).
-        values: Tensors by the names that ``layer.tensors(reads)`` gives.
+        reads: "weight", or "norm" for weight and bias of the norm (1 and 0 if there is none).
+        values: Tensors by the names of ``layer.tensors(reads)``.
     """
     found = [values[ref.name] for ref in layer.tensors(reads)]
     if reads == "weight":
@@ -227,10 +259,16 @@ def weight_rows(layer: ScoredLayer, reads: Reads, values: Mapping[str, Tensor]) 
 def gradient_rows(
     layer: ScoredLayer, reads: Reads, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
 ) -> Tensor:
-    """Anything linear in the gradients, in the rows of `weight_rows`.
+    """Return gradients of one layer, or tensors that are linear in them, in the rows of `weight_rows`.
 
-    A norm that is not there would scale and shift the layer's outputs: its weight, at 1, has the gradient
-    sum(w g) + b g_b; its bias, at 0, the gradient g_b.
+    A missing norm would scale and shift the outputs of the layer. Its weight, at 1, has the gradient
+    ``sum(w g) + b g_b``, and its bias, at 0, the gradient ``g_b``.
+
+    Args:
+        layer: The layer.
+        reads: As in `weight_rows`.
+        values: Tensors by the names of ``layer.tensors(reads)``.
+        gradients: Their gradients by the same names.
     """
     refs = layer.tensors(reads)
     found = [gradients[ref.name] for ref in refs]
@@ -245,22 +283,24 @@ def gradient_rows(
     return torch.stack([scale, shift], dim=1)
 
 
-def say_what_stands_in(layers: list[ScoredLayer], reads: Reads, measure: str) -> None:
-    """Log how a measure of norms treats the layers that have none."""
+def unique_refs(layers: list[ScoredLayer], reads: Reads) -> list[TensorRef]:
+    """Return the tensors that a measure reads of all layers; a tied tensor appears once."""
+    return list({ref.name: ref for layer in layers for ref in layer.tensors(reads)}.values())
+
+
+def log_layers_without_norm(layers: list[ScoredLayer], reads: Reads, measure: str) -> None:
+    """Log which layers have no norm, if the measure reads norms."""
     without = [layer.name for layer in layers if layer.norm is None]
     if reads == "norm" and without:
         log.info(
             "Measure '%s': %d layers have no norm (%s); they are scored as if a norm of weight 1 and bias 0 followed.",
-            measure, len(without), ", ".join(without[:3]) + (", ..." if len(without) > 3 else ""),
-        )  # fmt: skip
+            measure,
+            len(without),
+            ", ".join(without[:3]) + (", ..." if len(without) > 3 else ""),
+        )
 
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def unique_refs(layers: list[ScoredLayer], reads: Reads) -> list[TensorRef]:
-    """The tensors of all layers, each once."""
-    return list({ref.name: ref for layer in layers for ref in layer.tensors(reads)}.values())

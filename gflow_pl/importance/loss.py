@@ -1,4 +1,4 @@
-"""Measures of loss preservation: how much the loss would change, to first order, without a filter."""
+"""Measures of loss preservation: the first-order change of the loss when a filter is removed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.importance.base import Importance
 
 __all__ = ["BiasedLoss", "LossPreservation", "TaylorFirstOrder", "TrackedBiasedLoss"]
 
 
 class LossPreservation(Importance):
-    """Loss preservation: ``sum |theta g|``, g the mean gradient.
+    """Loss preservation: ``sum |theta g|``, with g the mean gradient.
 
     References: Lubana and Dick 2021, equation 3 (a sum of absolute values; the absolute value of the sum is `tfo`).
     """
@@ -41,14 +42,14 @@ class BiasedLoss(LossPreservation):
 class TrackedBiasedLoss(LossPreservation):
     """Biased loss preservation, averaged exponentially over batches: ``sum |theta| |theta g_batch|``.
 
-    ``running = alpha * new + (1 - alpha) * running``, zero at first. Without tracking each batch that is scored is one
-    step of the average.
+    ``running = alpha * new + (1 - alpha) * running``, starting from zero. Without tracking, every batch that filters are
+    scored on is one step of the average.
 
     Args:
-        alpha: Share of the newest batch, in (0, 1].
+        alpha: Weight of the newest batch, in (0, 1].
 
     Raises:
-        ValueError: `alpha` is out of range.
+        SettingsError: `alpha` is out of range.
 
     References: published code of Lubana and Dick 2021 (`biased_loss_tracked`).
     """
@@ -60,15 +61,17 @@ class TrackedBiasedLoss(LossPreservation):
 
     def __init__(self, alpha: float = 0.8) -> None:
         if not 0 < alpha <= 1:
-            raise ValueError(f"biased_loss_tracked: `alpha` must be in (0, 1], got {alpha}.")
+            raise SettingsError(f"biased_loss_tracked: `alpha` must be in (0, 1], got {alpha}.")
         self.alpha = alpha
 
 
 class TaylorFirstOrder(Importance):
     """First-order Taylor term of a whole filter: ``|sum theta g|``.
 
-    References: Molchanov et al. 2017. Behind a conv that a norm in training mode follows the sum is near zero by scale
-    invariance; scores are taken in evaluation mode, where it is not.
+    For a convolution followed by a norm in training mode the sum is close to zero, because the loss does not depend on
+    the scale of its weights. Scores are taken in evaluation mode, where the sum is not zero.
+
+    References: Molchanov et al. 2017.
     """
 
     name = "tfo"

@@ -1,4 +1,4 @@
-"""Measures that look at the weights alone, and chance, the floor that every comparison needs."""
+"""Measures of the weights alone, and random scores as the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["BatchNormScale", "L1Norm", "Magnitude", "Random"]
 
 
 class Magnitude(Importance):
-    """L2 norm of a filter: ``sqrt(sum theta^2)``; small filters go first.
+    """L2 norm of a filter: ``sqrt(sum theta^2)``.
 
     References: Li et al. 2017 (norms of filters); Lubana and Dick 2021, where it is the "zeroth order" measure.
     """
@@ -40,9 +40,9 @@ class L1Norm(Importance):
 
 
 class BatchNormScale(Importance):
-    """Absolute scale of the norm behind a filter: ``|gamma|``; 1 for a layer without norm.
+    """Absolute scale of the norm that follows a filter: ``|gamma|``; 1 for a layer without a norm.
 
-    References: Liu et al. 2017, Network slimming. There a penalty on gamma goes with it; here none does.
+    References: Liu et al. 2017, Network slimming. The penalty on gamma that the paper trains with is not part of the measure.
     """
 
     name = "bn"
@@ -54,7 +54,7 @@ class BatchNormScale(Importance):
 
 
 class Random(Importance):
-    """Uniform numbers in [0, 1) from a private generator: the same on every rank, and no global state is touched."""
+    """Uniform random numbers in [0, 1) from a private generator: the same on every rank, without use of the global generators."""
 
     name = "random"
     statistic = "noise"

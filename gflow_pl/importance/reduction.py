@@ -1,4 +1,4 @@
-"""Several processes, seen through one function that averages a tensor over them."""
+"""Reduction of statistics over the ranks of a distributed run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 __all__ = ["Ranks", "Reduce"]
 
 Reduce = Callable[[Tensor], Tensor]
+"""Returns the average of a tensor over all ranks, out of place."""
 
 
 class Ranks:
-    """The processes that score together; linear statistics are averaged over them before anything else is done.
+    """The ranks that score together. Linear statistics are averaged over them before anything non-linear is applied.
 
     Args:
-        reduce: Returns the average of a tensor over the ranks, out of place; None for a single process. How many ranks
-            there are, and which one this is, is asked of ``torch.distributed``.
+        reduce: Returns the average of a tensor over the ranks, out of place; None for a single process. The number of
+            ranks and the index of this one are read from ``torch.distributed``.
     """
 
     def __init__(self, reduce: Reduce | None = None) -> None:
@@ -26,19 +27,19 @@ class Ranks:
         self.size = torch.distributed.get_world_size() if ready else 1
         self.rank = torch.distributed.get_rank() if ready else 0
 
-    def mean(self, total: Tensor) -> Tensor:
-        """The average over the ranks."""
-        return total if self.reduce is None else self.reduce(total)
-
     def weighted_mean(self, totals: list[Tensor], count: int) -> list[Tensor]:
-        """Sums over this rank's examples, divided by the examples of all ranks.
+        """Return sums over the examples of this rank, divided by the number of examples of all ranks.
 
-        One message for all tensors of a dtype: they travel side by side, the number of examples behind them.
+        All tensors of one device and dtype are sent as one message, followed by the number of examples.
+
+        Args:
+            totals: Sums over the examples of this rank, of any shapes.
+            count: Number of these examples.
         """
         if self.reduce is None:
             return [total / count for total in totals]
         means: list[Tensor] = [torch.empty(0)] * len(totals)
-        # In the order of the tensors: a set's order differs from process to process, and then so would the messages.
+        # The order of the tensors is the same on every rank. The order of a set is not, and messages would be mixed up.
         for kind in dict.fromkeys((total.device, total.dtype) for total in totals):
             places = [i for i, total in enumerate(totals) if (total.device, total.dtype) == kind]
             flat = [totals[i].reshape(-1) for i in places]
@@ -49,16 +50,21 @@ class Ranks:
         return means
 
     def counts_before(self, counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Whole numbers on the ranks before this one, added up, and on all ranks.
+        """Return the sums of whole numbers over the lower ranks, and over all ranks.
+
+        Balanced sampling needs both: the position of an example in its class, and the size of the class.
 
         Args:
-            counts: (n,) int64, on the host.
-            device: Where messages travel.
+            counts: Whole numbers of this rank, (n,) int64, on the CPU.
+            device: Device on which messages are sent.
+
+        Returns:
+            Two tensors (n,) int64, on the CPU.
         """
         if self.reduce is None or self.size == 1:
             return torch.zeros_like(counts), counts
         table = torch.zeros(self.size, len(counts), dtype=torch.float64)
         table[self.rank] = counts.double()
-        # Averages of whole numbers, times the number of ranks, are whole again but for rounding.
+        # The average of whole numbers times the number of ranks is whole again, up to rounding.
         summed = (self.reduce(table.to(device, torch.float32)).cpu().double() * self.size).round().long()
         return summed[: self.rank].sum(0), summed.sum(0)

@@ -1,45 +1,36 @@
-"""`score_filters`: a score for every filter of every conv, transposed conv and linear layer."""
+"""`score_filters`: an importance score for every filter of every conv, transposed conv and linear layer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from gflow_pl.common.nested import map_tensors
-from gflow_pl.importance.base import Bias, Importance
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.importance.activations import forward_function, mean_activation_scores
+from gflow_pl.importance.base import ActivationImportance, Importance
 from gflow_pl.importance.batches import (
+    Batch,
     balanced_sample,
     checked_labels,
+    first_batch,
+    first_example,
     labels_of,
-    peek,
     take_whole,
     to_device,
 )
-from gflow_pl.importance.formula import FilterFormula, rows_of, step_average, values_of
-from gflow_pl.importance.gradients import (
-    LogitsFn,
-    LossFn,
-    accumulator_dtype,
-    batch_gradients,
-    logits_and_labels,
-    loss_function,
-)
+from gflow_pl.importance.first_order import averaged_scores, mean_gradients, mean_squared_rows
+from gflow_pl.importance.formula import FilterFormula, layer_rows, layer_values
+from gflow_pl.importance.gradients import LogitsFn, LossFn, batch_gradients, logits_and_labels, loss_function
 from gflow_pl.importance.hessian import HessianProducts, second_order_kernels
-from gflow_pl.importance.layers import (
-    ScoredLayer,
-    TensorRef,
-    find_layers,
-    say_what_stands_in,
-    unique_refs,
-)
+from gflow_pl.importance.layers import find_layers, log_layers_without_norm, unique_refs
 from gflow_pl.importance.measures import resolve_measure
 from gflow_pl.importance.reduction import Ranks, Reduce
 from gflow_pl.importance.scoring_mode import scoring_mode
 from gflow_pl.values import ChannelGraph, Scores
+from gflow_pl.values.choices import Bias
 
 __all__ = ["checked_temperature", "private_generator", "score_filters"]
 
@@ -49,7 +40,7 @@ log = logging.getLogger(__name__)
 def score_filters(
     model: nn.Module,
     measure: str | Importance,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     graph: ChannelGraph | None = None,
     loss_fn: LossFn | None = None,
@@ -61,44 +52,42 @@ def score_filters(
     balanced: bool = True,
     reduce: Reduce | None = None,
     seed: int = 0,
-    autocast_dtype: torch.dtype | None = None,
 ) -> Scores:
-    """Score every filter of a model; higher = keep.
+    """Score every filter of a model; a higher score means keep.
 
-    Scores are taken in evaluation mode. Nothing of the model changes: training flags, ``requires_grad``, ``.grad``,
-    running statistics and the random generators are afterwards what they were. A frozen weight is scored like any
-    other, a tied one in each of its layers by its whole gradient, a parametrized one as the weight it computes.
+    Scores are taken in evaluation mode, without autocast. The model does not change: training flags, ``requires_grad``,
+    ``.grad``, running statistics and the random generators are restored. A frozen weight is scored like any other, a
+    tied weight in each of its layers by its whole gradient, and a parametrized weight by its derived value.
 
     Args:
         model: Any module, a LightningModule or a plain one.
-        measure: A name or an `Importance`.
-        batches: Iterable of (inputs, targets), or of whatever `loss_fn` takes. Not read by measures that need no gradient.
-        graph: A `ChannelGraph`, which pairs norms with layers. Without it a layer's norm is the next one registered in
-            the same parent with its width.
-        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss and is used as it is, without temperature.
-        temperature: Divides the logits, > 0; None: the measure's own (grasp 200, others 1).
-        num_samples: Images to score on (of each rank): whole batches until they are reached, or, for measures that
-            need Hessian products, the first num_samples // classes images of every class. None: all batches;
-            balanced then is as many as the smallest class has.
+        measure: Name of a measure, or an `Importance`.
+        batches: Iterable of (inputs, targets), or of the batches that `loss_fn` takes. Ignored by measures of weights.
+        graph: Graph that names the norm behind each layer. Without it, the norm of a layer is the next one of its width
+            that is registered in the same parent module.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss. It is used unchanged, without a temperature.
+        temperature: Divisor of the logits, > 0. None: the measure's own (200 for grasp, 1 for others).
+        num_samples: Number of images of each rank to score on: whole batches until they contain that many, or, for a
+            measure of Hessian products, the first ``num_samples // classes`` images of every class. None: all batches, of
+            which a balanced sample takes as many images of every class as the smallest class has.
         initial_state: Initial weights by state-dict name, for the bias "distance_from_init".
-        bias: Multiplies each weight's term before the sum over the filter, for gradient measures: "none", "magnitude"
-            (|theta|) or "distance_from_init" (|theta - theta_0|). None: "distance_from_init" where `initial_state`
-            is given, else the measure's own.
-        logits_fn: ``logits_fn(model, batch)`` returns (logits, labels); None: model(batch[0]) and batch[1].
-        balanced: Whether measures that need Hessian products draw the same number of images from every class, if
-            ``batch[1]`` are integer labels.
-        reduce: Averages a tensor over the ranks, out of place. All ranks give the same number of batches of the same
-            sizes; the k-th batches of all ranks are one batch.
-        seed: Of the private generator of `random`.
-        autocast_dtype: Runs first-order passes under autocast; None: autocast is off, whatever is around.
+        bias: Factor on the contribution of each weight to its filter, for measures of gradients: "none", "magnitude"
+            (|theta|) or "distance_from_init" (|theta - theta_0|). None: "distance_from_init" if `initial_state` is given,
+            else the measure's own.
+        logits_fn: ``logits_fn(model, batch)`` returns (logits, labels). None: ``model(batch[0])`` and ``batch[1]``.
+        balanced: Whether a measure of Hessian products takes equally many images of every class, if ``batch[1]`` holds
+            integer labels.
+        reduce: Averages a tensor over the ranks, out of place. All ranks must give the same number of batches, of the
+            same sizes; their k-th batches count as one batch.
+        seed: Seed of the private generator of `random`.
 
     Returns:
-        One vector (filters,) a layer, by name, in the order of ``named_modules()``, in float32 (float64 for float64
-        weights), on the model's device.
+        One vector (filters,) for each layer, by name in the order of ``named_modules()``, on the device of the model, in
+        float32 (float64 for float64 weights).
 
     Raises:
-        ValueError: An unknown name, a number out of range, too few images of a class, a loss that is not
-            finite, or a model without the derivatives that the measure needs.
+        SettingsError: The measure is unknown, a number is out of range, a class has too few images, the loss is not
+            finite, or the model lacks the derivatives that the measure needs.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 4))
     >>> [(name, tuple(scores.shape)) for name, scores in score_filters(model, "magnitude").items()]
@@ -107,138 +96,90 @@ def score_filters(
     measure = resolve_measure(measure)
     temperature = checked_temperature(measure, temperature)
     if num_samples is not None and num_samples < 1:
-        raise ValueError(f"score_filters: `num_samples` is a number of images, at least 1, got {num_samples}.")
+        raise SettingsError(f"score_filters: `num_samples` is a number of images, at least 1, got {num_samples}.")
+    if measure.needs_batches and batches is None:
+        raise SettingsError(f"score_filters: measure '{measure.name}' needs `batches`, got None.")
     formula = FilterFormula(measure, bias, initial_state)
     loss = loss_function(loss_fn, logits_fn, temperature)
-    # Only what reads a weight in evaluation mode leaves a spectral norm as it is: the mode is set before anything else.
-    with scoring_mode(model, autocast_dtype=None if measure.needs_hessian else autocast_dtype):
+    ranks = Ranks(reduce)
+
+    # Evaluation mode comes first: in training mode, reading the weight of a spectral norm would update its buffers.
+    with scoring_mode(model):
         layers = find_layers(model, graph)
-        say_what_stands_in(layers, measure.reads, measure.name)
-        if not measure.needs_gradients:
-            return formula.scores(layers, values_of(layers, measure), None, private_generator(layers, seed))
-        if batches is None:
-            raise ValueError(f"score_filters: measure '{measure.name}' needs `batches`, got None.")
+        log_layers_without_norm(layers, measure.reads, measure.name)
         refs = unique_refs(layers, measure.reads)
-        ranks = Ranks(reduce)
+        device = refs[0].value.device
+        flows: dict[str, Tensor] | None = None
+
+        # The statistic of the measure, from passes over the batches.
         if measure.needs_hessian:
+            assert batches is not None
             with second_order_kernels():
-                first, batches = peek(batches)
-                device = refs[0].value.device
-                classes = _num_classes(model, first, logits_fn, loss_fn, device) if balanced else None
+                first, batches = first_batch(batches)
+                num_classes = _num_classes(model, first, logits_fn, loss_fn, device) if balanced else None
                 products = HessianProducts(model, layers, refs, loss, to_device(first, device))
-                if classes is None:
+                if num_classes is None:
                     sample = list(take_whole(batches, num_samples))
                 else:
-                    sample = balanced_sample(batches, num_samples, classes, ranks, device)
-                flows = rows_of(layers, measure, products.of(sample, ranks))
-            return formula.scores(layers, values_of(layers, measure), flows)
-        stream = batch_gradients(model, refs, take_whole(batches, num_samples), loss, refs[0].value.device)
-        if measure.is_tracked:
-            return _averaged(stream, formula, layers, refs, ranks)
-        if measure.statistic == "squared_gradient":
-            flows = _mean_square_rows(stream, layers, measure, refs, ranks)
-        else:
-            flows = rows_of(layers, measure, _mean_gradients(stream, refs, ranks))
-        return formula.scores(layers, values_of(layers, measure), flows)
+                    sample = balanced_sample(batches, num_samples, num_classes, ranks, device)
+                flows = layer_rows(layers, measure, products.compute(sample, ranks))
+        elif measure.needs_gradients:
+            assert batches is not None
+            gradients = batch_gradients(model, refs, take_whole(batches, num_samples), loss, device)
+            if measure.is_tracked:
+                return Scores(averaged_scores(gradients, refs, ranks, formula, layers), measure=measure.name)
+            if measure.statistic == "squared_gradient":
+                flows = mean_squared_rows(gradients, refs, ranks, formula, layers)
+            else:
+                flows = layer_rows(layers, measure, mean_gradients(gradients, refs, ranks))
+        elif isinstance(measure, ActivationImportance):
+            assert batches is not None
+            stream = take_whole(batches, num_samples)
+            forward = forward_function(loss_fn, logits_fn)
+            flows = mean_activation_scores(model, layers, measure, stream, forward, ranks)
+            layers = [layer for layer in layers if layer.name in flows]
+
+        # The formula of the measure.
+        vectors = formula.vectors(layers, layer_values(layers, measure), flows, private_generator(device, seed))
+        return Scores(vectors, measure=measure.name)
 
 
-def private_generator(layers: list[ScoredLayer], seed: int) -> torch.Generator:
-    """A seeded generator on the layers' device: equal on all ranks, and no other generator is touched."""
-    return torch.Generator(layers[0].tensors("weight")[0].value.device).manual_seed(seed)
+def private_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a seeded generator on a device: the same numbers on every rank, without use of the global generators."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def checked_temperature(measure: Importance, temperature: float | None) -> float:
-    """The temperature asked for, else the measure's own, else 1.
+    """Return the given temperature, or the measure's own, or 1.
 
     Raises:
-        ValueError: It is not above zero.
+        SettingsError: The temperature is not above zero.
     """
     if temperature is None:
         return 1.0 if measure.temperature is None else measure.temperature
     if not temperature > 0:
-        raise ValueError(f"score_filters: `temperature` divides the logits and must be > 0, got {temperature}.")
+        raise SettingsError(f"score_filters: `temperature` divides the logits and must be > 0, got {temperature}.")
     return temperature
 
 
-def _mean_gradients(
-    stream: Iterator[tuple[int, list[Tensor]]], refs: list[TensorRef], ranks: Ranks
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss over all examples, by tensor name."""
-    sums: list[Tensor] = []
-    count = 0
-    for size, gradients in stream:
-        if not sums:
-            sums = [gradient.to(accumulator_dtype(gradient), copy=True).mul_(size) for gradient in gradients]
-        else:
-            torch._foreach_add_(sums, gradients, alpha=size)
-        count += size
-    return dict(zip((ref.name for ref in refs), ranks.weighted_mean(sums, count), strict=True))
-
-
-def _global_batch(gradients: list[Tensor], size: int, refs: list[TensorRef], ranks: Ranks) -> dict[str, Tensor]:
-    """The gradient of the mean loss over the batches of all ranks, by tensor name."""
-    wide = [gradient.to(accumulator_dtype(gradient)) for gradient in gradients]
-    if ranks.reduce is not None:
-        wide = ranks.weighted_mean([gradient * size for gradient in wide], size)
-    return dict(zip((ref.name for ref in refs), wide, strict=True))
-
-
-def _mean_square_rows(
-    stream: Iterator[tuple[int, list[Tensor]]],
-    layers: list[ScoredLayer],
-    measure: Importance,
-    refs: list[TensorRef],
-    ranks: Ranks,
-) -> dict[str, Tensor]:
-    """The mean over batches, weighted by their sizes, of the squared gradient of a batch, in rows."""
-    sums: dict[str, Tensor] = {}
-    count = 0
-    for size, gradients in stream:
-        for name, row in rows_of(layers, measure, _global_batch(gradients, size, refs, ranks)).items():
-            if name in sums:
-                sums[name].addcmul_(row, row, value=size)
-            else:
-                sums[name] = row.square() * size
-        count += size
-    return {name: total / count for name, total in sums.items()}
-
-
-def _averaged(
-    stream: Iterator[tuple[int, list[Tensor]]],
-    formula: FilterFormula,
-    layers: list[ScoredLayer],
-    refs: list[TensorRef],
-    ranks: Ranks,
-) -> Scores:
-    """The exponential average over batches of a measure that is defined by it."""
-    measure = formula.measure
-    values = values_of(layers, measure)
-    running: dict[str, Tensor] = {}
-    for size, gradients in stream:
-        flows = rows_of(layers, measure, _global_batch(gradients, size, refs, ranks))
-        running = step_average(running, formula.vectors(layers, values, flows), measure.alpha)
-    return Scores(running, measure=measure.name)
-
-
 def _num_classes(
-    model: nn.Module, batch: Any, logits_fn: LogitsFn | None, loss_fn: LossFn | None, device: torch.device
+    model: nn.Module, batch: Batch, logits_fn: LogitsFn | None, loss_fn: LossFn | None, device: torch.device
 ) -> int | None:
-    """Classes of a classifier, the width of its logits for one example; None (and said) where there are no labels."""
+    """Return the number of classes: the width of the logits of one example. None, which is logged, without labels."""
     labels = labels_of(batch)
-    why = "`batch[1]` is no vector of integer labels"
+    reason = "`batch[1]` is no vector of integer labels"
     if labels is not None:
-        one = to_device(map_tensors(batch, lambda t: t[:1] if t.ndim and len(t) == len(labels) else t), device)
         try:
             with torch.no_grad():
-                logits, _ = (logits_fn or logits_and_labels)(model, one)
+                logits, _ = (logits_fn or logits_and_labels)(model, to_device(first_example(batch), device))
         except Exception:
-            # With a loss function of its own a model's forward may want anything at all.
+            # With a custom loss, the forward of the model may take arguments of any kind.
             if loss_fn is None:
                 raise
             logits = None
         if isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point():
             checked_labels(labels, logits.shape[1])
             return logits.shape[1]
-        why = "the model gives no logits (examples, classes)"
-    log.info("Samples are not balanced over classes, since %s: whole batches are used.", why)
+        reason = "the model gives no logits (examples, classes)"
+    log.info("Samples are not balanced over classes, since %s: whole batches are used.", reason)
     return None
