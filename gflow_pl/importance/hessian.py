@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gflow_pl.common.attention import attention_fast_path_disabled
-from gflow_pl.importance.batches import Batch, batch_size, map_tensors, to_device
+from gflow_pl.common.nested import map_tensors
+from gflow_pl.importance.batches import Batch, batch_size, to_device
 from gflow_pl.importance.gradients import LossFn, accumulator_dtype, batch_gradients
 from gflow_pl.importance.hessian_strategies import STRATEGIES, Strategy, choose_strategy
 from gflow_pl.importance.layers import ScoredLayer, TensorRef
@@ -62,7 +63,7 @@ class HessianProducts:
         refs: Tensors whose products are needed.
         loss: Mean loss of a batch.
         first: A batch on the model's device.
-        strategies: Strategies to try in this order; None for those that the model allows, the fastest first.
+        strategy: Strategy to use for all batches; None for the fastest that the model allows.
 
     Attributes:
         strategy: The strategy chosen for `first`.
@@ -78,11 +79,11 @@ class HessianProducts:
         refs: list[TensorRef],
         loss: LossFn,
         first: Batch,
-        strategies: Sequence[Strategy] | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
-        self.strategies = strategies
+        self._forced = strategy
         self.names = [ref.name for ref in refs]
 
         # The product is needed of a few tensors, but g is the gradient with respect to all that gradient flow moves.
@@ -123,7 +124,7 @@ class HessianProducts:
         return {name: means[place] for name, place in zip(self.names, self._place, strict=True)}
 
     def _choose(self, batch: Batch) -> tuple[Strategy, frozenset[str]]:
-        return choose_strategy(self.model, self.refs, self.scored, batch, self.loss, self.strategies)
+        return choose_strategy(self.model, self.refs, self.scored, batch, self.loss, self._forced)
 
     def _strategy_for(self, batch: Batch, operators: frozenset[str]) -> Strategy:
         """Return the strategy for a batch that is computed with these operators; choose one if they are new."""

@@ -73,11 +73,11 @@ def choose_strategy(
     scored: list[int],
     batch: Batch,
     loss: LossFn,
-    strategies: Sequence[Strategy] | None = None,
+    strategy: Strategy | None = None,
 ) -> tuple[Strategy, frozenset[str]]:
     """Choose the strategy for all batches that are computed with the same operators as this one.
 
-    Every candidate is tried on the batch. One that fails is replaced by the next, and the reason is logged.
+    The strategies that the loss allows are tried on the batch. If the faster one fails, the reason is logged.
 
     Args:
         model: The model, in `scoring_mode`.
@@ -85,7 +85,7 @@ def choose_strategy(
         scored: Positions in `refs` of the tensors whose products are needed.
         batch: A few examples on the model's device.
         loss: Mean loss of a batch.
-        strategies: Candidates in this order; None for `possible_strategies`.
+        strategy: The only strategy to try; None for `possible_strategies`.
 
     Returns:
         The strategy, and the operators of the batch.
@@ -103,23 +103,24 @@ def choose_strategy(
     direction = zeros_for_missing(tensors, gradients)
 
     errors: list[str] = []
-    for strategy in strategies or possible_strategies(refs, operators):
+    for candidate in possible_strategies(refs, operators) if strategy is None else (strategy,):
         try:
-            if strategy == "reverse_over_forward":
+            # The product comes first: its error names the operator.
+            STRATEGIES[candidate](model, refs, scored, direction, batch, loss)
+            if candidate == "reverse_over_forward":
                 _verify_reverse_over_forward(model, refs, direction, batch, loss, gradients)
             else:
                 _verify_double_backward(model, refs, batch, loss)
-            STRATEGIES[strategy](model, refs, scored, direction, batch, loss)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             # The forward and backward passes have succeeded above, so the second derivative is what fails.
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            errors.append(f"{strategy.replace('_', ' ')}: {reason}")
+            errors.append(f"{candidate.replace('_', ' ')}: {reason}")
             continue
         if errors:
-            log.info("Hessian-gradient products by %s, because of %s", strategy.replace("_", " "), "; ".join(errors))
-        return strategy, operators
+            log.info("Hessian-gradient products by %s, because of %s", candidate.replace("_", " "), "; ".join(errors))
+        return candidate, operators
 
     named = f" (custom functions in the graph: {', '.join(custom)})" if custom else ""
     raise SettingsError(

@@ -206,7 +206,9 @@ def _name_of_norm(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: C
     """Return the name of the norm that follows a layer, by the graph or else by the order of registration."""
     if graph is not None and layer.name in graph.layers:
         norm = graph.layers[layer.name].norm
-        return norm if norm in modules and getattr(modules[norm], "weight", None) is not None else None
+        if norm is None or norm not in modules or getattr(modules[norm], "weight", None) is None:
+            return None
+        return norm
     if not layer.name:
         return None
     parent_name, _, own_name = layer.name.rpartition(".")

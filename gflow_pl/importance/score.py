@@ -140,13 +140,18 @@ def score_filters(
             layers = [layer for layer in layers if layer.name in flows]
 
         # The formula of the measure.
-        vectors = formula.vectors(layers, layer_values(layers, measure), flows, private_generator(device, seed))
+        vectors = formula.vectors(
+            layers, layer_values(layers, measure), flows, private_generator(measure, device, seed)
+        )
         return Scores(vectors, measure=measure.name)
 
 
-def private_generator(device: torch.device, seed: int) -> torch.Generator:
-    """Return a seeded generator on a device: the same numbers on every rank, without use of the global generators."""
-    return torch.Generator(device).manual_seed(seed)
+def private_generator(measure: Importance, device: torch.device, seed: int) -> torch.Generator | None:
+    """Return the seeded generator of a measure of noise, None for any other measure.
+
+    It gives the same numbers on every rank, and the global generators are not used.
+    """
+    return torch.Generator(device).manual_seed(seed) if measure.statistic == "noise" else None
 
 
 def checked_temperature(measure: Importance, temperature: float | None) -> float:

@@ -140,7 +140,8 @@ class Tracker:
                 layers, flows = self._gradient_rows(layers, gradients)
 
             # The scores of this batch, and the average.
-            generator = private_generator(layers[0].tensors("weight")[0].value.device, self.seed)
+            device = layers[0].tensors("weight")[0].value.device
+            generator = private_generator(measure, device, self.seed)
             new = self._formula.vectors(layers, layer_values(layers, measure), flows, generator)
         self._running = exponential_average(self._running, new, self.alpha)
         self.num_updates += 1

@@ -1,4 +1,4 @@
-"""Hessian-gradient products: three ways, their fallbacks and what is refused."""
+"""Hessian-gradient products: two strategies, the choice between them, and the models that are refused."""
 
 import logging
 
@@ -10,23 +10,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gflow_pl import models, rewrite, select_units, trace_channels
-from gflow_pl.importance import hessian, hessian_strategies, measure_names, resolve_measure, score_filters
+from gflow_pl.importance import hessian_strategies, measure_names, resolve_measure, score_filters
 from gflow_pl.importance.gradients import graph_nodes, loss_function
 from gflow_pl.importance.hessian import HessianProducts, flow_tensors, second_order_kernels
 from gflow_pl.importance.layers import find_layers, unique_refs
+from gflow_pl.importance.loss_operators import loss_and_operators
 from gflow_pl.importance.reduction import Ranks
 from gflow_pl.importance.scoring_mode import scoring_mode
 
-WAYS = ("reverse_over_forward", "forward_over_reverse", "double_backward")
+FAST, SAFE = "reverse_over_forward", "double_backward"
 
 
-def products(net, batches, way=None):
-    layers = find_layers(net)
+def products(net, batches, strategy=None, loss=None):
+    """The strategy that was taken, and the products."""
+    layers, loss = find_layers(net), loss or loss_function(None, None, 1.0)
     with scoring_mode(net), second_order_kernels():
-        made = HessianProducts(
-            net, layers, unique_refs(layers, "weight"), loss_function(None, None, 1.0), batches[0], way
-        )
-        return made.way, made.of(batches, Ranks())
+        found = HessianProducts(net, layers, unique_refs(layers, "weight"), loss, batches[0], strategy)
+        return found.strategy, found.compute(batches, Ranks())
 
 
 class Checkpointed(nn.Module):
@@ -84,12 +84,11 @@ class Several(nn.Module):
         return self.head(F.hardswish(x + self.mix(x)).mean(1))
 
 
-# The gradient of a group norm, which `Several` holds, has no forward derivative: there the second way is closed.
-@pytest.mark.parametrize(("make", "way"), [*((mixed, way) for way in WAYS), (Several, WAYS[0])])
-def test_all_ways_agree(make, way):
-    found, ours = products(make(), class_batches(), way)
-    _, theirs = products(make(), class_batches(), "double_backward")
-    assert found == way
+@pytest.mark.parametrize("make", [mixed, Several])
+def test_both_strategies_agree(make):
+    taken, ours = products(make(), class_batches())
+    _, theirs = products(make(), class_batches(), SAFE)
+    assert taken == FAST
     assert all(largest_difference(ours[name], theirs[name]) < 1e-10 for name in theirs)
 
 
@@ -98,7 +97,7 @@ def pairs(h):
     return h.flatten(2).transpose(1, 2)
 
 
-# For every operator that the first way is taken for, a function of activations in which it stands.
+# For every operator that reverse over forward is used with, a function of activations that contains it.
 OPERATORS = {
     "torch::autograd::AccumulateGrad": lambda h: h,
     "Convolution": lambda h: h,
@@ -158,12 +157,12 @@ OPERATORS = {
 }
 
 
-def test_every_operator_of_the_first_way_is_shown_to_allow_it():
-    assert set(OPERATORS) == hessian_strategies._FORWARD_TWICE
+def test_every_operator_of_the_list_is_verified():
+    assert set(OPERATORS) == hessian_strategies.FORWARD_DIFFERENTIABLE_TWICE
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_first_way_is_right_for_an_operator(operator):
+def test_reverse_over_forward_is_right_for_an_operator(operator):
     torch.manual_seed(0)
     net, batch = nn.Conv2d(2, 4, 3, padding=1).double(), class_batches(1)[0]
     seen = set()
@@ -173,15 +172,12 @@ def test_the_first_way_is_right_for_an_operator(operator):
         seen.update(node.name().split("Backward")[0] for node in graph_nodes(value))
         return value
 
-    layers = find_layers(net)
-    found = {}
-    for way in WAYS[0], WAYS[2]:
-        with scoring_mode(net), second_order_kernels():
-            made = HessianProducts(net, layers, unique_refs(layers, "weight"), loss, batch, way)
-            found[made.way] = made.of([batch], Ranks())["weight"]
+    taken, found = products(net, [batch], loss=loss)
+    _, expected = products(net, [batch], SAFE, loss=loss)
+    assert taken == FAST
     assert operator in seen
-    assert largest_difference(found["reverse_over_forward"], found["double_backward"]) < 1e-10
-    assert found["double_backward"].abs().max() > 0
+    assert largest_difference(found["weight"], expected["weight"]) < 1e-10
+    assert expected["weight"].abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -193,27 +189,37 @@ def test_the_first_way_is_right_for_an_operator(operator):
         lambda h: Detached.apply(h),
     ],
 )
-def test_the_first_way_is_not_taken_where_it_would_be_wrong(operator):
+def test_reverse_over_forward_is_not_used_for_operators_that_it_is_wrong_for(operator):
     torch.manual_seed(0)
     net, batch = nn.Conv2d(2, 4, 3, padding=1).double(), class_batches(1)[0]
-    layers = find_layers(net)
-    found = []
-    for way in WAYS[0], WAYS[2]:
-        with scoring_mode(net), second_order_kernels():
-            made = HessianProducts(
-                net, layers, unique_refs(layers, "weight"), lambda m, b: operator(m(b[0])).pow(3).mean(), batch, way
-            )
-            found.append(made.of([batch], Ranks())["weight"])
-            assert made.way != "reverse_over_forward"
-    assert largest_difference(*found) < 1e-9
+
+    def loss(model, batch):
+        return operator(model(batch[0])).pow(3).mean()
+
+    taken, _ = products(net, [batch], loss=loss)
+    assert taken == SAFE
+    _, right = products(net, [batch], SAFE, loss=loss)
+    try:
+        _, wrong = products(net, [batch], FAST, loss=loss)
+    except ValueError:
+        return  # it is refused, which is as good a reason
+    assert largest_difference(wrong["weight"], right["weight"]) > 1e-6
 
 
 @pytest.mark.parametrize("make", [lambda: Checkpointed(False), Attention, Recurrent])
-def test_where_the_first_way_is_closed_the_others_give_the_same(make):
-    found, ours = products(make(), class_batches())
-    assert found != "reverse_over_forward"
-    _, theirs = products(make(), class_batches(), "double_backward")
-    assert all(largest_difference(ours[name], theirs[name]) < 1e-9 for name in theirs)
+def test_other_models_are_differentiated_by_double_backward(make):
+    taken, ours = products(make(), class_batches())
+    assert taken == SAFE
+    layers = [name for name, module in make().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    net = make().eval()
+    with second_order_kernels():
+        loss = sum(F.cross_entropy(net(x), y) for x, y in class_batches()) / 3
+        parameters = dict(net.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
+        speed = sum((g * g.detach()).sum() for g in gradients)
+        products_by_hand = torch.autograd.grad(speed, list(parameters.values()), materialize_grads=True)
+    theirs = dict(zip(parameters, products_by_hand, strict=True))
+    assert all(largest_difference(ours[f"{layer}.weight"], theirs[f"{layer}.weight"]) < 1e-9 for layer in layers)
 
 
 def test_fused_transformer_layers_are_back_after_scoring():
@@ -222,7 +228,7 @@ def test_fused_transformer_layers_are_back_after_scoring():
 
 
 def test_a_compiled_network_is_differentiated_twice_as_it_was_written():
-    """What a compiler has made of it can be differentiated only once."""
+    """A compiled graph can be differentiated only once."""
     torch._dynamo.reset()
     plain = mixed()
     nn.utils.parametrizations.weight_norm(plain.hidden)
@@ -231,35 +237,35 @@ def test_a_compiled_network_is_differentiated_twice_as_it_was_written():
     assert all(torch.equal(ours[f"_orig_mod.{layer}"], theirs[layer]) for layer in theirs)
 
 
-def test_the_way_follows_from_facts_of_the_model():
+def test_a_derived_weight_is_differentiated_by_double_backward():
     net = mixed()
-    assert products(net, class_batches())[0] == "reverse_over_forward"
+    assert products(net, class_batches())[0] == FAST
     nn.utils.parametrizations.weight_norm(net.hidden)
-    assert products(net, class_batches())[0] == "double_backward"
+    assert products(net, class_batches())[0] == SAFE
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_every_network_of_ours_goes_the_cheapest_way(name):
+def test_every_network_of_the_package_is_differentiated_by_reverse_over_forward(name):
     net = getattr(models, name)(num_classes=10).eval()
     batch = (torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
-    _, facts = hessian_strategies.watched_loss(net, batch, loss_function(None, None, 5.0))
-    assert hessian_strategies.possible_ways(flow_tensors(net, find_layers(net)), facts)[0] == "reverse_over_forward"
+    _, operators = loss_and_operators(loss_function(None, None, 5.0), net, batch)
+    assert hessian_strategies.possible_strategies(flow_tensors(net, find_layers(net)), operators)[0] == FAST
 
 
-def test_a_network_whose_filters_were_cut_out_is_still_differentiated_the_cheapest_way():
+def test_a_pruned_network_is_still_differentiated_by_reverse_over_forward():
     torch.manual_seed(0)
     net = models.resnet56(num_classes=3).double()
     graph = trace_channels(net, torch.randn(1, 3, 32, 32, dtype=torch.float64))
     rewrite(net, graph, select_units(graph, score_filters(net, "random"), 0.5))
     batches = [(torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.arange(3))]
-    found, ours = products(net, batches)
-    _, theirs = products(net, batches, "double_backward")
-    assert found == "reverse_over_forward"
+    taken, ours = products(net, batches)
+    _, theirs = products(net, batches, SAFE)
+    assert taken == FAST
     assert all(largest_difference(ours[name], theirs[name]) < 1e-10 for name in theirs)
 
 
 class Detached(torch.autograd.Function):
-    """x^3 whose forward derivative hides from autograd that it depends on x, which nothing forbids."""
+    """x^3 with a forward derivative that autograd cannot differentiate, because it is computed from a detached x."""
 
     @staticmethod
     def forward(x):
@@ -301,17 +307,15 @@ class CubeNet(nn.Module):
         return self.inner.head(self.cube(torch.tanh(self.inner.hidden(self.inner.conv1(x).mean((2, 3))))))
 
 
-def test_an_operator_without_forward_derivative_falls_back_and_says_so(caplog):
-    with caplog.at_level(logging.INFO, logger="gflow_pl"):
-        way, ours = products(CubeNet(Cube.apply), class_batches(), "forward_over_reverse")
-    assert way == "double_backward"
-    assert "outside of the graph" in caplog.text  # the forward of a custom function
-    _, theirs = products(CubeNet(lambda x: x**3), class_batches(), "double_backward")
+def test_a_function_without_forward_derivative_is_differentiated_by_double_backward():
+    taken, ours = products(CubeNet(Cube.apply), class_batches())
+    assert taken == SAFE
+    _, theirs = products(CubeNet(lambda x: x**3), class_batches(), SAFE)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-9, atol=0) for name in theirs)
 
 
 class Held(nn.Module):
-    """Keeps its weight in a list of its own, where no dual number reaches it."""
+    """Keeps its weight in a list, where it cannot be replaced."""
 
     def __init__(self):
         super().__init__()
@@ -324,11 +328,11 @@ class Held(nn.Module):
         return self.head(torch.tanh(F.linear(x.flatten(1), self.held[0])) + self.first.bias)
 
 
-def test_weights_that_dual_numbers_do_not_reach_get_their_share_of_the_product(caplog):
+def test_weights_that_cannot_be_replaced_are_differentiated_by_double_backward_and_that_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="gflow_pl"):
-        way, _ = products(Held(), class_batches())
-    assert way == "double_backward"
-    assert caplog.text.count("do not reach the weight 'first.weight'") == 2
+        taken, _ = products(Held(), class_batches())
+    assert taken == SAFE
+    assert caplog.text.count("do not reach the weight 'first.weight'") == 1
 
 
 @pytest.mark.parametrize("measure", [name for name in measure_names() if resolve_measure(name).needs_gradients])
@@ -415,31 +419,29 @@ class Branching(nn.Module):
 
 
 BRANCHES = {
-    "layer_norm": (lambda h: F.layer_norm(h, (6,)), lambda h: h, "forward_over_reverse"),
-    "no_grad": (without_graph, lambda h: h, "double_backward"),
-    "data": (lambda h: h / h.data.abs().mean(), lambda h: h, "double_backward"),
-    "custom": (lambda h: Cube.apply(h), lambda h: h, "double_backward"),
-    "no_grad, in the same graph": (without_graph, lambda h: h / h.new_tensor(2.0), "double_backward"),
+    "layer_norm": (lambda h: F.layer_norm(h, (6,)), lambda h: h),
+    "no_grad": (without_graph, lambda h: h),
+    "data": (lambda h: h / h.data.abs().mean(), lambda h: h),
+    "custom": (lambda h: Cube.apply(h), lambda h: h),
+    "no_grad, in the same graph": (without_graph, lambda h: h / h.new_tensor(2.0)),
 }
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_a_batch_that_takes_another_branch_gets_a_way_of_its_own(branch, monkeypatch):
-    operator, usual, expected = BRANCHES[branch]
+def test_a_batch_that_takes_another_branch_gets_its_own_strategy(branch, monkeypatch):
+    operator, usual = BRANCHES[branch]
     net, batches, taken = Branching(operator, usual).eval(), class_batches(4), []
     batches[2] = (batches[2][0] + 1, batches[2][1])
 
-    def noted(way, product):
-        return lambda *args: taken.append((way, len(args[4][0]))) or product(*args)
+    def noting(strategy, product):
+        return lambda *args: taken.append((strategy, len(args[4][0]))) or product(*args)
 
-    monkeypatch.setattr(
-        hessian_strategies, "WAYS", {way: noted(way, product) for way, product in hessian_strategies.WAYS.items()}
-    )
-    monkeypatch.setattr(hessian, "WAYS", hessian_strategies.WAYS)
+    for strategy, product in list(hessian_strategies.STRATEGIES.items()):
+        monkeypatch.setitem(hessian_strategies.STRATEGIES, strategy, noting(strategy, product))
     first, ours = products(net, batches)
-    assert first == "reverse_over_forward"
-    assert [way for way, size in taken if size == 6].count("reverse_over_forward") == 3
-    assert (expected, 6) in taken
+    assert first == FAST
+    assert [strategy for strategy, size in taken if size == 6].count(FAST) == 3
+    assert (SAFE, 6) in taken
 
     parameters = list(net.parameters())
     loss = sum(F.cross_entropy(net(x), y) for x, y in batches) / 4
@@ -457,7 +459,7 @@ def test_a_branch_that_can_be_differentiated_only_once_is_refused_where_it_is_me
         score_filters(Branching(Once.apply), "grasp", batches, balanced=False)
 
 
-def test_an_operator_of_torch_without_second_derivative_is_named():
+def test_an_operator_without_second_derivative_is_named():
     def loss(model, batch):
         return F.multi_margin_loss(model(batch[0]), batch[1])
 

@@ -8,7 +8,7 @@ from importance_nets import class_batches, largest_difference, mixed
 from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
-from gflow_pl.importance import measure_names, score_filters
+from gflow_pl.importance import measure_names, resolve_measure, score_filters
 
 NORMS = {"conv1": "bn1", "grouped": "bn2"}
 GROUPS = {"up": 2}
@@ -75,55 +75,81 @@ def norm_pair(net, layer, number, grads):
     return torch.tensor(1.0), torch.tensor(0.0), scale_gradient, bias_gradient
 
 
+class Filter:
+    """A filter with everything that a slow version of a measure may read."""
+
+    def __init__(self, net, layer, number, start, mean, per_batch, sizes, product):
+        weights = {name: p.detach() for name, p in net.named_parameters()}
+        key = f"{layer}.weight"
+        self.weight = filter_of(weights[key], layer, number)
+        self.start = self.weight * 0 if start is None else filter_of(start[key], layer, number)
+        self.gradient = filter_of(mean[key], layer, number)
+        self.batch_gradients = [filter_of(gradients[key], layer, number) for gradients in per_batch]
+        self.shares = [size / sum(sizes) for size in sizes]
+        self.product = filter_of(product[key], layer, number)
+        self.has_norm = layer in NORMS
+        self.norms = [norm_pair(net, layer, number, gradients) for gradients in per_batch]
+
+    @property
+    def distance(self):
+        """|theta| without initial weights, which then count as zero."""
+        return (self.weight - self.start).abs()
+
+
+def averaged(f):
+    score = 0.0
+    for gradient in f.batch_gradients:
+        score = 0.8 * float((f.distance * (f.weight * gradient).abs()).sum()) + 0.2 * score
+    return score
+
+
+def nvidia(f):
+    pairs = zip(f.norms, f.shares, strict=True)
+    return sum(share * ((w * g_w) ** 2 + (b * g_b) ** 2) for (w, b, g_w, g_b), share in pairs)
+
+
+REFERENCES = {
+    "magnitude": lambda f: sum(float(v) ** 2 for v in f.weight) ** 0.5,
+    "l1": lambda f: sum(abs(float(v)) for v in f.weight),
+    "bn": lambda f: abs(f.norms[0][0]) if f.has_norm else 1.0,
+    "loss": lambda f: sum(abs(float(w * g)) for w, g in zip(f.weight, f.gradient, strict=True)),
+    "biased_loss": lambda f: sum(
+        abs(float(d)) * abs(float(w * g)) for d, w, g in zip(f.distance, f.weight, f.gradient, strict=True)
+    ),
+    "biased_loss_tracked": averaged,
+    "tfo": lambda f: abs(sum(float(w * g) for w, g in zip(f.weight, f.gradient, strict=True))),
+    "fisher": lambda f: sum(
+        share * float((f.weight**2 * g**2).sum()) for g, share in zip(f.batch_gradients, f.shares, strict=True)
+    ),
+    "nvidia": nvidia,
+    "grasp": lambda f: (f.weight * f.product).sum(),
+    "grad_preserve": lambda f: (f.weight * f.product).sum().abs(),
+}
+"""The slow version of every measure: the score of one `Filter`."""
+
+
 def reference(measure, net, batches, temperature, start=None):
-    weights = {name: p.detach() for name, p in net.named_parameters()}
     per_batch = [gradients(net, batch, temperature) for batch in batches]
     sizes = [len(labels) for _, labels in batches]
     mean = mean_gradient(net, batches, temperature)
-    if measure in ("grasp", "grad_preserve"):
-        product = full_hessian_product(net, batches, temperature)
-    layers = [name for name, module in net.named_modules() if hasattr(module, "weight") and name not in NORMS.values()]
+    product = full_hessian_product(net, batches, temperature) if resolve_measure(measure).needs_hessian else mean
     scores = {}
-    for layer in layers:
-        key, found = f"{layer}.weight", []
-        for n in range(num_filters(weights[key], layer)):
-            w, g = filter_of(weights[key], layer, n), filter_of(mean[key], layer, n)
-            away = w if start is None else w - filter_of(start[key], layer, n)
-            if measure == "magnitude":
-                score = sum(float(v) ** 2 for v in w) ** 0.5
-            elif measure == "l1":
-                score = sum(abs(float(v)) for v in w)
-            elif measure == "bn":
-                score = abs(float(weights[f"{NORMS[layer]}.weight"][n])) if layer in NORMS else 1.0
-            elif measure == "loss":
-                score = sum(abs(float(a * b)) for a, b in zip(w, g, strict=True))
-            elif measure == "biased_loss":
-                score = sum(abs(float(c)) * abs(float(a * b)) for a, b, c in zip(w, g, away, strict=True))
-            elif measure == "biased_loss_tracked":
-                score = 0.0
-                for grads in per_batch:
-                    b = filter_of(grads[key], layer, n)
-                    score = 0.8 * float((away.abs() * (w * b).abs()).sum()) + 0.2 * score
-            elif measure == "tfo":
-                score = abs(sum(float(a * b) for a, b in zip(w, g, strict=True)))
-            elif measure == "fisher":
-                score = 0.0
-                for grads, size in zip(per_batch, sizes, strict=True):
-                    score += float((w**2 * filter_of(grads[key], layer, n) ** 2).sum()) * size / sum(sizes)
-            elif measure == "nvidia":
-                score = 0.0
-                for grads, size in zip(per_batch, sizes, strict=True):
-                    scale, shift, of_scale, of_shift = norm_pair(net, layer, n, grads)
-                    score += float((scale * of_scale) ** 2 + (shift * of_shift) ** 2) * size / sum(sizes)
-            elif measure in ("grasp", "grad_preserve"):
-                score = float((w * filter_of(product[key], layer, n)).sum())
-                score = abs(score) if measure == "grad_preserve" else score
-            found.append(score)
-        scores[layer] = torch.tensor(found, dtype=torch.float64)
+    for layer in [
+        name for name, module in net.named_modules() if hasattr(module, "weight") and name not in NORMS.values()
+    ]:
+        filters = [
+            Filter(net, layer, number, start, mean, per_batch, sizes, product)
+            for number in range(num_filters(net.get_parameter(f"{layer}.weight"), layer))
+        ]
+        scores[layer] = torch.tensor([float(REFERENCES[measure](f)) for f in filters], dtype=torch.float64)
     return scores
 
 
-MEASURES = [name for name in measure_names() if name != "random"]
+MEASURES = [name for name in measure_names() if resolve_measure(name).statistic != "noise"]
+
+
+def test_every_measure_has_a_slow_version():
+    assert set(REFERENCES) == set(MEASURES)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
@@ -147,7 +173,7 @@ def test_initial_weights_turn_the_bias_into_the_distance_from_them(measure):
     assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in ours)
 
 
-@pytest.mark.parametrize("measure", [name for name in MEASURES if name not in ("magnitude", "l1", "bn")])
+@pytest.mark.parametrize("measure", [name for name in MEASURES if resolve_measure(name).needs_gradients])
 @pytest.mark.parametrize("bias", ["magnitude", "distance_from_init"])
 def test_each_gradient_measure_takes_each_bias(measure, bias):
     net, batches, start = mixed(), class_batches(), mixed(seed=7).state_dict()
@@ -163,5 +189,5 @@ def test_each_gradient_measure_takes_each_bias(measure, bias):
     factor = 0.5 if bias == "magnitude" else 0.25
     assert any(not torch.equal(plain[layer], biased[layer]) for layer in plain)
     # The head of nvidia and the like has no norm: its stand-in has weight 1 and bias 0, not half.
-    layers = NORMS if measure == "nvidia" else again
+    layers = NORMS if resolve_measure(measure).reads == "norm" else again
     assert all(largest_difference(of_one_size[layer], again[layer] * factor) < 1e-9 for layer in layers)

@@ -128,7 +128,7 @@ def test_no_more_batches_are_on_the_device_the_more_there_are(measure, balanced,
         most.append(sum(copy() is not None for copy in copies))
         return here
 
-    monkeypatch.setattr(batches, "_moved", copy)
+    monkeypatch.setattr(batches, "_move", copy)
     score_filters(mixed(), measure, class_batches(12), balanced=balanced)
     passes = 2 if resolve_measure(measure).needs_hessian else 1
     assert len(most) >= 2 * 2 * passes
