@@ -1,4 +1,4 @@
-"""The command ``gflow``: answers help and version at once, and loads the rest only when there is work to do."""
+"""The command ``gflow``. Help and version are printed without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from gflow_pl import __version__
 
 COMMANDS = {
     "fit": "Train a network.",
-    "prune": "Train a network, prune its filters over rounds, train on.",
-    "finetune": "Train on from a pruned file: epoch 0, fresh optimizer, pruned shape kept.",
+    "prune": "Train a network, prune its filters over several rounds, and continue training.",
+    "finetune": "Train a pruned network from a file further, with a new optimizer.",
     "validate": "Measure a checkpoint on the validation data.",
     "test": "Report accuracy, multiply-accumulates, FLOPs, parameters and compression of a checkpoint.",
-    "predict": "Write the class and its probability for every image.",
+    "predict": "Write the class and its probability for every image to predictions.csv.",
 }
+"""Name of every command to its summary, the first line of the docstring of the method of `GflowTrainer`."""
 
 _HELP = """usage: gflow [-h] [--version] COMMAND [OPTIONS]
 
@@ -25,13 +26,21 @@ Structured pruning while you train, for PyTorch Lightning.
 commands:
 {commands}
 
-Every command explains its options: gflow prune --help. Settings come from YAML files as well, by path or by the name
-of one that is shipped: gflow prune --config demo. What is written goes to a folder of its own under checkpoints/.
+To list the options of a command, use gflow COMMAND --help. Settings can also come from YAML files, which are given by
+their path or by the name of a shipped file: gflow prune --config demo. Every run writes to a new folder in checkpoints/.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 success, 2 bad input)."""
+    """Run one command.
+
+    Args:
+        arguments: The command and its options; None takes them from `sys.argv`.
+
+    Returns:
+        The exit status: 0 for success, 2 for an error that the user can correct, 130 after Ctrl-C.
+    """
+    # Answer what needs no import.
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())), end="")
@@ -44,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" Did you mean '{close[0]}'?" if close else ""
         print(f"gflow: unknown command '{arguments[0]}'. Known: {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
-    # Lightning calls three names that jsonargparse 4 has marked for removal in 5; our pin keeps them.
+
+    # Run the command. Lightning uses three names that jsonargparse will remove in version 5, which we exclude.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    from gflow_pl.cli import run  # here: it imports torch and Lightning, which takes seconds
+    from gflow_pl.cli import run
 
     return run(arguments)
 

@@ -1,4 +1,4 @@
-"""The commands: everything is assembled here, nothing is decided here."""
+"""The commands. This room assembles the other rooms, and contains no logic of training or pruning."""
 
 from gflow_pl.cli.run import run
 

@@ -1,4 +1,4 @@
-"""A folder for every run."""
+"""A new folder for every run."""
 
 from __future__ import annotations
 
@@ -6,59 +6,77 @@ import os
 from pathlib import Path
 
 from gflow_pl.callbacks.lightning.ranks import is_first_process
+from gflow_pl.common.errors import SettingsError
 
-__all__ = ["claim_folder", "release_if_empty"]
+__all__ = ["ClaimedFolder"]
 
-_HANDED_DOWN = "GFLOW_RUN_FOLDER"
+_FOLDER_OF_FIRST_PROCESS = "GFLOW_RUN_FOLDER"
+"""Environment variable by which the first process passes its folder to the processes that Lightning starts."""
 
 
-def claim_folder(root: str, name: str) -> Path:
-    """Make a new folder for a run: `name`, or the first of name-2, name-3, ... that is free.
+class ClaimedFolder:
+    """The folder of one run, which no other run writes to.
 
-    Processes that Lightning starts for further ranks use the folder of the first; those that somebody else starts
-    (torchrun, SLURM, a command a node) write nothing by themselves, so their answer does not matter.
-
-    Raises:
-        ValueError: Nothing can be written there, or the name is more than a name.
+    Attributes:
+        path: The folder; None until `claim` is called.
     """
-    if name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"`--name` must be the name of one folder, got '{name}': where it lies is set by --out.")
-    if _HANDED_DOWN in os.environ and not is_first_process():
-        return Path(os.environ[_HANDED_DOWN])
-    if not is_first_process():
-        return Path(root) / name
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def claim(self, root: str, name: str) -> Path:
+        """Create a new folder in `root`: `name`, or the first of name-2, name-3, ... that does not exist.
+
+        Only the first process creates a folder. Processes that Lightning starts use the folder of the first process. Processes
+        that torchrun, SLURM or the user start write nothing, so for them the name alone is enough.
+
+        Raises:
+            SettingsError: The folder cannot be written, or `name` is not the name of one folder.
+        """
+        if name in (".", "..") or Path(name).name != name:
+            raise SettingsError(
+                f"`--name` must be the name of one folder, got '{name}': use --out to set where it lies."
+            )
+        if is_first_process():
+            self.path = _new_folder(Path(root), name)
+            os.environ[_FOLDER_OF_FIRST_PROCESS] = str(self.path)
+        else:
+            self.path = Path(os.environ.get(_FOLDER_OF_FIRST_PROCESS, Path(root) / name))
+        return self.path
+
+    def release_if_empty(self) -> None:
+        """Delete the folder if the run wrote nothing but its settings, because it failed early or has no results."""
+        os.environ.pop(_FOLDER_OF_FIRST_PROCESS, None)
+        if self.path is None or not is_first_process() or not self.path.is_dir():
+            return
+        files = [path for path in self.path.rglob("*") if path.is_file()]
+        if not all(path.name == "config.yaml" or path.name.startswith(("events.out", "hparams")) for path in files):
+            return
+        for path in files:
+            path.unlink()
+        for path in sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True):
+            path.rmdir()
+        self.path.rmdir()
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """Create the first folder of name, name-2, name-3, ... that does not exist."""
     number = 1
     while True:
-        folder = Path(root) / (name if number == 1 else f"{name}-{number}")
+        folder = root / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
+            break
         except FileExistsError:
             if not folder.is_dir():
-                raise ValueError(
-                    f"The output folder '{folder}' cannot be made: a file is in its place. Choose another --out."
+                raise SettingsError(
+                    f"The output folder '{folder}' cannot be created because a file has that name: choose another --out."
                 ) from None
             number += 1
         except OSError as error:
-            raise ValueError(
+            raise SettingsError(
                 f"The output folder '{folder}' cannot be written ({error.strerror}): choose another with --out."
             ) from None
-        else:
-            break
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"The output folder '{folder}' cannot be written: choose another with --out.")
-    os.environ[_HANDED_DOWN] = str(folder)
+        raise SettingsError(f"The output folder '{folder}' cannot be written: choose another with --out.")
     return folder
-
-
-def release_if_empty(folder: Path | None) -> None:
-    """Take the folder of a run that never began away again, if nothing but its settings is in it."""
-    os.environ.pop(_HANDED_DOWN, None)
-    if folder is None or not is_first_process() or not folder.is_dir():
-        return
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    if all(path.name == "config.yaml" or path.name.startswith(("events.out", "hparams")) for path in files):
-        for path in files:
-            path.unlink()
-        for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-            path.rmdir()
-        folder.rmdir()

@@ -1,4 +1,4 @@
-"""Settings files that are found by name."""
+"""Find settings files by name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import difflib
 from pathlib import Path
 
 import gflow_pl
+from gflow_pl.common.errors import SettingsError
 
 __all__ = ["config_folder", "with_config_paths"]
 
 
 def config_folder() -> Path:
-    """Where the shipped settings files are: in the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped settings files: in the installed package, or beside the package in a checkout."""
     package = Path(gflow_pl.__file__).parent
-    inside, beside = package / "configs", package.parent / "configs"
-    return inside if inside.is_dir() else beside
+    installed, checkout = package / "configs", package.parent / "configs"
+    return installed if installed.is_dir() else checkout
 
 
 def with_config_paths(arguments: list[str]) -> list[str]:
-    """Replace the name of a shipped settings file after ``--config`` by its path.
+    """Replace the name of a shipped settings file after ``--config`` or ``-c`` by its path.
 
-    A file of that name in the working folder wins.
+    A file of that name in the working directory takes precedence.
 
     Raises:
-        ValueError: There is neither a file nor a shipped one of that name.
+        SettingsError: Neither such a file nor a shipped one exists.
     """
     result = list(arguments)
     for position, argument in enumerate(arguments):
@@ -31,13 +32,14 @@ def with_config_paths(arguments: list[str]) -> list[str]:
         if option not in ("--config", "-c"):
             continue
         if value:
-            result[position] = f"{option}={_path_of(value)}"
+            result[position] = f"{option}={_config_path(value)}"
         elif position + 1 < len(arguments):
-            result[position + 1] = _path_of(arguments[position + 1])
+            result[position + 1] = _config_path(arguments[position + 1])
     return result
 
 
-def _path_of(name: str) -> str:
+def _config_path(name: str) -> str:
+    """Return the path of a settings file that is given by its path or by the name of a shipped one."""
     if Path(name).is_file():
         return name
     shipped = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
@@ -46,6 +48,6 @@ def _path_of(name: str) -> str:
         return str(shipped[stem])
     close = difflib.get_close_matches(stem, shipped, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise ValueError(
-        f"There is no settings file '{name}', and none of that name is shipped. Known: {', '.join(shipped)}.{hint}"
+    raise SettingsError(
+        f"There is no settings file '{name}', neither at that path nor among the shipped ones: {', '.join(shipped)}.{hint}"
     )

@@ -1,4 +1,4 @@
-"""The Trainer behind the commands; its methods' signatures are the commands' options."""
+"""The Trainer of the commands. The parameters and docstring of a method are the options and help of a command."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import _PREDICT_OUTPUT
 
-__all__ = ["GflowTrainer"]
+__all__ = ["TRAINING_COMMANDS", "GflowTrainer"]
+
+TRAINING_COMMANDS = ("fit", "prune", "finetune")
+"""Commands that train: they write checkpoints, metrics and logs."""
 
 
 class GflowTrainer(pl.Trainer):
-    """A Lightning Trainer with the further commands `prune` and `finetune`."""
+    """A Lightning Trainer with the additional commands `prune` and `finetune`."""
 
     def fit(  # type: ignore[override]
         self,
@@ -25,8 +28,8 @@ class GflowTrainer(pl.Trainer):
         Args:
             model: The module to train.
             datamodule: The data.
-            ckpt_path: Checkpoint of a run to resume: weights, optimizer, epoch, rows and all.
-            pretrained: File to start from, for its weights and its shape only.
+            ckpt_path: Checkpoint of a run to resume, with its optimizer, epoch and metrics.
+            pretrained: File to start from. Only its weights and its shape are used.
         """
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 
@@ -37,13 +40,13 @@ class GflowTrainer(pl.Trainer):
         ckpt_path: str | None = None,
         pretrained: str | None = None,
     ) -> None:
-        """Train a network, prune its filters over rounds, train on.
+        """Train a network, prune its filters over several rounds, and continue training.
 
         Args:
             model: The module to train and prune.
             datamodule: The data.
-            ckpt_path: Checkpoint of a pruning run to resume: weights, optimizer, epoch, rounds, rows and all.
-            pretrained: File to start from, for its weights and its shape only.
+            ckpt_path: Checkpoint of a pruning run to resume, with its optimizer, epoch, rounds and metrics.
+            pretrained: File to start from. Only its weights and its shape are used.
         """
         self.fit(model, datamodule, ckpt_path)
 
@@ -53,12 +56,14 @@ class GflowTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         pretrained: str | None = None,
     ) -> None:
-        """Train on from a pruned file: epoch 0, fresh optimizer, pruned shape kept.
+        """Train a pruned network from a file further, with a new optimizer.
+
+        Training starts at epoch 0, and the network keeps its pruned shape.
 
         Args:
             model: The module to train.
             datamodule: The data.
-            pretrained: File to start from, for its weights and its shape.
+            pretrained: File to start from. Only its weights and its shape are used.
         """
         self.fit(model, datamodule)
 
@@ -75,7 +80,7 @@ class GflowTrainer(pl.Trainer):
             model: The module.
             datamodule: The data.
             ckpt_path: Checkpoint to measure.
-            pretrained: The same, also for files that are no Lightning checkpoints.
+            pretrained: File to measure, which need not be a Lightning checkpoint.
         """
         return super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 
@@ -95,10 +100,10 @@ class GflowTrainer(pl.Trainer):
             model: The module.
             datamodule: The data.
             ckpt_path: Checkpoint to report on.
-            pretrained: The same, also for files of the published code.
-            base: File of the unpruned network, to measure its accuracy too.
-            counts_only: Only count; no data is read.
-            dataloaders: Loaders in place of the data.
+            pretrained: File to report on, which may be a file of the published code.
+            base: File of the unpruned network, whose accuracy is then measured as well.
+            counts_only: Whether to report the size only, without reading data.
+            dataloaders: Loaders that replace the data.
         """
         return super().test(
             model, dataloaders=dataloaders, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, verbose=False
@@ -117,6 +122,6 @@ class GflowTrainer(pl.Trainer):
             model: The module.
             datamodule: The data.
             ckpt_path: Checkpoint to predict with.
-            pretrained: The same, also for files that are no Lightning checkpoints.
+            pretrained: File to predict with, which need not be a Lightning checkpoint.
         """
         return super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)

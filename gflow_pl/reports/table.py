@@ -1,4 +1,4 @@
-"""A network beside its unpruned self: on screen and as plain data."""
+"""Compare the pruned network with the unpruned one, as a table and as plain data."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["NetworkReport", "comparison_table", "report_data", "table_text", "wr
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """What is known of one network; None is "not measured" and stays so.
+    """Size and accuracies of one network. None means "not measured".
 
     Attributes:
-        name: How the network is called in the table ("unpruned", "pruned").
+        name: Name of the network in the table ("unpruned", "pruned").
         macs: Multiply-accumulates of one example, see `Counts`.
-        parameters: Elements of all parameters.
+        parameters: Number of elements of all parameters.
         state_bytes: Bytes of the saved state dict alone.
-        filters: Filters present in the layers that can be pruned.
-        train_accuracy: On the plain, un-augmented training data, in [0, 1].
-        test_accuracy: On the test data, in [0, 1].
+        filters: Number of filters of the layers that can be pruned.
+        train_accuracy: Accuracy on the training data without augmentation, in [0, 1].
+        test_accuracy: Accuracy on the test data, in [0, 1].
     """
 
     name: str
@@ -46,11 +46,16 @@ class NetworkReport:
 
 
 def comparison_table(networks: Sequence[NetworkReport], *, title: str | None = None) -> Table:
-    """Networks side by side, the unpruned one first; two of them fit in 80 columns.
+    """Return a table with one column for every network. A table of two networks fits in 80 columns.
 
-    With two, a last column says what is left of the first one's cost. Compression is the first one's saved bytes
-    over those of the network.
+    The compression of a network is the saved size of the first network divided by its own.
+
+    Args:
+        networks: The networks, the unpruned one first. With two networks, a last column shows the size of the second
+            one as a percentage of the first.
+        title: Title of the table.
     """
+    # Columns
     table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
     table.add_column("")
     for network in networks:
@@ -58,17 +63,19 @@ def comparison_table(networks: Sequence[NetworkReport], *, title: str | None = N
     compares = len(networks) == 2
     if compares:
         table.add_column("left", justify="right")
+
+    # Rows
     for label, name, show in _QUANTITIES:
         values = [_quantity(network, name, networks[0]) for network in networks]
         cells = ["-" if value is None else show(value) for value in values]
         if compares:
-            cells.append(_left(*values) if name in _COSTS else "")
+            cells.append(_remaining_share(*values) if name in _COSTS else "")
         table.add_row(label, *cells)
     return table
 
 
 def table_text(table: Table, *, width: int = 80) -> str:
-    """The table as plain text, the same with and without a terminal."""
+    """Render a table as plain text, the same with and without a terminal."""
     file = io.StringIO()
     Console(file=file, width=width, force_terminal=False, no_color=True, highlight=False, legacy_windows=False).print(
         table
@@ -76,8 +83,8 @@ def table_text(table: Table, *, width: int = 80) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def report_data(networks: Sequence[NetworkReport], facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Plain data of a comparison: ``version`` and ``convention`` first, then `facts`, then every number by name."""
+def report_data(networks: Sequence[NetworkReport], facts: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return the content of report.json: ``version``, ``convention``, the `facts`, and the numbers of every network."""
     quantities = [name for _, name, _ in _QUANTITIES]
     return {
         "version": 1,
@@ -90,12 +97,12 @@ def report_data(networks: Sequence[NetworkReport], facts: Mapping[str, Any] | No
 
 
 def write_report(
-    path: str | os.PathLike[str], networks: Sequence[NetworkReport], facts: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], networks: Sequence[NetworkReport], facts: Mapping[str, object] | None = None
 ) -> None:
-    """Write `report_data` as JSON, all or nothing; None is null.
+    """Write `report_data` to a JSON file, atomically.
 
     Raises:
-        ValueError: A number is NaN or infinite.
+        ValueError: A number is NaN or infinite, which JSON cannot represent.
     """
     write_text(path, json.dumps(report_data(networks, facts), indent=2, allow_nan=False) + "\n")
 
@@ -113,7 +120,7 @@ def _quantity(network: NetworkReport, name: str, first: NetworkReport) -> Any:
     return first.state_bytes / network.state_bytes if first.state_bytes and network.state_bytes else None
 
 
-def _left(before: int | None, after: int | None) -> str:
+def _remaining_share(before: int | None, after: int | None) -> str:
     return f"{after / before:.1%}" if before and after is not None else "-"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gflow_pl.callbacks.lightning.ranks import is_first_process
-from gflow_pl.cli.claimed_folder import claim_folder
+from gflow_pl.cli.claimed_folder import ClaimedFolder
 from gflow_pl.files import read_rows
 
 THEIRS = Path(__file__).parent.parent.parent / "examples" / "lightning_cli"
@@ -83,8 +83,8 @@ def test_the_first_process_of_another_node_makes_no_folder(name, tmp_path, monke
     monkeypatch.delenv("GFLOW_RUN_FOLDER")
     monkeypatch.setenv(name, "1")
     assert not is_first_process()
-    assert claim_folder(str(tmp_path), "run") == tmp_path / "run"
+    assert ClaimedFolder().claim(str(tmp_path), "run") == tmp_path / "run"
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(name, "0")
     assert is_first_process()
-    assert claim_folder(str(tmp_path), "run").is_dir()
+    assert ClaimedFolder().claim(str(tmp_path), "run").is_dir()
