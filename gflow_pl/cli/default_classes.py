@@ -99,7 +99,7 @@ def _parse_yaml(text: str) -> object:
         return None
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    for cls in base.__subclasses__():
-        yield cls
-        yield from _subclasses(cls)
+def _subclasses(base: type) -> set[type]:
+    """Return all subclasses that have been imported."""
+    direct: set[type] = set(base.__subclasses__())
+    return direct.union(*(_subclasses(cls) for cls in direct))

@@ -14,6 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from typing_extensions import override
 
 from gflow_pl import data
+from gflow_pl.common.errors import SettingsError
 
 __all__ = ["OneSentenceParser", "condense"]
 
@@ -44,10 +45,13 @@ class OneSentenceParser(LightningArgumentParser):
 
     @override
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
-        """Create the objects of all settings. An error of a constructor is raised unchanged.
+        """Create the objects of all settings. An error of a constructor is raised as it is.
 
-        jsonargparse tries all types of a Union, and replaces their errors by a list as text. The error of a constructor
-        would lose its type and traceback.
+        jsonargparse tries all types of a Union, and replaces their errors by a list of messages, in which the type and
+        traceback of the error of a constructor would be lost.
+
+        Raises:
+            SettingsError: A constructor raised a ValueError or did not find a file: it rejects its settings.
         """
         self._constructor_errors: list[Exception] = []
         # Instantiators apply in the order of registration: this one to all classes that have no other.
@@ -61,10 +65,18 @@ class OneSentenceParser(LightningArgumentParser):
             raise
 
     def _recording_errors(self, instantiator: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap an instantiator so that the errors of constructors are recorded."""
+
         @functools.wraps(instantiator)  # jsonargparse reads the signature
-        def create(*args: Any, **kwargs: Any) -> Any:
+        def create(class_type: type, *args: Any, **kwargs: Any) -> Any:
             try:
-                return instantiator(*args, **kwargs)
+                return instantiator(class_type, *args, **kwargs)
+            except (SettingsError, ValueError, FileNotFoundError, PermissionError) as error:
+                rejected = (
+                    error if isinstance(error, SettingsError) else SettingsError(f"{class_type.__name__}: {error}")
+                )
+                self._constructor_errors.append(rejected)
+                raise rejected from error.__cause__ if rejected is error else error
             except Exception as error:
                 self._constructor_errors.append(error)
                 raise

@@ -66,13 +66,14 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _settings_error(error: BaseException | None) -> Exception | None:
+def _settings_error(error: BaseException | None) -> BaseException | None:
     """Return the error that the user can correct among an error and its causes, or None.
 
     jsonargparse raises the errors of a link between settings again, with the original error as the cause.
     """
     while error is not None:
-        if isinstance(error, (SettingsError, *both_packages(MisconfigurationException))):
+        # ValueError: until all rooms raise SettingsError
+        if isinstance(error, (SettingsError, ValueError, *both_packages(MisconfigurationException))):
             return error
         error = error.__cause__
     return None

@@ -99,8 +99,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GFLOW_RUN_FOLDER", "")  # so that what a command sets is taken back afterwards
     monkeypatch.delenv("GFLOW_RUN_FOLDER")
-    yield
-    GflowCLI.folder = None
 
 
 @pytest.fixture(scope="module")
