@@ -1,4 +1,4 @@
-"""A few real images (CIFAR-100, ten classes), and writers of the formats that the data modules read.
+"""A few real images (CIFAR-100, ten classes), and functions that write them in the formats of the data modules.
 
 tests/data_files/real_images.npz: ``train`` (10, 5, 32, 32, 3) and ``test`` (10, 2, 32, 32, 3) uint8, class by class;
 ``labels`` (10,) their labels in CIFAR-100; ``names`` all 100 class names.
@@ -25,22 +25,22 @@ def _archive() -> dict[str, np.ndarray]:
 
 
 def class_names() -> list[str]:
-    """Names of the ten classes, in the order of their labels."""
+    """Return the names of the ten classes, in the order of their labels."""
     archive = _archive()
     return [str(archive["names"][label]) for label in archive["labels"]]
 
 
 def real_images(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) 0..9, class by class: 50 for training, 20 for testing."""
+    """Return images (N, 32, 32, 3) uint8 and labels (N,) 0..9, class by class: 50 for training, 20 for testing."""
     images = _archive()[split]
     return images.reshape(-1, 32, 32, 3).copy(), np.repeat(np.arange(10), images.shape[1])
 
 
 def write_image_folder(root: Path, *, per_class: int = 5, num_classes: int = 10, scale: int = 1) -> Path:
-    """A tree root/{train,test}/<class>/NN.png; `scale` enlarges every pixel.
+    """Write the images to root/{train,test}/<class>/NN.png; `scale` enlarges every pixel.
 
     Returns:
-        `root`, for an ImageFolder.
+        `root`, as the argument of ImageFolder.
     """
     for split in ("train", "test"):
         for label, name in enumerate(class_names()[:num_classes]):
@@ -53,12 +53,12 @@ def write_image_folder(root: Path, *, per_class: int = 5, num_classes: int = 10,
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
-    """The files' layout: one row an image, all red values, then all green, then all blue."""
+    """Return images in the layout of the files: one row for each image, with all red, then all green, then all blue values."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 
 def _write(source, root: Path, files: dict[str, dict], monkeypatch) -> Path:
-    """Write pickled batches and let torchvision expect their checksums, for one test."""
+    """Write pickled batches, and patch torchvision to expect their checksums."""
     folder = Path(root) / source.base_folder
     folder.mkdir(parents=True, exist_ok=True)
     checksums = {}
@@ -73,10 +73,10 @@ def _write(source, root: Path, files: dict[str, dict], monkeypatch) -> Path:
 
 
 def write_cifar10(root: Path, monkeypatch) -> Path:
-    """The images as CIFAR-10 files: the training images, shuffled by a fixed order, over five batches of ten.
+    """Write the images as CIFAR-10 files: five batches of ten training images, in a fixed random order.
 
     Returns:
-        `root`, for CIFAR10.
+        `root`, as the argument of CIFAR10.
     """
     source = torchvision.datasets.CIFAR10
     images, labels = shuffled("train")
@@ -94,10 +94,10 @@ def write_cifar10(root: Path, monkeypatch) -> Path:
 
 
 def write_cifar100(root: Path, monkeypatch) -> Path:
-    """The images as CIFAR-100 files, with their own labels there, shuffled by a fixed order.
+    """Write the images as CIFAR-100 files, with their labels in CIFAR-100, in a fixed random order.
 
     Returns:
-        `root`, for CIFAR100.
+        `root`, as the argument of CIFAR100.
     """
     files = {}
     for split in ("train", "test"):
@@ -109,7 +109,7 @@ def write_cifar100(root: Path, monkeypatch) -> Path:
 
 
 def shuffled(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """`real_images` in the order that the CIFAR writers use."""
+    """Return `real_images` in the order in which they are written to CIFAR files."""
     images, labels = real_images(split)
     order = np.random.default_rng(0).permutation(len(labels))
     return images[order], labels[order]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: processes killed inside a write, and several that write one target."""
+"""Atomic writes: processes that are killed during a write, and several processes that write the same file."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from gflow_pl.files import atomic_save, write_rows, write_text
 
 
 class Killer:
-    """Ends its process by SIGKILL when it is pickled."""
+    """Kills its process with SIGKILL when it is pickled."""
 
     def __reduce__(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -47,11 +47,11 @@ print(files, inside)
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
+def test_a_process_killed_during_a_write_leaves_a_complete_file(tmp_path):
     folder, temporary = tmp_path / "run", tmp_path / "tmp"
     folder.mkdir()
     temporary.mkdir()
-    # Another file system where there is one, else another folder.
+    # Another file system if there is one, else another folder.
     environment = {**os.environ, "TMPDIR": "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(temporary)}
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT_RANDOM, str(folder)],
@@ -79,7 +79,7 @@ def test_a_process_killed_in_the_middle_of_the_pickle_leaves_the_old_file(tmp_pa
     assert os.listdir(tmp_path) == ["x.ckpt"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     target = tmp_path / "x.ckpt"
     atomic_save({"old": 1}, target)
     with pytest.raises((AttributeError, TypeError)):
@@ -88,19 +88,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path):
     assert torch.load(target, weights_only=True) == {"old": 1}
 
 
-def test_what_another_process_is_writing_is_left_alone(tmp_path):
-    """Two processes write one target; each file is whole, and neither takes the other's away."""
-    target = tmp_path / "x[1].ckpt"  # of which a pattern would be something else
+def test_the_temporary_file_of_a_running_process_is_left_alone(tmp_path):
+    """Two processes write one target at the same time: both files are complete, and neither deletes the other."""
+    target = tmp_path / "x[1].ckpt"  # a name with special characters of glob
     code = """
 import collections, os, sys
 import torch
 from gflow_pl.files import atomic_save
-class Waits:
+class Waiting:
     def __reduce__(self):
         print("inside", flush=True)
         sys.stdin.readline()
         return (collections.OrderedDict, ())
-atomic_save({"first": Waits(), "all": torch.ones(9)}, sys.argv[1])
+atomic_save({"first": Waiting(), "all": torch.ones(9)}, sys.argv[1])
 """
     command = [sys.executable, "-c", code, str(target)]
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -114,8 +114,8 @@ atomic_save({"first": Waits(), "all": torch.ones(9)}, sys.argv[1])
     assert os.listdir(tmp_path) == [target.name]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="no signal asks for a process there")
-def test_only_leftovers_of_ended_processes_of_this_host_are_removed(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="os.kill cannot check for a process there")
+def test_only_leftovers_of_ended_processes_on_this_host_are_removed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     host = socket.gethostname()
@@ -133,7 +133,7 @@ def test_only_leftovers_of_ended_processes_of_this_host_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda path: write_text(path, "a"), lambda path: write_rows(path, [{"a": 1}])])
-def test_text_and_rows_remove_leftovers_too(write, tmp_path):
+def test_text_and_rows_remove_leftovers(write, tmp_path):
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), signal.SIGKILL)

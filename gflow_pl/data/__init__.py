@@ -1,4 +1,4 @@
-"""Data modules: what is trained on, how it is split, and the one place of augmentation."""
+"""Data modules for image classification: loading, splitting and augmentation."""
 
 from __future__ import annotations
 

@@ -1,70 +1,74 @@
-"""From uint8 images to what a network sees: the one place of augmentation and normalisation.
+"""Augmentation and normalization: from uint8 images to the input of a network.
 
-Everything is a batched operation on whatever device the images are on. The random numbers are drawn on the CPU, so that
-they are the same there and elsewhere.
+All operations work on batches, on the device of the images. Random numbers are drawn on the CPU, so that they do not depend
+on the device.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-__all__ = ["ToInputs", "normalize", "random_crop", "random_flip"]
+__all__ = ["LabelledImages", "ToInputs", "normalize", "random_crop", "random_flip"]
 
-MEAN = 0.5
-STD = 0.5
+LabelledImages = tuple[Tensor, Tensor]
+"""Images and their labels, either of one image or of a batch."""
+
+_MEAN = 0.5
+_STD = 0.5
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Float images of mean 0.5, std 0.5: 0 becomes -1 and 255 becomes 1.
+    """Convert images to floats and normalize them with mean 0.5 and std 0.5: 0 becomes -1, and 255 becomes 1.
 
     Args:
         images: (batch, channels, height, width), uint8.
+
+    Returns:
+        (batch, channels, height, width), float32, in [-1, 1].
     """
-    return images.float().div_(255).sub_(MEAN).div_(STD)
+    return images.float().div_(255).sub_(_MEAN).div_(_STD)
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator | None = None) -> Tensor:
-    """Every image shifted by -padding..padding pixels in both directions; black moves in.
+    """Shift every image by a random number of pixels in -padding..padding in both directions, filling with black.
 
     Args:
         images: (batch, channels, height, width), uint8.
-        padding: Pixels.
-        generator: A generator of the CPU; None draws from torch's global one.
+        padding: Largest shift in pixels.
+        generator: A CPU generator; None uses the global one of torch.
     """
     batch, _, height, width = images.shape
     top, left = torch.randint(2 * padding + 1, (2, batch), generator=generator).to(images.device)
     padded = F.pad(images, (padding,) * 4)
-    # A view of all windows: (batch, channels, 2 * padding + 1, 2 * padding + 1, height, width).
+    # A view of all shifted images: (batch, channels, 2 * padding + 1, 2 * padding + 1, height, width).
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
 
 def random_flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Every image mirrored left to right with probability one half.
+    """Flip every image horizontally with probability 0.5.
 
     Args:
         images: (batch, channels, height, width).
-        generator: A generator of the CPU; None draws from torch's global one.
+        generator: A CPU generator; None uses the global one of torch.
     """
     flipped = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
 class ToInputs:
-    """Collates images and labels into a batch for a network, augmented or plain.
+    """Collate function that returns a batch of inputs for a network, augmented or not.
 
-    Augmentation starts from one draw of torch's global generator for each batch, so that a run whose random state is
-    restored goes on with the same batches. In loader workers that is the worker's own generator: their number is part
-    of the seed.
+    Each batch draws one seed for its augmentation from torch's global generator, so a run with a restored random state
+    continues with the same batches. In a worker process of a loader, this is the generator of the worker: the batches
+    depend on the number of workers.
 
     Args:
-        augment: Shift by up to 4 pixels and mirror, at random; False gives the images as they are.
-        rank: Rank of the process. All ranks share one seed; this makes their images shift independently.
+        augment: Whether images are randomly shifted by up to 4 pixels and flipped.
+        rank: Rank of the process. All ranks have the same seed; adding the rank makes their augmentation independent.
     """
 
     padding = 4
@@ -73,11 +77,12 @@ class ToInputs:
         self.augment = augment
         self.rank = rank
 
-    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Float images (batch, channels, height, width) and labels (batch,).
+    def __call__(self, batch: LabelledImages | list[LabelledImages]) -> LabelledImages:
+        """Return normalized images (batch, channels, height, width) and labels (batch,).
 
         Args:
-            batch: A pair (uint8 images, labels), or a list of such pairs for single images.
+            batch: A pair of uint8 images (batch, channels, height, width) and labels (batch,), or a list of pairs of one
+                image and one label.
         """
         images, labels = default_collate(batch) if isinstance(batch, list) else batch
         if self.augment:

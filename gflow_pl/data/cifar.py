@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from torchvision's own files and by its own download."""
+"""CIFAR-10 and CIFAR-100, in the files that torchvision reads and downloads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torchvision import datasets
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.data.data_module import ImageDataModule
 from gflow_pl.data.image_sets import ImagesInMemory
 
@@ -15,7 +16,12 @@ __all__ = ["CIFAR10", "CIFAR100"]
 
 
 class _CIFAR(ImageDataModule):
-    """50,000 training and 10,000 test images of 32x32 pixels; see the two classes below."""
+    """Base class of the two CIFAR data modules: 50,000 training and 10,000 test images of 32x32 pixels.
+
+    Attributes:
+        source: Data set class of torchvision.
+        num_labels: Number of classes.
+    """
 
     source: type[datasets.CIFAR10]
     num_labels: int
@@ -30,16 +36,16 @@ class _CIFAR(ImageDataModule):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Take note of where the images are; they are loaded later.
+        """Set the folder and the options. Images are loaded later.
 
         Args:
-            root: Folder that holds, or is to hold, the unpacked archive.
-            download: Fetch the archive if it is not there; one process a machine does so.
-            batch_size: Images in a batch of each process.
+            root: Folder of the unpacked archive.
+            download: Download and unpack the archive if it is missing.
+            batch_size: Number of images in a batch, for each process.
             val_fraction: Share of the training images held out for validation, in [0, 1). With 0, as published, the
                 validation images are the test images: the best epoch is then chosen on test data.
-            num_workers: Worker processes of a loader; null chooses 0, since the images are in memory.
-            seed: Draws the images that are held out; shuffling and augmentation follow the run's own seed.
+            num_workers: Worker processes of a loader; null means 0, because the images are in memory.
+            seed: Seed for the choice of the images held out. Shuffling and augmentation use the seed of the run.
         """
         super().__init__(
             num_classes=self.num_labels,
@@ -53,45 +59,48 @@ class _CIFAR(ImageDataModule):
         self.download = download
 
     def check_data(self) -> None:
-        """Look whether the files are there, or may be fetched.
+        """Raise if the files are missing and may not be downloaded.
 
         Raises:
-            ValueError: They are not there and `download` is off.
+            SettingsError: Files are missing and `download` is false.
         """
         files = [name for name, _ in (*self.source.train_list, *self.source.test_list)]
         folder = Path(self.root) / self.source.base_folder
         if not self.download and not all((folder / name).is_file() for name in files):
-            raise ValueError(self._how_to_get_it("is not"))
+            raise SettingsError(self._missing_data_message("is not"))
 
     def prepare_data(self) -> None:
-        """Fetch the archive if that is allowed and needed; Lightning calls this in one process a machine."""
+        """Download the archive if it is missing and `download` is true. Lightning calls this in one process on each machine."""
         self.check_data()
         if self.download:
             try:
                 self.source(self.root, train=False, download=True)
-            except (OSError, RuntimeError) as error:  # no connection, no space, or a checksum that does not hold
-                raise ValueError(self._how_to_get_it(f"could not be fetched ({error}) and is not")) from error
+            except (OSError, RuntimeError) as error:  # no connection, no space left, or a wrong checksum
+                raise SettingsError(
+                    self._missing_data_message(f"could not be downloaded ({error}) and is not")
+                ) from error
 
     def load(self, part: Literal["train", "test"]) -> ImagesInMemory:
-        """All training or all test images, in the order of the files.
+        """Return all training or all test images, in the order of the files.
 
         Raises:
-            ValueError: The files are not there or damaged.
+            SettingsError: Files are missing or damaged.
         """
         self.check_data()
         try:
             data = self.source(self.root, train=part == "train")
-        except RuntimeError as error:  # torchvision's word for a checksum that does not hold
-            raise ValueError(self._how_to_get_it("is damaged or not whole")) from error
+        except RuntimeError as error:  # torchvision raises it for a wrong checksum
+            raise SettingsError(self._missing_data_message("is damaged or incomplete")) from error
         self.class_names = list(data.classes)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return ImagesInMemory(images, torch.tensor(data.targets))
 
-    def _how_to_get_it(self, state: str) -> str:
+    def _missing_data_message(self, state: str) -> str:
+        """Return the message that the data is missing or damaged, with ways to get it."""
         folder = Path(self.root) / self.source.base_folder
         return (
-            f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to fetch it, or unpack "
-            f"{self.source.filename} in '{self.root}', or set --data.root to the folder that holds "
+            f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or unpack "
+            f"{self.source.filename} in '{self.root}', or set --data.root to the folder that contains "
             f"{self.source.base_folder}/."
         )
 
@@ -99,7 +108,7 @@ class _CIFAR(ImageDataModule):
 class CIFAR10(_CIFAR):
     """CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 32x32 pixels.
 
-    Training images are shifted by up to 4 pixels and mirrored at random.
+    Training images are randomly shifted by up to 4 pixels and flipped horizontally.
     """
 
     source = datasets.CIFAR10
@@ -109,7 +118,7 @@ class CIFAR10(_CIFAR):
 class CIFAR100(_CIFAR):
     """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 32x32 pixels.
 
-    Training images are shifted by up to 4 pixels and mirrored at random.
+    Training images are randomly shifted by up to 4 pixels and flipped horizontally.
     """
 
     source = datasets.CIFAR100

@@ -1,4 +1,4 @@
-"""What all data modules share: the split, the loaders, and where batches come from."""
+"""Base class of the data modules: splitting into training, validation and test images, and loaders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from gflow_pl.data.augment import ToInputs
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.data.augment import LabelledImages, ToInputs
 from gflow_pl.data.image_sets import ImageSet
 from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler, even_batch_size
 
@@ -20,31 +21,35 @@ Part = Literal["train", "val", "test"]
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Labelled square colour images in a training and a test set.
+    """Base class for data modules with square colour images in a training and a test set. Subclasses define `load`.
 
-    Batches are float images (batch, 3, image_size, image_size) of mean 0.5, std 0.5, and int64 labels (batch,).
-    Training batches are shuffled and augmented with torch's global random numbers (``seed_everything``); no loader
-    keeps random state of its own over an epoch, so a run can be resumed at any epoch.
+    Batches are float images (batch, 3, image_size, image_size), normalized with mean 0.5 and std 0.5, and int64 labels
+    (batch,). Training batches are shuffled and augmented with torch's global random generator (``seed_everything``). No
+    loader keeps random state between epochs, so a run can be resumed at any epoch.
 
     Attributes:
-        num_classes: Classes.
+        num_classes: Number of classes.
         image_size: Side of the images in pixels.
         class_names: Names of the classes, in the order of their labels.
 
     Args:
-        num_classes: Classes.
+        num_classes: Number of classes.
         image_size: Side of the images in pixels.
-        class_names: Names of the classes; none stands for their numbers.
-        batch_size: Images in a batch of each process.
-        val_fraction: Share of the training images held out for validation, in [0, 1); 0 validates on the test set.
-        num_workers: Worker processes of a loader; None chooses.
-        seed: Draws the images that are held out.
+        class_names: Names of the classes; by default their numbers.
+        batch_size: Number of images in a batch, for each process.
+        val_fraction: Share of the training images held out for validation, in [0, 1). With 0, the validation images are the
+            test images.
+        num_workers: Worker processes of a loader. None means 0 for images in memory, else one for each CPU, at most 4.
+        seed: Seed for the choice of the images held out.
+
+    Raises:
+        SettingsError: A setting is out of its range.
     """
 
     augments = True
-    """Whether training images are shifted and mirrored."""
+    """Whether training images are augmented."""
     in_memory = True
-    """Whether the images are held in memory: batches then come faster without worker processes."""
+    """Whether the images are in memory. Loading is then faster without worker processes."""
 
     def __init__(
         self,
@@ -59,39 +64,39 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+            raise SettingsError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not 0 <= val_fraction < 1:
-            raise ValueError(
-                f"`val_fraction` must be in [0, 1), got {val_fraction}. It is a fraction: for 10% write 0.1."
+            raise SettingsError(
+                f"`val_fraction` must be in [0, 1), got {val_fraction}. It is a fraction: for 10 % write 0.1."
             )
         if num_workers is not None and num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, or null to have it chosen, got {num_workers}.")
+            raise SettingsError(f"`num_workers` must be at least 0, or null for a default, got {num_workers}.")
         self.num_classes = num_classes
         self.image_size = image_size
         self.class_names = list(class_names) or [str(label) for label in range(num_classes)]
         self.batch_size = batch_size
         self.val_fraction = val_fraction
-        self.num_workers = self._sensible_workers() if num_workers is None else num_workers
+        self.num_workers = self._default_num_workers() if num_workers is None else num_workers
         self.seed = seed
         self._parts: dict[Part, ImageSet] = {}
 
     def load(self, part: Literal["train", "test"]) -> ImageSet:
-        """All training or all test images.
+        """Return all training or all test images.
 
         Raises:
-            ValueError: They are not there; the text says how to get them.
+            SettingsError: The images are missing. The message must say how to get them.
         """
         raise NotImplementedError
 
     def check_data(self) -> None:
-        """Look whether the data is there, before anything is started.
+        """Raise if the data is missing, before a command starts any work. The default does nothing.
 
         Raises:
-            ValueError: It is not; the text says how to get it.
+            SettingsError: The data is missing. The message must say how to get it.
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the images, once."""
+        """Load the images and split them. Later calls do nothing."""
         if self._parts:
             return
         train, test = self.load("train"), self.load("test")
@@ -99,48 +104,55 @@ class ImageDataModule(pl.LightningDataModule):
         if self.val_fraction > 0:
             num_held_out = round(self.val_fraction * len(train))
             if not 0 < num_held_out < len(train):
-                raise ValueError(
+                raise SettingsError(
                     f"`val_fraction` {self.val_fraction} holds out {num_held_out} of {len(train)} training images: "
-                    f"at least one must be on either side."
+                    f"at least one must be held out, and at least one must be left."
                 )
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-            held_out, left = order[:num_held_out].sort().values, order[num_held_out:].sort().values
-            train, val = train.subset(left), train.subset(held_out)
+            held_out, remaining = order[:num_held_out].sort().values, order[num_held_out:].sort().values
+            train, val = train.subset(remaining), train.subset(held_out)
         self._parts = {"train": train, "val": val, "test": test}
 
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """Shuffled and augmented training batches."""
+    def train_dataloader(self) -> DataLoader[LabelledImages]:
+        """Return a loader of shuffled and augmented training batches."""
         return self._loader("train", training=True)
 
-    def plain_train_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """The same training images in order, as they are."""
+    def plain_train_dataloader(self) -> DataLoader[LabelledImages]:
+        """Return a loader of the training images in order and without augmentation."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """Validation batches: the images held out, or with ``val_fraction=0`` the test images."""
+    def val_dataloader(self) -> DataLoader[LabelledImages]:
+        """Return a loader of the images held out, or of the test images with ``val_fraction=0``."""
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """Test batches."""
+    def test_dataloader(self) -> DataLoader[LabelledImages]:
+        """Return a loader of the test images."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """The test batches again; `predict_names` says which image each row is."""
+    def predict_dataloader(self) -> DataLoader[LabelledImages]:
+        """Return a loader of the test images; `predict_names` has the name of each row."""
         return self._loader("test")
 
     def predict_names(self) -> list[str]:
-        """For each image of `predict_dataloader`, in order: its file (from the data's root), or its position."""
+        """Return the names of the images of `predict_dataloader`, in order: paths relative to the root, or positions."""
         images = self._part("test")
         return [images.name(index) for index in range(len(images))]
 
     def _part(self, part: Part) -> ImageSet:
-        # The loaders can be had without a Trainer too.
+        """Return the images of a part, and load them if no Trainer has called `setup`."""
         self.setup()
         return self._parts[part]
 
-    def _loader(self, part: Part, *, training: bool = False) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    def _loader(self, part: Part, *, training: bool = False) -> DataLoader[LabelledImages]:
+        """Return a loader of one part.
+
+        Args:
+            part: The part.
+            training: Whether batches are shuffled and augmented.
+        """
         rank, num_ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         images, batch_size, sampler = self._part(part), self.batch_size, None
+        # Without shuffling, every rank evaluates its share of the images, none of them twice.
         if num_ranks > 1 and not training and even_batch_size(batch_size, len(images), num_ranks):
             batch_size, sampler = (
                 even_batch_size(batch_size, len(images), num_ranks),
@@ -154,13 +166,14 @@ class ImageDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=ToInputs(augment=training and self.augments, rank=rank),
             pin_memory=torch.cuda.is_available(),
-            # Workers that lived on would carry random state from epoch to epoch, which no checkpoint holds.
+            # Persistent workers would keep random state between epochs that no checkpoint contains.
             persistent_workers=False,
         )
 
-    def _sensible_workers(self) -> int:
+    def _default_num_workers(self) -> int:
+        """Return 0 for images in memory, else the number of CPUs, at most 4."""
         if self.in_memory:
             return 0
-        # What this process may use can be less than what the machine has (containers, batch systems).
+        # CPUs that this process may use, which are fewer than those of the machine in containers and batch systems.
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return min(4, cpus or 1)

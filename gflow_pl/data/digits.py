@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: real images that need no download."""
+"""The handwritten digits of scikit-learn: real images that need no download."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gflow_pl.data.image_sets import ImagesInMemory
 
 __all__ = ["Digits"]
 
-_EVERY = 5
-"""Of each digit, every fifth image is a test image."""
+_TEST_EVERY = 5
+"""Every fifth image of each digit is a test image."""
 
 
 class Digits(ImageDataModule):
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to 3x32x32; a fixed fifth of each is for testing.
+    """The 1,797 handwritten digits of scikit-learn, enlarged from 8x8 to 3x32x32. A fixed fifth of each digit is for testing.
 
-    Nothing is augmented: a mirrored digit is no digit.
+    Images are not augmented, because a flipped digit is not a digit.
     """
 
     augments = False
@@ -32,14 +32,14 @@ class Digits(ImageDataModule):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Nothing is loaded yet.
+        """Set the options. Images are loaded later.
 
         Args:
-            batch_size: Images in a batch of each process.
+            batch_size: Number of images in a batch, for each process.
             val_fraction: Share of the training images held out for validation, in [0, 1). With 0, as published, the
                 validation images are the test images: the best epoch is then chosen on test data.
-            num_workers: Worker processes of a loader; null chooses 0, since the images are in memory.
-            seed: Draws the images that are held out; shuffling follows the run's own seed.
+            num_workers: Worker processes of a loader; null means 0, because the images are in memory.
+            seed: Seed for the choice of the images held out. Shuffling uses the seed of the run.
         """
         super().__init__(
             num_classes=10,
@@ -51,16 +51,16 @@ class Digits(ImageDataModule):
         )
 
     def load(self, part: Literal["train", "test"]) -> ImagesInMemory:
-        """All training (1,442) or all test (355) images."""
-        from sklearn.datasets import load_digits  # a slow import that only this data needs
+        """Return all training (1,442) or all test (355) images."""
+        from sklearn.datasets import load_digits  # imported here because it is slow and only needed for this data
 
         digits = load_digits()
         labels = torch.from_numpy(digits.target).long()
-        # The digits come in runs of 0..9: a stride over all of them would pick some digits more often.
+        # Count each digit separately: the images come in runs of 0..9, so every fifth of all would favour some digits.
         number = torch.stack([(labels == digit).cumsum(0) - 1 for digit in range(10)])[
             labels, torch.arange(len(labels))
         ]
-        chosen = (number % _EVERY == _EVERY - 1) == (part == "test")
+        chosen = (number % _TEST_EVERY == _TEST_EVERY - 1) == (part == "test")
         grey = torch.from_numpy(digits.images)[chosen, None] * (255 / 16)
         large = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
         return ImagesInMemory(large.expand(-1, 3, -1, -1).contiguous(), labels[chosen])

@@ -1,4 +1,4 @@
-"""Sets of labelled images, in memory or in files; both hand out whole batches of uint8 images at a time."""
+"""Sets of labelled images, in memory or in files, that are read in batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.data.augment import LabelledImages
+
 __all__ = ["ImageFiles", "ImageSet", "ImagesInMemory"]
 
 
-class ImageSet(Dataset[tuple[Tensor, Tensor]]):
-    """Images as uint8 tensors (3, height, width) with int64 labels.
+class ImageSet(Dataset[LabelledImages]):
+    """Base class for sets of images (3, height, width) uint8 with int64 labels.
 
     Args:
         labels: (images,) int64.
@@ -27,25 +30,29 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> LabelledImages:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, (batch, 3, height, width) and (batch,); PyTorch's loaders call this instead of item by item."""
+    def __getitems__(self, indices: Sequence[int]) -> LabelledImages:
+        """Return images (batch, 3, height, width) and labels (batch,). A `DataLoader` calls this instead of `__getitem__`."""
         raise NotImplementedError
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The images at some positions, in that order."""
+        """Return the images at some positions, in that order.
+
+        Args:
+            indices: (images,) int64.
+        """
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What an image is called in a list of predictions: its position."""
+        """Return the name of an image in a list of predictions: its position."""
         return str(index)
 
 
 class ImagesInMemory(ImageSet):
-    """Images that are all held as one tensor.
+    """Images in memory, as one tensor.
 
     Args:
         images: (images, 3, height, width) uint8.
@@ -56,27 +63,30 @@ class ImagesInMemory(ImageSet):
         super().__init__(labels)
         self.images = images
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, (batch, 3, height, width) and (batch,)."""
+    def __getitems__(self, indices: Sequence[int]) -> LabelledImages:
+        """Return images (batch, 3, height, width) and labels (batch,)."""
         positions = torch.as_tensor(indices)
         return self.images[positions], self.labels[positions]
 
     def subset(self, indices: Tensor) -> ImagesInMemory:
-        """The images at some positions, in that order."""
+        """Return the images at some positions, in that order.
+
+        Args:
+            indices: (images,) int64.
+        """
         return ImagesInMemory(self.images[indices], self.labels[indices])
 
 
 class ImageFiles(ImageSet):
-    """Images that are read from their files when they are asked for, as squares of one size.
+    """Images in files, which are read for each batch and returned as squares of one size.
 
-    An image of another size is scaled (bilinear) until its shorter side fits, and cut to its centre; one of the right
-    size is taken as it is.
+    An image of another size is resized (bilinear) so that its shorter side fits, and cropped to its centre.
 
     Args:
-        root: Folder that the paths start from.
-        paths: Of the files, relative to `root`.
+        root: Folder that the paths are relative to.
+        paths: Paths of the files.
         labels: (images,) int64.
-        image_size: Side in pixels.
+        image_size: Side of the squares in pixels.
     """
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Tensor, image_size: int) -> None:
@@ -86,26 +96,37 @@ class ImageFiles(ImageSet):
         self.image_size = image_size
 
     def _read(self, index: int) -> Tensor:
+        """Return an image (3, image_size, image_size) uint8; raise if its file cannot be read."""
         path = self.root / self.paths[index]
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for files that are damaged or no images
-            raise ValueError(f"Image '{path}' could not be read: replace it or take it out of its folder.") from error
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:  # Pillow raises these for damaged files and files that are no images
+            raise SettingsError(
+                f"Image '{path}' could not be read: replace it or take it out of its folder."
+            ) from error
         size = (self.image_size, self.image_size)
         if image.size != size:
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, (batch, 3, image_size, image_size) and (batch,)."""
+    def __getitems__(self, indices: Sequence[int]) -> LabelledImages:
+        """Return images (batch, 3, image_size, image_size) and labels (batch,)."""
         return torch.stack([self._read(int(i)) for i in indices]), self.labels[torch.as_tensor(indices)]
 
     def subset(self, indices: Tensor) -> ImageFiles:
-        """The images at some positions, in that order."""
+        """Return the images at some positions, in that order.
+
+        Args:
+            indices: (images,) int64.
+        """
         paths = [self.paths[i] for i in indices.tolist()]
         return ImageFiles(self.root, paths, self.labels[indices], self.image_size)
 
     def name(self, index: int) -> str:
-        """What an image is called in a list of predictions: its path from the root."""
+        """Return the name of an image in a list of predictions: its path relative to the root."""
         return self.paths[index]

@@ -1,4 +1,4 @@
-"""Evaluation images shared among ranks, each image exactly once."""
+"""Distributing evaluation images over ranks so that every image is used exactly once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ __all__ = ["UnrepeatedSampler", "even_batch_size"]
 
 
 class UnrepeatedSampler(DistributedSampler[Any]):
-    """Every rank's share of the images in order; none is repeated to make the shares equal.
+    """Distributed sampler that returns every image once, in order.
 
-    Lightning's own sampler repeats images, which then count twice in an accuracy.
+    The sampler that Lightning would add repeats images until all ranks have equally many, and these images count twice in
+    an accuracy. Here the numbers differ by up to one.
+
+    Args:
+        dataset: Data set with a length.
+        num_ranks: Number of ranks.
+        rank: Rank of this process.
     """
 
     def __init__(self, dataset: Dataset[Any], num_ranks: int, rank: int) -> None:
@@ -28,9 +34,14 @@ class UnrepeatedSampler(DistributedSampler[Any]):
 
 
 def even_batch_size(batch_size: int, num_images: int, num_ranks: int) -> int:
-    """The largest batch size up to `batch_size` with which all ranks have equally many batches; 0 if there is none.
+    """Return the largest batch size, up to `batch_size`, at which all ranks have equally many batches; 0 if there is none.
 
-    DistributedDataParallel shares buffers at every forward, so a rank with one batch more would wait for ever.
+    DistributedDataParallel synchronizes buffers in every forward, so a rank with one more batch than the others would block.
+
+    Args:
+        batch_size: Upper bound.
+        num_images: Number of images, distributed by `UnrepeatedSampler`.
+        num_ranks: Number of ranks.
 
     Example:
         >>> even_batch_size(8, 33, 2)  # 17 and 16 images: with 8 a batch, three batches and two

@@ -1,6 +1,6 @@
-"""The networks of the paper for small images: plain modules that know nothing of pruning.
+"""The networks of the paper for small images, as plain modules without anything specific to pruning.
 
-Tensor names and their order are those of the published code, so that its weight files fit.
+Tensors have the names and the order of the published code, so that its weight files can be loaded.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.models.mobilenet import mobilenet_v1
-from gflow_pl.models.published import is_published, published_shapes, read_checkpoint, read_published, strip_prefix
+from gflow_pl.models.published import is_published, read_checkpoint, strip_prefix
 from gflow_pl.models.resnet import resnet18, resnet34, resnet56
 from gflow_pl.models.vgg import vgg13
 
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet34": resnet34,
     "resnet18": resnet18,
 }
+"""Factory function of every network by name; called with the number of classes."""
 
 __all__ = [
     "MODELS",
@@ -29,9 +31,7 @@ __all__ = [
     "check_image_size",
     "is_published",
     "mobilenet_v1",
-    "published_shapes",
     "read_checkpoint",
-    "read_published",
     "resnet18",
     "resnet34",
     "resnet56",
@@ -41,38 +41,38 @@ __all__ = [
 
 
 def build(name: str, num_classes: int = 100) -> nn.Module:
-    """A freshly initialised network by its name.
+    """Return a newly initialized network by name.
 
     Args:
-        name: One of `MODELS`.
-        num_classes: Width of the output, at least 1.
+        name: A key of `MODELS`.
+        num_classes: Number of classes, at least 1.
 
     Raises:
-        ValueError: The name is not known, or there are no classes.
+        SettingsError: The name is unknown, or `num_classes` is too small.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.5)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"Unknown network '{name}'. Known: {', '.join(sorted(MODELS))}.{hint}")
+        raise SettingsError(f"Unknown network '{name}'. Known: {', '.join(sorted(MODELS))}.{hint}")
     if num_classes < 1:
-        raise ValueError(f"Network '{name}': `num_classes` must be at least 1, got {num_classes}.")
+        raise SettingsError(f"Network '{name}': `num_classes` must be at least 1, got {num_classes}.")
     return MODELS[name](num_classes)
 
 
 def check_image_size(model: nn.Module, image_size: int | tuple[int, int]) -> None:
-    """Refuse images that are too small for a network before anything is trained.
+    """Raise if images are too small for a network, so that a command can stop before training starts.
 
     Args:
-        model: A network; one that declares no ``min_image_size`` (the least side in pixels) takes any size.
+        model: A network. Its attribute ``min_image_size`` is the smallest side in pixels; without it, any size is accepted.
         image_size: Side of the images in pixels, or (height, width).
 
     Raises:
-        ValueError: A side is smaller than the network can take.
+        SettingsError: A side is smaller than the network accepts.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     least = getattr(model, "min_image_size", 1)
     if min(height, width) < least:
-        raise ValueError(
+        raise SettingsError(
             f"Images of {height}x{width} pixels are too small for {type(model).__name__}, which needs at least "
             f"{least}x{least}: set `image_size` to {least} or more."
         )

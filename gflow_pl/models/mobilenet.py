@@ -1,7 +1,7 @@
-"""MobileNet-V1 for small images: thirteen pairs of a depthwise 3x3 and a pointwise 1x1 conv.
+"""MobileNet-V1 for small images: thirteen blocks of a depthwise 3x3 conv and a pointwise 1x1 conv.
 
 Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017, with stride 1
-in the first conv, as it is common for 32x32 images.
+instead of 2 in the first conv, as is common for 32x32 images.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 __all__ = ["MobileNetV1", "mobilenet_v1"]
 
-# Width of the pointwise conv and stride of the depthwise conv before it.
+# For each block: channels of the pointwise conv, stride of the depthwise conv.
 _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
 
 class DepthwiseSeparable(nn.Module):
-    """Depthwise 3x3 conv, norm, ReLU; pointwise 1x1 conv, norm, ReLU."""
+    """Depthwise 3x3 conv, norm, ReLU; pointwise 1x1 conv, norm, ReLU.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the depthwise conv.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -28,16 +34,16 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, out_channels, height / stride, width / stride)."""
+        """Map features (batch, in_channels, height, width) to (batch, out_channels, height / stride, width / stride)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)))
 
 
 class MobileNetV1(nn.Module):
-    """A first 3x3 conv, the separable blocks, the average of the map (2x2 at 32x32) and one linear layer.
+    """A 3x3 conv, thirteen depthwise separable blocks, global average pooling (of 2x2 at 32x32) and a linear layer.
 
     Args:
-        num_classes: Width of the output.
+        num_classes: Number of classes.
     """
 
     def __init__(self, num_classes: int = 100) -> None:
@@ -54,16 +60,16 @@ class MobileNetV1(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, 3, height, width)."""
+        """Map images (batch, 3, height, width) to logits (batch, num_classes)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.pool(self.layers(x))
         return self.linear(x.flatten(1))
 
 
 def mobilenet_v1(num_classes: int = 100) -> MobileNetV1:
-    """MobileNet-V1 for 3x32x32 images (any size does).
+    """Return a MobileNet-V1 for 3x32x32 images. Other sizes work as well.
 
     Args:
-        num_classes: Width of the output.
+        num_classes: Number of classes.
     """
     return MobileNetV1(num_classes)

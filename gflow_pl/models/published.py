@@ -1,8 +1,8 @@
 """Weight files of the published code: ``{"net": state_dict with "module." prefix, "cfg": ...}``, pruned or not.
 
-The shapes of a pruned network are those of its tensors, so ``cfg`` is never interpreted. It has to be read though,
-since it is part of the pickle, and it holds numpy numbers, which PyTorch's safe loading refuses. Two stand-ins read
-them here as plain numbers; nothing of numpy, and nothing else that the file names, is ever called.
+The shapes of a pruned network follow from its tensors, so the contents of ``cfg`` are not used. It must be read all the same,
+because it is part of the pickle, and it contains numpy numbers, which ``torch.load(..., weights_only=True)`` refuses. Two
+substitutes for numpy's types, defined here, unpickle them as plain numbers. No code of numpy and no other code is run.
 """
 
 from __future__ import annotations
@@ -11,85 +11,87 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["allowed_types", "is_published", "published_shapes", "read_checkpoint", "read_published", "strip_prefix"]
+from gflow_pl.common.errors import SettingsError
+
+__all__ = ["is_published", "read_checkpoint", "strip_prefix"]
 
 _PREFIX = "module."
-# Codes of numpy's numbers -> format characters of `struct`.
+# Type codes of numpy to format characters of `struct`.
 _NUMBER_FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
 _NUMBER_FORMATS |= {"f2": "e", "f4": "f", "f8": "d"}
 
 
 class _NumberType:
-    """Stands in for ``numpy.dtype``: the code and byte order of a number, nothing more."""
+    """Substitute for ``numpy.dtype`` with the format and the byte order of a number.
 
-    def __init__(self, code: str, *_flags: bool) -> None:
+    The pickle calls it like ``numpy.dtype``.
+
+    Args:
+        code: Type code of numpy, such as "i8".
+    """
+
+    def __init__(self, code: str, *_align_and_copy: bool) -> None:
         if code not in _NUMBER_FORMATS:
-            raise pickle.UnpicklingError(f"a numpy value of type {code!r} is no number")
+            raise pickle.UnpicklingError(f"a numpy value of type {code!r} is not a number")
         self.format = _NUMBER_FORMATS[code]
         self.order = "<"
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        # The state of a dtype is (version, byte order, ...); "|" and "=" stand for types that have none.
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        # The state of a dtype is (version, byte order, ...). "|" and "=" mean native order.
         self.order = ">" if state[1] == ">" else "<"
 
 
-def _number(kind: _NumberType, data: bytes) -> int | float | bool:
-    """Stands in for numpy's function that makes a scalar of its bytes."""
-    return struct.unpack(kind.order + kind.format, data)[0]
+def _unpickle_number(number_type: _NumberType, data: bytes) -> int | float | bool:
+    """Substitute for the numpy function that unpickles a scalar: return the number that `data` contains."""
+    return struct.unpack(number_type.order + number_type.format, data)[0]
 
 
-# The module was renamed in numpy 2; both names occur in files.
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+# numpy 2 renamed the module of `scalar`. Files contain either name.
+_SUBSTITUTES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_NumberType, "numpy.dtype"),
-    (_number, "numpy.core.multiarray.scalar"),
-    (_number, "numpy._core.multiarray.scalar"),
+    (_unpickle_number, "numpy.core.multiarray.scalar"),
+    (_unpickle_number, "numpy._core.multiarray.scalar"),
 ]
 
 
-def allowed_types() -> AbstractContextManager[None]:
-    """Within, ``torch.load(..., weights_only=True)`` reads numpy numbers too, as plain ones."""
-    return torch.serialization.safe_globals(_STAND_INS)
-
-
 def read_checkpoint(path: str | Path) -> Any:
-    """The contents of a checkpoint file, tensors on the CPU; no code that the file names is run.
+    """Read a checkpoint file without running any code that it may contain. Tensors are loaded to the CPU.
 
     Args:
-        path: A file written by ``torch.save``: tensors, plain data and numpy numbers (which become plain ones).
+        path: A file written by ``torch.save`` with tensors, plain data and numpy numbers, which become plain numbers.
 
     Raises:
-        ValueError: There is no such file, it is damaged, or it holds anything else, code above all.
+        SettingsError: The file does not exist, is damaged, or contains anything else, such as code.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"Checkpoint '{path}' does not exist or is no file: give the path of a .ckpt or .pth file.")
+        raise SettingsError(f"Checkpoint '{path}' does not exist or is no file: give the path of a .ckpt or .pth file.")
     try:
-        with allowed_types():
+        with torch.serialization.safe_globals(_SUBSTITUTES):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A damaged pickle can fail in any way; whichever it is, the file is not usable.
+    except Exception as error:  # a damaged pickle may raise any exception
         code = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
-            raise ValueError(
+            raise SettingsError(
                 f"Checkpoint '{path}' holds code ({code[1]}) beside its weights and was refused: "
                 f"only tensors and plain data are loaded."
             ) from error
-        raise ValueError(
+        raise SettingsError(
             f"Checkpoint '{path}' could not be read ({type(error).__name__}): it is truncated or no checkpoint."
         ) from error
 
 
-def is_published(checkpoint: Any) -> bool:
-    """Whether the contents of a file are a weight file of the published code.
+def is_published(checkpoint: object) -> bool:
+    """Return whether the contents of a file are those of a weight file of the published code.
 
     Args:
-        checkpoint: What `read_checkpoint` (or ``torch.load``) gave.
+        checkpoint: Result of `read_checkpoint`.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("net"), Mapping):
         return False
@@ -97,44 +99,21 @@ def is_published(checkpoint: Any) -> bool:
     return bool(net) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items())
 
 
-def strip_prefix(checkpoint: Any) -> dict[str, Tensor]:
-    """The state dict in the contents of a published weight file, without the prefix of its DataParallel wrapper.
+def strip_prefix(checkpoint: object) -> dict[str, Tensor]:
+    """Return the state dict in a weight file of the published code, without the prefix of its DataParallel wrapper.
 
     Args:
-        checkpoint: What `read_checkpoint` gave.
+        checkpoint: Result of `read_checkpoint`.
 
     Raises:
-        ValueError: The contents are not those of a published weight file.
+        SettingsError: The contents are not those of a published weight file.
     """
     if not is_published(checkpoint):
         keys = isinstance(checkpoint, Mapping) and f"the keys {sorted(map(str, checkpoint))[:8]}"
-        raise ValueError(
+        raise SettingsError(
             f"The checkpoint is no weight file of the published code: expected a state dict under 'net', found "
             f"{keys or type(checkpoint).__name__}."
         )
     net = checkpoint["net"]
     wrapped = all(name.startswith(_PREFIX) for name in net)
     return {name.removeprefix(_PREFIX) if wrapped else name: value for name, value in net.items()}
-
-
-def read_published(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a weight file of the published code, tensors on the CPU.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: The file cannot be read, or is none of the published code.
-    """
-    return strip_prefix(read_checkpoint(path))
-
-
-def published_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a state dict by name: all that is needed to rebuild a pruned network.
-
-    Filters that the published code zeroed (second convs and shortcuts of its ResNets) are in their full shape.
-
-    Args:
-        state: What `read_published` gave.
-    """
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,7 +1,7 @@
-"""VGG-13 for small images: ten 3x3 convs, each conv -> ReLU -> BatchNorm, and one linear layer.
+"""VGG-13 for small images: ten 3x3 convs, each followed by ReLU and BatchNorm, and a linear layer.
 
-Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. The norm stands
-behind the ReLU, as in the code of Lubana and Dick (ICLR 2021); with the usual order the numbers would be others.
+Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015. The norm
+follows the ReLU, as in the code of Lubana and Dick (ICLR 2021); the usual order, norm before ReLU, gives other results.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ _VGG13_STAGES = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 
 
 class VGG(nn.Module):
-    """Stages of 3x3 convs, each stage closed by a 2x2 max pooling, then the average of the map and one linear layer.
+    """Stages of 3x3 convs, each followed by a 2x2 max pooling, then global average pooling and a linear layer.
 
-    At 32x32 the last map is one pixel, so that the average is the published network exactly; larger images have a
-    larger map.
+    The published network has no average pooling. At 32x32 it has no effect, because the last feature map has one pixel;
+    it makes larger images possible.
+
+    Attributes:
+        min_image_size: Smallest side of an image in pixels.
 
     Args:
-        stages: Widths of the convs, stage by stage.
-        num_classes: Width of the output.
+        stages: Channels of the convs, stage by stage.
+        num_classes: Number of classes.
     """
 
     def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int = 100) -> None:
@@ -40,15 +43,15 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, 3, height, width)."""
+        """Map images (batch, 3, height, width) to logits (batch, num_classes)."""
         x = self.pool(self.features(x))
         return self.classifier(x.flatten(1))
 
 
 def vgg13(num_classes: int = 100) -> VGG:
-    """VGG-13 for 3x32x32 images (at least 32 pixels a side).
+    """Return a VGG-13 for 3x32x32 images. Larger images work as well.
 
     Args:
-        num_classes: Width of the output.
+        num_classes: Number of classes.
     """
     return VGG(_VGG13_STAGES, num_classes)

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation against torchvision, pixel by pixel."""
+"""Augmentation and normalization, compared with torchvision pixel by pixel."""
 
 import pickle
 
@@ -17,7 +17,7 @@ def images():
 
 
 def windows_of(image, padding=4):
-    """Every shifted image that torchvision's random crop could give, by (top, left)."""
+    """Every image that the random crop of torchvision can return, by (top, left)."""
     padded = transforms.Pad(padding)(Image.fromarray(image.permute(1, 2, 0).numpy()))
     size = image.shape[-1]
     return {
@@ -27,7 +27,7 @@ def windows_of(image, padding=4):
     }
 
 
-def test_normalisation_is_torchvisions_to_the_last_bit(images):
+def test_normalization_equals_torchvision_bit_for_bit(images):
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     expected = torch.stack([reference(Image.fromarray(x)) for x in real_images()[0]])
     before = images.clone()
@@ -35,7 +35,7 @@ def test_normalisation_is_torchvisions_to_the_last_bit(images):
     assert torch.equal(images, before)
 
 
-def test_every_crop_is_one_that_torchvision_could_have_made_and_all_shifts_occur(images):
+def test_every_crop_is_a_possible_crop_of_torchvision_and_all_shifts_occur(images):
     image = images[7]
     windows = windows_of(image)
     batch = image.expand(2000, -1, -1, -1)
@@ -46,12 +46,12 @@ def test_every_crop_is_one_that_torchvision_could_have_made_and_all_shifts_occur
     counts = dict.fromkeys(windows, 0)
     for crop in crops:
         counts[places[crop.numpy().tobytes()]] += 1
-    # 81 places of probability 1/81: about 25 each.
+    # 81 shifts of probability 1/81: about 25 each.
     assert min(counts.values()) >= 5
     assert max(counts.values()) <= 60
 
 
-def test_the_images_of_a_batch_shift_independently_and_stay_in_their_places(images):
+def test_the_images_of_a_batch_shift_independently_and_keep_their_order(images):
     crops = random_crop(images, 4, torch.Generator().manual_seed(1))
     places = []
     for image, crop in zip(images, crops, strict=True):
@@ -61,7 +61,7 @@ def test_the_images_of_a_batch_shift_independently_and_stay_in_their_places(imag
     assert len(set(places)) > 20
 
 
-def test_about_half_of_the_images_are_mirrored_and_the_others_untouched(images):
+def test_about_half_of_the_images_are_flipped_and_the_others_unchanged(images):
     batch = images[3].expand(1000, -1, -1, -1)
     flipped = random_flip(batch, torch.Generator().manual_seed(0))
     mirrored = (flipped == images[3].flip(2)).flatten(1).all(1)
@@ -94,7 +94,7 @@ def test_augmented_batches_follow_the_global_seed_and_differ_between_ranks(image
     assert not torch.equal(first, second)
 
 
-def test_an_augmented_batch_is_crops_flipped_or_not_then_normalised(images):
+def test_an_augmented_batch_is_cropped_flipped_and_normalized(images):
     torch.manual_seed(3)
     batch, _ = ToInputs(augment=True)((images, torch.arange(50)))
     for image, result in zip(images, batch, strict=True):
@@ -109,6 +109,6 @@ def test_single_images_collate_to_the_same_batch(images):
     assert labels.tolist() == list(range(50))
 
 
-def test_the_collate_function_travels_to_worker_processes():
+def test_the_collate_function_can_be_pickled():
     copy = pickle.loads(pickle.dumps(ToInputs(augment=True, rank=3)))
     assert (copy.augment, copy.rank) == (True, 3)

@@ -1,4 +1,4 @@
-"""Two processes share the training images, each with shifts of its own, and the same ones when run again."""
+"""Augmentation under DDP with two processes: different on each rank, and the same in a second run."""
 
 import json
 import subprocess
@@ -49,8 +49,8 @@ def run(script, root, out, seed):
 
 
 @pytest.fixture
-def twenty_times_the_same_picture(tmp_path):
-    """One class whose training files are all alike: two ranks differ in their shifts alone."""
+def twenty_equal_images(tmp_path):
+    """One class with equal training images, so that ranks differ only in the augmentation."""
     root = write_image_folder(tmp_path / "images", num_classes=1, per_class=1)
     (picture,) = (root / "train").glob("*/*.png")
     for i in range(1, 20):
@@ -58,13 +58,13 @@ def twenty_times_the_same_picture(tmp_path):
     return root
 
 
-def test_ranks_shift_their_images_differently_but_repeatably(tmp_path, twenty_times_the_same_picture):
+def test_ranks_shift_their_images_differently_but_repeatably(tmp_path, twenty_equal_images):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    first = run(script, twenty_times_the_same_picture, tmp_path, 0)
-    again = run(script, twenty_times_the_same_picture, tmp_path, 0)
+    first = run(script, twenty_equal_images, tmp_path, 0)
+    again = run(script, twenty_equal_images, tmp_path, 0)
     assert first == again
-    # The sampler gives each rank half; with the same shifts the two lists would be equal, place by place.
+    # Each rank has half of the images. With the same augmentation the two lists would be equal.
     (_, here), (_, there) = first
     assert len(here) == len(there) == 10
     assert sum(a == b for a, b in zip(here, there, strict=True)) <= 2

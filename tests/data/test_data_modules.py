@@ -1,4 +1,4 @@
-"""The data modules on real images: labels, order, splits, seeds, and what they say when something is missing."""
+"""The data modules on real images: labels, order, splits, seeds, and messages for missing data."""
 
 import contextlib
 import io
@@ -54,7 +54,7 @@ def as_inputs(images):
     return torch.stack([REFERENCE(Image.fromarray(image)) for image in images])
 
 
-# What every data module promises.
+# Every data module.
 
 
 def test_batches_are_normalised_float_images_with_labels_of_the_classes(module):
@@ -121,7 +121,7 @@ def test_images_held_out_are_the_rest_of_the_training_images(module):
     assert torch.equal(joined(data.test_dataloader())[0], joined(whole.test_dataloader())[0])
 
 
-def test_plain_training_images_come_in_order_and_unaugmented(module):
+def test_plain_training_images_are_in_order_and_not_augmented(module):
     data = module(batch_size=16)
     first, labels = joined(data.plain_train_dataloader())
     again, _ = joined(data.plain_train_dataloader())
@@ -140,23 +140,23 @@ def test_predictions_have_as_many_names_as_rows(module):
     ("options", "sentence"),
     [
         ({"batch_size": 0}, r"`batch_size` must be at least 1, got 0\."),
-        ({"val_fraction": 10}, r"`val_fraction` must be in \[0, 1\), got 10. It is a fraction: for 10% write 0.1\."),
+        ({"val_fraction": 10}, r"`val_fraction` must be in \[0, 1\), got 10. It is a fraction: for 10 % write 0.1\."),
         ({"val_fraction": -0.1}, r"`val_fraction` must be in \[0, 1\), got -0\.1"),
-        ({"num_workers": -1}, r"`num_workers` must be at least 0, or null to have it chosen, got -1\."),
+        ({"num_workers": -1}, r"`num_workers` must be at least 0, or null for a default, got -1\."),
     ],
 )
-def test_settings_out_of_range_are_one_sentence(options, sentence):
+def test_settings_out_of_range_are_refused_in_one_sentence(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         Digits(**options)
 
 
-def test_a_fraction_that_leaves_nothing_is_one_sentence(tmp_path):
+def test_a_fraction_that_holds_out_no_image_is_refused(tmp_path):
     data = ImageFolder(write_image_folder(tmp_path, per_class=1), num_workers=0, val_fraction=0.01)
     with pytest.raises(ValueError, match=r"`val_fraction` 0\.01 holds out 0 of 10 training images"):
         data.setup()
 
 
-def test_worker_processes_give_seeded_batches_too(tmp_path):
+def test_batches_of_worker_processes_follow_the_seed(tmp_path):
     root = write_image_folder(tmp_path, per_class=2)
 
     def epoch():
@@ -224,7 +224,7 @@ def test_training_images_are_shifted_and_mirrored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [CIFAR10, CIFAR100])
-def test_absent_data_is_one_sentence_that_says_how_to_get_it(tmp_path, cls):
+def test_missing_data_is_refused_with_ways_to_get_it(tmp_path, cls):
     data = cls(tmp_path / "nowhere")
     for attempt in (data.check_data, data.prepare_data, data.setup, data.train_dataloader):
         with pytest.raises(
@@ -234,16 +234,16 @@ def test_absent_data_is_one_sentence_that_says_how_to_get_it(tmp_path, cls):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_data_is_one_sentence(tmp_path, monkeypatch):
+def test_damaged_data_is_refused_in_one_sentence(tmp_path, monkeypatch):
     data = CIFAR10(write_cifar10(tmp_path, monkeypatch))
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"something else")
     with pytest.raises(
-        ValueError, match=r"^CIFAR10: the data is damaged or not whole in '.*cifar-10-batches-py'\. Set"
+        ValueError, match=r"^CIFAR10: the data is damaged or incomplete in '.*cifar-10-batches-py'\. Set"
     ):
         data.setup()
 
 
-def test_download_fetches_only_when_asked_and_a_failure_is_one_sentence(tmp_path, monkeypatch):
+def test_data_is_downloaded_only_on_request_and_a_failure_is_one_sentence(tmp_path, monkeypatch):
     calls = []
 
     def no_connection(self):
@@ -254,7 +254,7 @@ def test_download_fetches_only_when_asked_and_a_failure_is_one_sentence(tmp_path
     with pytest.raises(ValueError, match="download=true"):
         CIFAR10(tmp_path).prepare_data()
     assert calls == []
-    with pytest.raises(ValueError, match=r"the data could not be fetched \(no connection\)"):
+    with pytest.raises(ValueError, match=r"the data could not be downloaded \(no connection\)"):
         CIFAR10(tmp_path, download=True).prepare_data()
     assert calls == [str(tmp_path)]
 
@@ -278,7 +278,7 @@ class Linear(pl.LightningModule):
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "ImageFolder"])
-def test_one_epoch_is_trained_from_it(tmp_path, monkeypatch, name):
+def test_a_trainer_runs_an_epoch(tmp_path, monkeypatch, name):
     data = make(name, tmp_path / "data", monkeypatch, batch_size=16)
     model = Linear(data.num_classes)
     trainer = pl.Trainer(
@@ -298,7 +298,7 @@ def test_one_epoch_is_trained_from_it(tmp_path, monkeypatch, name):
 # Image folders.
 
 
-def test_image_folder_counts_its_classes_and_reads_every_file(tmp_path):
+def test_an_image_folder_lists_its_classes_and_reads_every_file(tmp_path):
     data = ImageFolder(write_image_folder(tmp_path, num_classes=7), num_workers=0)
     assert data.num_classes == 7
     assert data.class_names == class_names()[:7]
@@ -308,10 +308,10 @@ def test_image_folder_counts_its_classes_and_reads_every_file(tmp_path):
     assert data.predict_names()[:3] == ["test/apple/00.png", "test/apple/01.png", "test/aquarium_fish/00.png"]
 
 
-def test_images_of_another_size_are_scaled_and_cut_to_their_centre(tmp_path):
+def test_images_of_another_size_are_resized_and_cropped_to_their_centre(tmp_path):
     root = write_image_folder(tmp_path, per_class=1, num_classes=2, scale=2)
     assert ImageFolder(root, image_size=64, num_workers=0).test_dataloader().dataset[0][0].shape == (3, 64, 64)
-    # Halving an image whose pixels were doubled gives the image back, but for the blur of the filter at its edges.
+    # Halving an image with doubled pixels restores it, up to the blur of the filter.
     halved = ImageFolder(root, image_size=32, num_workers=0).test_dataloader().dataset[0][0]
     original = torch.from_numpy(real_images("test")[0][0]).permute(2, 0, 1)
     assert (halved.int() - original.int()).abs().float().mean() < 4
@@ -331,7 +331,7 @@ def test_grey_and_palette_images_become_colour_images(tmp_path):
     assert torch.equal(image[0], image[1])
 
 
-def test_what_is_wrong_with_an_image_folder_is_said_before_anything_is_started(tmp_path):
+def test_image_folders_with_missing_parts_are_refused_at_construction(tmp_path):
     with pytest.raises(ValueError, match=r"there is no folder '.*none': expected train/ and test/ .*--data\.root"):
         ImageFolder(tmp_path / "none")
     with pytest.raises(ValueError, match=r"' has no train/: expected train/ and test/"):
@@ -357,7 +357,7 @@ def test_what_is_wrong_with_an_image_folder_is_said_before_anything_is_started(t
         ImageFolder(tmp_path, image_size=0)
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path):
+def test_the_message_names_an_image_that_cannot_be_read(tmp_path):
     root = write_image_folder(tmp_path, per_class=1, num_classes=2)
     for content in (b"no image", (root / "test" / "apple" / "00.png").read_bytes()[:200]):
         (root / "test" / "apple" / "00.png").write_bytes(content)
@@ -368,7 +368,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 # Digits.
 
 
-def test_digits_are_scikit_learns_with_a_fixed_fifth_for_testing():
+def test_digits_are_those_of_scikit_learn_with_a_fifth_for_testing():
     data = Digits()
     train, train_labels = joined(data.plain_train_dataloader())
     test, test_labels = joined(data.test_dataloader())

@@ -1,4 +1,4 @@
-"""Evaluation under several ranks: each image once, and equally many batches."""
+"""Evaluation on several ranks: every image once, and equally many batches."""
 
 import math
 

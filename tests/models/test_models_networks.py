@@ -1,4 +1,4 @@
-"""The five networks: pinned counts, promised tensor names, golden logits, other image sizes."""
+"""The five networks: recorded counts, documented tensor names, golden logits, other image sizes."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def build_on_meta(name, num_classes=10):
         return build(name, num_classes).eval()
 
 
-def test_every_network_of_the_list_is_pinned_and_public():
+def test_every_network_has_recorded_counts_and_is_public():
     assert set(MODELS) == set(MULTIPLY_ADDS) == set(PARAMETERS)
     assert set(MODELS) <= set(gflow_pl.models.__all__)
 
@@ -57,7 +57,7 @@ def norm_names(prefix):
     return [f"{prefix}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
 
-def promised_mobilenet_names():
+def documented_mobilenet_names():
     names = ["conv1.weight", *norm_names("bn1")]
     for n in range(13):
         for k in (1, 2):
@@ -65,7 +65,7 @@ def promised_mobilenet_names():
     return [*names, "linear.weight", "linear.bias"]
 
 
-def promised_resnet_names(num_blocks):
+def documented_resnet_names(num_blocks):
     names = ["conv1.weight", *norm_names("bn1")]
     for stage, count in enumerate(num_blocks, start=1):
         for n in range(count):
@@ -80,12 +80,12 @@ def promised_resnet_names(num_blocks):
 @pytest.mark.parametrize(
     ("name", "names"),
     [
-        ("mobilenet_v1", promised_mobilenet_names()),
-        ("resnet34", promised_resnet_names((3, 4, 6, 3))),
-        ("resnet18", promised_resnet_names((2, 2, 2, 2))),
+        ("mobilenet_v1", documented_mobilenet_names()),
+        ("resnet34", documented_resnet_names((3, 4, 6, 3))),
+        ("resnet18", documented_resnet_names((2, 2, 2, 2))),
     ],
 )
-def test_tensor_names_and_order_are_the_promised_ones(name, names):
+def test_tensor_names_and_order_are_the_documented_ones(name, names):
     assert list(build_on_meta(name).state_dict()) == names
 
 
@@ -101,7 +101,7 @@ def test_logits_equal_the_published_ones(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_takes_64_pixels_and_200_classes_and_trains_every_parameter(name):
+def test_a_network_accepts_64_pixels_and_200_classes_and_trains_every_parameter(name):
     torch.manual_seed(0)
     net = build(name, 200)
     out = net(torch.randn(2, 3, 64, 64))
@@ -114,7 +114,7 @@ def test_a_network_takes_64_pixels_and_200_classes_and_trains_every_parameter(na
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_least_image_size_is_the_true_one(name):
+def test_min_image_size_is_the_smallest_size_that_works(name):
     net = build_on_meta(name)
     works = []
     for size in range(1, 34):
@@ -137,7 +137,7 @@ def test_images_too_small_are_one_sentence():
     check_image_size(torch.nn.Identity(), 1)
 
 
-def test_an_unknown_network_is_answered_with_the_nearest_one():
+def test_an_unknown_network_is_refused_with_the_nearest_name():
     known = "mobilenet_v1, resnet18, resnet34, resnet56, vgg13"
     with pytest.raises(ValueError, match=rf"^Unknown network 'resnet57'. Known: {known}. Did you mean 'resnet56'\?$"):
         build("resnet57", 10)

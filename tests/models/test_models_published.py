@@ -1,4 +1,4 @@
-"""Weight files of the published code: read without running code, pruned shapes, refusals."""
+"""Weight files of the published code: reading without running code, pruned shapes, and refusals."""
 
 import os
 import pickle
@@ -11,9 +11,7 @@ from golden_recipe import golden_weights
 from gflow_pl.models import (
     build,
     is_published,
-    published_shapes,
     read_checkpoint,
-    read_published,
     strip_prefix,
 )
 
@@ -37,20 +35,20 @@ CFGS = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("cfg", CFGS.values(), ids=CFGS.keys())
-def test_a_file_with_numpy_numbers_in_its_cfg_is_read_as_it_was_written(tmp_path, cfg, zipped):
+def test_numpy_numbers_in_the_cfg_are_read_as_they_were_written(tmp_path, cfg, zipped):
     state = {"conv1.weight": torch.randn(3, 2, 1, 1), "bn1.num_batches_tracked": torch.tensor(5)}
     path = tmp_path / "published.pth"
     save_published(path, state, cfg, _use_new_zipfile_serialization=zipped)
     checkpoint = read_checkpoint(path)
     assert is_published(checkpoint)
     assert checkpoint["cfg"] == cfg
-    read = read_published(path)
+    read = strip_prefix(checkpoint)
     assert list(read) == list(state)
     assert all(torch.equal(read[name], state[name]) for name in state)
-    assert published_shapes(read) == {"conv1.weight": (3, 2, 1, 1), "bn1.num_batches_tracked": ()}
+    assert [tuple(tensor.shape) for tensor in read.values()] == [(3, 2, 1, 1), ()]
 
 
-def test_the_old_name_of_numpys_module_is_read_too(tmp_path):
+def test_the_module_name_of_older_numpy_versions_is_read(tmp_path):
     path = tmp_path / "published.pth"
     save_published(path, {"w": torch.ones(1)}, [np.int64(7)], _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -59,7 +57,7 @@ def test_the_old_name_of_numpys_module_is_read_too(tmp_path):
     assert read_checkpoint(path)["cfg"] == [7]
 
 
-def test_numbers_of_the_other_byte_order_are_read_as_such(tmp_path):
+def test_numbers_in_big_endian_order_are_read(tmp_path):
     path = tmp_path / "published.pth"
     save_published(path, {"w": torch.ones(1)}, [np.int64(7)], _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -69,26 +67,27 @@ def test_numbers_of_the_other_byte_order_are_read_as_such(tmp_path):
     assert read_checkpoint(path)["cfg"] == [7 << 56]
 
 
-def test_reading_leaves_pytorchs_own_rules_as_they_were(tmp_path):
+def test_reading_does_not_change_what_pytorch_allows_elsewhere(tmp_path):
     path = save_published(tmp_path / "published.pth", {"w": torch.ones(1)}, [np.int64(7)])
-    read_published(path)
+    read_checkpoint(path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
 
 
-def test_a_published_network_computes_what_the_recipe_says(tmp_path):
+def test_a_published_network_is_loaded_with_its_weights(tmp_path):
     state = {name: torch.from_numpy(value) for name, value in golden_weights("resnet56").items()}
     path = save_published(tmp_path / "resnet.pth", state, [[np.int64(16)] * 9] * 3)
     net = build("resnet56", 10)
-    net.load_state_dict(read_published(path), strict=True)
+    net.load_state_dict(strip_prefix(read_checkpoint(path)), strict=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 
 
-def test_the_shapes_of_a_pruned_network_are_those_of_its_tensors(tmp_path):
+def test_the_shapes_of_a_pruned_network_are_read(tmp_path):
     state = build("vgg13", 10).state_dict()
     state["features.0.weight"] = state["features.0.weight"][:10]
     state["features.3.weight"] = state["features.3.weight"][:, :10]
-    shapes = published_shapes(read_published(save_published(tmp_path / "vgg.pth", state, [np.int64(10), 64, "M"])))
+    path = save_published(tmp_path / "vgg.pth", state, [np.int64(10), 64, "M"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in strip_prefix(read_checkpoint(path)).items()}
     assert shapes["features.0.weight"] == (10, 3, 3, 3)
     assert shapes["features.3.weight"] == (64, 10, 3, 3)
     assert list(shapes) == list(build("vgg13", 10).state_dict())
@@ -147,18 +146,18 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content, zipped):
     with pytest.raises(
         ValueError, match=r"^Checkpoint '.*x\.pth' could not be read \(\w+\): it is truncated or no checkpoint\.$"
     ):
-        read_published(path)
+        read_checkpoint(path)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^Checkpoint '.*none\.pth' does not exist or is no file"):
-        read_published(tmp_path / "none.pth")
+        read_checkpoint(tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize(
     "other", [{"state_dict": {"w": torch.ones(1)}}, {"net": {}}, {"net": {"w": 3}}, [torch.ones(1)], 7]
 )
-def test_other_files_are_not_taken_for_published_ones(other):
+def test_other_files_are_not_recognized_as_published_ones(other):
     assert not is_published(other)
     with pytest.raises(
         ValueError, match=r"^The checkpoint is no weight file of the published code: expected a state dict"
@@ -166,5 +165,5 @@ def test_other_files_are_not_taken_for_published_ones(other):
         strip_prefix(other)
 
 
-def test_names_without_the_prefix_stay(tmp_path):
+def test_names_keep_the_prefix_if_not_all_have_it(tmp_path):
     assert list(strip_prefix({"net": {"module.a": torch.ones(1), "b": torch.ones(1)}})) == ["module.a", "b"]
