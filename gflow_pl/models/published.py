@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path) -> Any:
         ) from error
 
 
-def is_published(checkpoint: object) -> bool:
+def is_published(checkpoint: object) -> TypeGuard[Mapping[str, Any]]:
     """Return whether the contents of a file are those of a weight file of the published code.
 
     Args:
