@@ -87,17 +87,17 @@ class _Rounds:
     """Counts how often the probe had the network surveyed again."""
 
     def __enter__(self):
-        self.count, self.shapes = 0, trace.Probe.shapes
+        self.count, self.shapes = 0, trace.Verifier.check_shapes
 
         def counted(probe):
             self.count += 1
             return self.shapes(probe)
 
-        trace.Probe.shapes = counted
+        trace.Verifier.check_shapes = counted
         return self
 
     def __exit__(self, *_):
-        trace.Probe.shapes = self.shapes
+        trace.Verifier.check_shapes = self.shapes
 
 
 def prunable(graph):

@@ -1,4 +1,4 @@
-"""Which channels of a network belong together, and why the rest is frozen."""
+"""Find out which channels of a network belong together, and why the others cannot be pruned."""
 
 from gflow_pl.channels.trace import trace_channels
 

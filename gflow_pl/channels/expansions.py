@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gflow_pl.channels.constraints import BoundaryKey, Constraints, Labels
-from gflow_pl.channels.record import Survey
+from gflow_pl.channels.record import Record
 
 __all__ = ["STREAM", "Expansions", "add_residual_expansions", "connected_labels", "present_expansions"]
 
@@ -27,7 +27,7 @@ class Expansions:
     boundaries: dict[BoundaryKey, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
 
-    def add(self, record: Survey, layer: str, reason: str) -> None:
+    def add(self, record: Record, layer: str, reason: str) -> None:
         """Expand a layer: scatter its output, or the output of the norm that alone reads it."""
         module = record.expands_at_norm.get(layer) or layer
         self.layers[layer] = module
@@ -65,7 +65,7 @@ def connected_labels(
     return constraints.components(edges)
 
 
-def present_expansions(record: Survey) -> Expansions:
+def present_expansions(record: Record) -> Expansions:
     """Return the expansions that the model has already; they stay."""
     expansions = Expansions()
     for layer in record.layers:
@@ -80,7 +80,7 @@ def present_expansions(record: Survey) -> Expansions:
     return expansions
 
 
-def add_residual_expansions(record: Survey, expansions: Expansions) -> None:
+def add_residual_expansions(record: Record, expansions: Expansions) -> None:
     """Expand every layer that writes into a residual stream: into channels that an addition of activations couples."""
     constraints = record.constraints
     whole = connected_labels(constraints, expansions.boundaries)

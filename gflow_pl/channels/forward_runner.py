@@ -1,4 +1,4 @@
-"""Runs a model's forward on stand-ins of its tensors, at their own or at smaller shapes."""
+"""Run a model's forward on placeholders of its tensors, at full or at smaller shapes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflow_pl.channels.constraints import Labels
-from gflow_pl.channels.shape_cache import Shapes
+from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.nested import exhaust_iterators, map_tensors
 from gflow_pl.common.snapshot import ModuleSnapshot, restored_afterwards
 
-__all__ = ["Stage"]
+__all__ = ["ForwardRunner"]
 
-Enter = Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
-Leave = Callable[[str, nn.Module, Any], Any]
+PreHook = Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
+"""Called with a module's name, the module and its arguments; may return other arguments."""
+PostHook = Callable[[str, nn.Module, Any], Any]
+"""Called with a module's name, the module and its output; may return another output."""
 
 
 @dataclass(eq=False)
-class Stage:
-    """A model and its inputs, ready to be run so that no trace is left.
+class ForwardRunner:
+    """A model and its inputs, whose forward can be run any number of times without a change to the model.
 
     Attributes:
         model: The network.
         args: Positional arguments of the forward.
-        meta: Whether stand-ins and inputs live on the meta device, so that nothing is computed.
-        doubled: Whether inputs that hold one example are doubled (train-mode batch norm refuses one value a channel).
-        num_examples: Examples in the inputs as they are run.
+        meta: Whether placeholders and inputs are on the meta device, so that nothing is computed.
+        doubled: Whether inputs that hold one example are doubled: in training mode, a batch norm refuses a single value per
+            channel.
+        num_examples: Number of examples in the inputs.
+        inputs: The tensors among the arguments, as they are passed to the forward.
         modules: Every module under its first name.
         tensors: Every parameter and buffer under its first name.
+        accessible_modules: The modules whose tensors can be replaced: all but scripted ones.
+        shape_cache: Output shapes of operators, which all forward passes share.
+
+    Raises:
+        SettingsError: A parameter or buffer is lazy and has no shape yet.
     """
 
     model: nn.Module
@@ -43,25 +54,28 @@ class Stage:
     doubled: bool
 
     def __post_init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.shapes = Shapes()
+        self.shape_cache = ShapeCache()
         self.modules = dict(self.model.named_modules())
         self.tensors = {**self._own("_parameters"), **self._own("_buffers")}
         lazy = next((name for name, tensor in self.tensors.items() if is_lazy(tensor)), None)
         if lazy is not None:
-            raise ValueError(
-                f"trace_channels: '{lazy}' has no shape yet; run the network once, so that its lazy layers are made."
+            raise SettingsError(
+                f"trace_channels: '{lazy}' has no shape yet; run the network once to initialize its lazy layers."
             )
-        self._whole: dict[str, Tensor] = {}
+        # Scripted modules hide their tensors from Python. The dispatch mode replaces these when an operator reads them.
+        self.accessible_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
+        self._snapshots = [ModuleSnapshot(module) for module in self.accessible_modules]
         self._names = {id(module): name for name, module in self.modules.items()}
-        # scripted parts keep their tensors out of Python's reach; they are swapped as they come by
-        self.open_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
-        self._snapshots = [ModuleSnapshot(module) for module in self.open_modules]
-        self.args = map_tensors(self.args, self._prepared)
+        self._whole_placeholders: dict[str, Tensor] = {}
+        self.inputs: list[Tensor] = []
+        self.args = map_tensors(self.args, self._prepare_input)
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
 
     def _own(self, kind: str) -> dict[str, Tensor]:
-        """Parameters or buffers, a tied one under its first name: what torch lists, without a walk of its own for each."""
+        """Return the parameters or buffers, each tied one under its first name.
+
+        The same as `named_parameters` or `named_buffers`, from the modules that are listed already.
+        """
         seen: dict[int, str] = {}
         found: dict[str, Tensor] = {}
         for prefix, module in self.modules.items():
@@ -71,7 +85,7 @@ class Stage:
                     found[name] = tensor
         return found
 
-    def _prepared(self, value: Tensor) -> Tensor:
+    def _prepare_input(self, value: Tensor) -> Tensor:
         value = value.detach()
         if self.doubled and value.ndim and value.shape[0] == 1:
             value = torch.cat([value, value])
@@ -79,85 +93,87 @@ class Stage:
         self.inputs.append(value)
         return value
 
-    def stand_ins(self, keep: Mapping[str, Mapping[int, Labels]] | None = None) -> dict[int, Tensor]:
-        """A tensor to run with in place of every parameter and buffer, by the id of the real one.
+    def placeholders(self, kept: Mapping[str, Mapping[int, Labels]] | None = None) -> dict[int, Tensor]:
+        """Return a placeholder for every parameter and buffer, by the id of the real tensor.
 
         Args:
-            keep: Tensor to dim to the positions left of it; what is not named stays whole.
+            kept: Tensor name to dimension to the positions that are kept. All other dimensions keep all positions.
         """
         made = {}
         for name, tensor in self.tensors.items():
-            left = keep.get(name) if keep else None
-            if left is None and self.meta:
-                # nothing is written into it: one will do for all forwards
-                if name not in self._whole:
-                    self._whole[name] = self._stand_in(tensor)
-                made[id(tensor)] = self._whole[name]
+            positions = kept.get(name) if kept else None
+            if positions is None and self.meta:
+                # A meta tensor holds no values that a forward could change: all passes share one.
+                if name not in self._whole_placeholders:
+                    self._whole_placeholders[name] = self._placeholder(tensor, {})
+                made[id(tensor)] = self._whole_placeholders[name]
             else:
-                made[id(tensor)] = self._stand_in(tensor, left)
+                made[id(tensor)] = self._placeholder(tensor, positions or {})
         return made
 
-    def _stand_in(self, tensor: Tensor, left: Mapping[int, Labels] | None = None) -> Tensor:
+    def _placeholder(self, tensor: Tensor, kept: Mapping[int, Labels]) -> Tensor:
         if self.meta:
             shape = list(tensor.shape)
-            for dim, index in (left or {}).items():
-                shape[dim] = len(index)
-            own = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            for dim, positions in kept.items():
+                shape[dim] = len(positions)
+            made = torch.empty(shape, dtype=tensor.dtype, device="meta")
         else:
-            own = tensor.detach().clone()
-            for dim, index in (left or {}).items():
-                own = own.index_select(dim, torch.from_numpy(index).to(own.device))
-        return nn.Parameter(own, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
-
-    def _real_tensors(self) -> list[Tensor]:
-        """What a forward on real tensors may write into: buffers, and tensors that modules keep as plain attributes."""
-        plain = [tensor for snapshot in self._snapshots for tensor in snapshot.tensors]
-        return list({id(tensor): tensor for tensor in (*self.model.buffers(), *plain)}.values())
+            made = tensor.detach().clone()
+            for dim, positions in kept.items():
+                made = made.index_select(dim, torch.from_numpy(positions).to(made.device))
+        return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     @contextmanager
-    def set(self, stand_ins: Mapping[int, Tensor], training: bool) -> Iterator[None]:
-        """Inside the block the model holds the stand-ins and runs in the given mode; afterwards all is as before.
+    def placeholders_set(self, placeholders: Mapping[int, Tensor], training: bool) -> Iterator[None]:
+        """Replace the model's tensors by placeholders for the block, and restore the model and all generators afterwards.
 
         Args:
-            stand_ins: id of the real tensor to what stands in for it.
-            training: Whether every module is in training mode.
+            placeholders: id of a real tensor to its placeholder.
+            training: Whether all modules are in training mode during the block.
         """
         with ExitStack() as stack:
-            stack.enter_context(restored_afterwards(self._snapshots, () if self.meta else self._real_tensors()))
-            stack.enter_context(_quiet())
-            for module in self.open_modules:
-                for own in (module._parameters, module._buffers):
-                    for name, tensor in own.items():
-                        if tensor is not None and id(tensor) in stand_ins:
-                            own[name] = stand_ins[id(tensor)]
-                # a synchronised batch norm refuses to train without its process group; its rule is the same in both modes
+            stack.enter_context(restored_afterwards(self._snapshots, () if self.meta else self._writable_tensors()))
+            # Compiled submodules run as written, and attention calls plain operators.
+            stack.enter_context(attention_fast_path_disabled())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for module in self.accessible_modules:
+                for tensors in (module._parameters, module._buffers):
+                    for name, tensor in tensors.items():
+                        if tensor is not None and id(tensor) in placeholders:
+                            tensors[name] = placeholders[id(tensor)]
+                # A synchronized batch norm needs a process group in training mode. It has one rule for both modes.
                 vars(module)["training"] = training and not isinstance(module, nn.SyncBatchNorm)
             yield
 
-    def run(self, mode: Any, enter: Enter | None, leave: Leave | None) -> Any:
-        """One forward under `mode`, with a call back before and after every module where there is one."""
+    def _writable_tensors(self) -> list[Tensor]:
+        """Return the tensors that a forward on real tensors may write to: buffers, and plain attributes of modules."""
+        plain = [tensor for snapshot in self._snapshots for tensor in snapshot.tensors]
+        return list({id(tensor): tensor for tensor in (*self.model.buffers(), *plain)}.values())
+
+    def run(self, mode: TorchDispatchMode, pre_hook: PreHook | None, post_hook: PostHook | None) -> Any:
+        """Run the forward once and return its output, with iterators replaced by lists.
+
+        Args:
+            mode: The dispatch mode that handles all operators.
+            pre_hook: Called before every module, or None.
+            post_hook: Called after every module, or None.
+        """
         names = self._names
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             name = names.get(id(module))
-            return None if name is None else enter(name, module, args)  # type: ignore[misc]
+            return None if name is None or pre_hook is None else pre_hook(name, module, args)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             name = names.get(id(module))
-            return None if name is None else leave(name, module, output)  # type: ignore[misc]
+            return None if name is None or post_hook is None else post_hook(name, module, output)
 
-        hooks = [] if enter is None else [nn.modules.module.register_module_forward_pre_hook(before)]  # type: ignore[arg-type]
-        hooks += [] if leave is None else [nn.modules.module.register_module_forward_hook(after)]
+        global_hooks = nn.modules.module
+        hooks = [] if pre_hook is None else [global_hooks.register_module_forward_pre_hook(before)]  # type: ignore[arg-type]
+        hooks += [] if post_hook is None else [global_hooks.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
                 return exhaust_iterators(self.model(*self.args))
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Compiled submodules run as written, and attention takes the path that is made of plain ops."""
-    with attention_fast_path_disabled(), torch.compiler.set_stance("force_eager"):
-        yield

@@ -9,7 +9,7 @@ import numpy as np
 
 from gflow_pl.channels.constraints import Auxiliary, BoundaryKey, Labels, TensorDim
 from gflow_pl.channels.expansions import Expansions
-from gflow_pl.channels.record import LayerFacts, Survey
+from gflow_pl.channels.record import LayerFacts, Record
 from gflow_pl.channels.unit_facts import Reasons, UnitFacts, freeze_shared_expansions, votes
 from gflow_pl.values import ChannelGroup, Expansion, LayerUnits, SizeAttribute, SizeRule, Slice
 from gflow_pl.values.expansion_names import is_index_buffer
@@ -40,7 +40,7 @@ class Partition:
     outputs: set[str]
 
 
-def partition(record: Survey, expansions: Expansions, *, exact_only: bool = False, inexact: Reasons = ()) -> Partition:
+def partition(record: Record, expansions: Expansions, *, exact_only: bool = False, inexact: Reasons = ()) -> Partition:
     """Collect connected labels into units, and units of the same kind into groups.
 
     Args:
@@ -119,7 +119,7 @@ class _Grouping:
     """
 
     def __init__(
-        self, record: Survey, expansions: Expansions, unit_facts: UnitFacts, labels: Labels, source_of: np.ndarray
+        self, record: Record, expansions: Expansions, unit_facts: UnitFacts, labels: Labels, source_of: np.ndarray
     ) -> None:
         self.record, self.expansions, self.unit_facts = record, expansions, unit_facts
         self.layers = list(record.layers.values())
@@ -307,7 +307,7 @@ def _frozen_layers(layers: list[LayerFacts], unit_facts: UnitFacts, groups: list
     return frozen
 
 
-def _size_rules(record: Survey, groups: list[_GroupParts]) -> dict[SizeAttribute, SizeRule]:
+def _size_rules(record: Record, groups: list[_GroupParts]) -> dict[SizeAttribute, SizeRule]:
     """Return how the whole numbers that modules keep follow from the groups."""
     sizes = {
         source: stop - start for source, start, stop in record.constraints.ranges() if isinstance(source, SizeAttribute)

@@ -1,142 +1,155 @@
-"""What ops put out when nothing is computed: the shapes, asked of torch once for every kind of input."""
+"""Output shapes of operators on meta tensors, computed once for every kind of input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-__all__ = ["Shapes"]
+__all__ = ["ShapeCache"]
 
-Likeness = Any  # a tensor, or a list of such
-Told = Callable[..., Likeness | None]
+Template: TypeAlias = "Tensor | list[Template]"
+"""A meta tensor with the shape, strides and dtype of an output, or a list of them."""
+ShapeFunction = Callable[..., "Template | None"]
+"""Computes the template of an operator's output from its positional arguments; None if torch has to be called."""
 
 
-class Shapes:
-    """Runs ops on meta tensors, and remembers what came out for inputs of the same shapes and the same arguments.
+class ShapeCache:
+    """Runs operators on meta tensors, and remembers the shapes of their outputs by the shapes of their inputs.
 
-    Networks repeat their blocks, and a trace its forwards, so that most questions were asked before. Only ops whose outputs
-    share no memory with their inputs are remembered; views and writes are always run. Of the ops that most networks are made
-    of, the shapes are known without asking (torch's own answers are Python programs of many ops); where the arguments are
-    anything but ordinary, torch is asked all the same, and says what does not fit.
+    Networks repeat their blocks and a trace repeats the forward, so most calls are repetitions. Only operators whose
+    outputs share no memory with their inputs are remembered; views and in-place writes always run. For the most frequent
+    operators, functions in this file compute the shapes: torch's meta kernels are Python programs of many operators, and
+    slower. Where the arguments are unusual, these functions return None, and torch is called after all, which also raises
+    its own errors for arguments that do not fit.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, Likeness] = {}
-        self._facts: dict[Any, _Facts] = {}
+        self._templates: dict[object, Template | None] = {}
+        self._traits: dict[OpOverload, _OperatorTraits] = {}
 
-    def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the op gives for these arguments, on the meta device.
+    def compute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operator returns for these arguments on the meta device.
 
         Raises:
-            RuntimeError: Or whatever else the op says of arguments that do not fit.
+            RuntimeError: The arguments do not fit; or any other error that torch raises.
         """
-        facts = self._facts.get(func)
-        if facts is None:
-            facts = self._facts[func] = _Facts.of(func)
-        if facts.keeps_first is not None and facts.keeps_first(*args):
+        traits = self._traits.get(func)
+        if traits is None:
+            traits = self._traits[func] = _OperatorTraits.of(func)
+        if traits.keeps_shape is not None and traits.keeps_shape(*args):
             return args[0]
-        if not facts.makes_fresh:
+        if not traits.returns_new:
             return func(*args, **kwargs)
+
+        # The same operator with inputs of the same shapes.
         try:
-            question = (func, _key(args), _key(kwargs.items()) if kwargs else None)
-            known = self._known.get(question)
-        except (TypeError, RuntimeError):  # an argument that cannot be compared, a tensor without strides
+            key = (func, _key(args), _key(kwargs.items()) if kwargs else None)
+            template = self._templates.get(key)
+        except (TypeError, RuntimeError):  # an argument that is not hashable, or a tensor without strides
             return func(*args, **kwargs)
-        if known is None and facts.told is not None and not kwargs:
-            known = self._known[question] = facts.told(*args)
-        if known is not None:
-            return _made(known)
-        out = func(*args, **kwargs)
-        self._known[question] = _likeness(out)
-        return out
+        if template is None and traits.shape_function is not None and not kwargs:
+            template = self._templates[key] = traits.shape_function(*args)
+        if template is not None:
+            return _from_template(template)
+
+        output = func(*args, **kwargs)
+        self._templates[key] = _template_of(output)
+        return output
 
 
-class _Facts(NamedTuple):
-    """What is known of an op beforehand.
+class _OperatorTraits(NamedTuple):
+    """What is known of an operator before it is called.
 
     Attributes:
-        keeps_first: What tells whether it does no more than write into its first argument, and return it.
-        makes_fresh: Whether all that it puts out is new.
-        told: What tells its shapes.
+        keeps_shape: For in-place operators: returns whether, for these arguments, the first one is returned unchanged in
+            shape, so that nothing has to be computed.
+        returns_new: Whether its outputs share no memory with its inputs.
+        shape_function: Computes the template of its output, or None.
     """
 
-    keeps_first: Callable[..., bool] | None
-    makes_fresh: bool
-    told: Told | None
+    keeps_shape: Callable[..., bool] | None
+    returns_new: bool
+    shape_function: ShapeFunction | None
 
     @classmethod
-    def of(cls, func: Any) -> _Facts:
+    def of(cls, func: OpOverload) -> _OperatorTraits:
+        """Return the traits of an operator."""
         schema = func._schema
-        fresh = all(part.alias_info is None for part in (*schema.arguments, *schema.returns))
-        return cls(_IN_PLACE.get(schema.name), fresh or schema.name in _NORMS, _TOLD.get(schema.name))
+        has_no_alias = all(part.alias_info is None for part in (*schema.arguments, *schema.returns))
+        # A batch norm writes to its running statistics, but returns new tensors.
+        returns_new = has_no_alias or schema.name in _BATCH_NORMS
+        return cls(_IN_PLACE.get(schema.name), returns_new, _SHAPE_FUNCTIONS.get(schema.name))
 
 
-def _key(values: Any) -> tuple[Any, ...]:
-    """What decides the outputs' shapes: shapes, layouts and types of tensors, and all the rest as it is."""
-    key: list[Any] = []
+def _key(values: Iterable[Any]) -> tuple[object, ...]:
+    """Return what decides the shapes of outputs: shape, strides and dtype of tensors, and all other arguments."""
+    key: list[object] = []
     for value in values:
-        kind = value.__class__
-        if kind is int or kind is bool or value is None:
-            key.append((kind, value))
+        cls = value.__class__
+        if cls is int or cls is bool or value is None:
+            key.append((cls, value))
         elif isinstance(value, Tensor):
             key.append((value.shape, value.stride(), value.dtype))
         elif isinstance(value, (list, tuple)):
             key.append(_key(value))
         else:
-            key.append((kind, value))
+            key.append((cls, value))
     return tuple(key)
 
 
-def _likeness(out: Any) -> Likeness | None:
-    """What is needed to make such an output again; None where it is not made of new strided tensors alone."""
-    if isinstance(out, Tensor):
-        usual = out.is_meta and out.layout == torch.strided
-        return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta") if usual else None
-    if isinstance(out, (list, tuple)):
-        parts = [_likeness(part) for part in out]
-        return None if any(part is None for part in parts) else parts
+def _template_of(output: object) -> Template | None:
+    """Return a template of an output; None if the output is not made of strided meta tensors only."""
+    if isinstance(output, Tensor):
+        if not output.is_meta or output.layout != torch.strided:
+            return None
+        return torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device="meta")
+    if isinstance(output, (list, tuple)):
+        templates = [template for part in output if (template := _template_of(part)) is not None]
+        return templates if len(templates) == len(output) else None
     return None
 
 
-def _made(likeness: Likeness) -> Any:
-    """Tensors without contents share nothing but their shape with the one that they are aliases of."""
-    if isinstance(likeness, list):
-        return tuple([_made(part) for part in likeness])
-    return likeness.detach()
+def _from_template(template: Template) -> Any:
+    """Return a new output. Meta tensors hold no values, so sharing the template's (empty) storage has no effect."""
+    if isinstance(template, list):
+        return tuple([_from_template(part) for part in template])
+    return template.detach()
 
 
-# -- shapes that are known without asking; None where the arguments are not the ordinary ones ---------------------------
+# -- shape functions: None where the arguments are unusual ---------------------------------------------------------------
 
 
-def _plain(shape: Sequence[int], dtype: torch.dtype) -> Likeness:
-    """A contiguous tensor."""
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Template:
+    """Return the template of a contiguous tensor."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _same(x: Tensor, *others: Any) -> Likeness | None:
-    """A function of every element by itself."""
+def _unary(x: Tensor, *others: object) -> Template | None:
+    """Activation functions: every element of the output depends on one element of the input."""
     if any(isinstance(other, Tensor) for other in others) or not x.is_floating_point():
         return None
-    return _plain(x.shape, x.dtype) if x.is_contiguous() else None
+    return _contiguous(x.shape, x.dtype) if x.is_contiguous() else None
 
 
-def _arithmetic(a: Any, b: Any, *more: Any) -> Likeness | None:
+def _arithmetic(a: object, b: object, *more: object) -> Template | None:
+    """Sums, differences, products and quotients, with broadcasting between tensors of equal dtype and rank."""
     if not isinstance(a, Tensor) or not a.is_floating_point() or not a.is_contiguous():
         return None
     if not isinstance(b, Tensor):
-        return None if isinstance(b, complex) else _plain(a.shape, a.dtype)
+        return None if isinstance(b, complex) else _contiguous(a.shape, a.dtype)
     if a.ndim != b.ndim or a.dtype != b.dtype or not b.is_contiguous():
         return None
     shape = [m if n == 1 else n for m, n in zip(a.shape, b.shape, strict=True)]
     fits = all(m in (1, s) and n in (1, s) for m, n, s in zip(a.shape, b.shape, shape, strict=True))
-    return _plain(shape, a.dtype) if fits else None
+    return _contiguous(shape, a.dtype) if fits else None
 
 
-def _takes(x: Tensor, other: Any, *more: Any) -> bool:
-    """Whether arithmetic in place goes without saying: a number, or a tensor of the same kind."""
+def _arithmetic_keeps_shape(x: Tensor, other: object, *more: object) -> bool:
+    """Return whether in-place arithmetic is certain to succeed: with a number, or with a tensor of equal shape and dtype."""
     if isinstance(other, Tensor):
         return other.shape == x.shape and other.dtype == x.dtype and x.is_floating_point()
     return (
@@ -144,30 +157,38 @@ def _takes(x: Tensor, other: Any, *more: Any) -> bool:
     )
 
 
-def _batch_norm(x: Tensor, *vectors: Any) -> Likeness | None:
+def _batch_norm(x: Tensor, *vectors: object) -> Template | None:
+    """Batch norms: output, and mean and inverse standard deviation of every channel."""
     given = [vector for vector in vectors if isinstance(vector, Tensor)]
     if not x.is_contiguous() or any(vector.shape != x.shape[1:2] for vector in given):
         return None
-    return [_plain(x.shape, x.dtype), *(_plain(x.shape[1:2], given[0].dtype if given else x.dtype) for _ in range(2))]
+    return [
+        _contiguous(x.shape, x.dtype),
+        *(_contiguous(x.shape[1:2], given[0].dtype if given else x.dtype) for _ in range(2)),
+    ]
 
 
-def _layer_norm(x: Tensor, shape: Sequence[int], *vectors: Any) -> Likeness | None:
+def _layer_norm(x: Tensor, shape: Sequence[int], *vectors: object) -> Template | None:
+    """Layer norms: output, and mean and inverse standard deviation of every row."""
     first = x.ndim - len(shape)
     fits = tuple(x.shape[first:]) == tuple(shape) and first >= 0
     fits = fits and all(tuple(vector.shape) == tuple(shape) for vector in vectors if isinstance(vector, Tensor))
     if not fits or not x.is_contiguous() or x.dtype not in (torch.float32, torch.float64):
         return None
-    moments = _plain([*x.shape[:first], *[1] * len(shape)], x.dtype)
-    return [_plain(x.shape, x.dtype), moments, moments]
+    moments = _contiguous([*x.shape[:first], *[1] * len(shape)], x.dtype)
+    return [_contiguous(x.shape, x.dtype), moments, moments]
 
 
-def _mean(x: Tensor, dims: Sequence[int] | None = None, keep: bool = False) -> Likeness | None:
+def _mean(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -> Template | None:
+    """Means over some dimensions."""
     if not dims or not x.is_floating_point() or not x.is_contiguous():
         return None
-    gone = {dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim}
-    if len(gone) != len(dims):
+    reduced = {dim % x.ndim for dim in dims if -x.ndim <= dim < x.ndim}
+    if len(reduced) != len(dims):
         return None
-    return _plain([1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone], x.dtype)
+    return _contiguous(
+        [1 if d in reduced else n for d, n in enumerate(x.shape) if keepdim or d not in reduced], x.dtype
+    )
 
 
 def _convolution(
@@ -180,43 +201,45 @@ def _convolution(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> Likeness | None:
-    sides = x.ndim - 2
-    ordinary = not transposed and sides > 0 and len(stride) == len(padding) == len(dilation) == sides
-    if not ordinary or weight.ndim != x.ndim or weight.dtype != x.dtype or not x.is_contiguous():
+) -> Template | None:
+    """Convolutions, except transposed ones."""
+    num_spatial = x.ndim - 2
+    is_usual = not transposed and num_spatial > 0 and len(stride) == len(padding) == len(dilation) == num_spatial
+    if not is_usual or weight.ndim != x.ndim or weight.dtype != x.dtype or not x.is_contiguous():
         return None
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups or not weight.shape[1]:
         return None
     if (bias is not None and bias.shape != weight.shape[:1]) or not weight.is_contiguous():
         return None
     geometry = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    moved = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
-    return _plain([x.shape[0], weight.shape[0], *moved], x.dtype) if min(moved) > 0 else None
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
+    return _contiguous([x.shape[0], weight.shape[0], *sizes], x.dtype) if min(sizes) > 0 else None
 
 
-def _product(bias: Tensor | None, a: Tensor, b: Tensor, *more: Any) -> Likeness | None:
+def _matrix_product(bias: Tensor | None, a: Tensor, b: Tensor, *more: object) -> Template | None:
+    """Products of two matrices, with or without a bias."""
     fits = not more and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
     if not fits or (bias is not None and (bias.shape != b.shape[1:] or bias.dtype != a.dtype)):
         return None
-    return _plain([a.shape[0], b.shape[1]], a.dtype)
+    return _contiguous([a.shape[0], b.shape[1]], a.dtype)
 
 
-_NORMS = frozenset(
+_BATCH_NORMS = frozenset(
     f"aten::{name}"
     for name in ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 )
 _UNARY = "hardtanh hardswish hardsigmoid leaky_relu elu gelu silu mish relu relu6 sigmoid tanh".split()  # noqa: SIM905
 _IN_PLACE: dict[str, Callable[..., bool]] = {
     **{f"aten::{name}_": lambda x, *others: x.is_floating_point() for name in _UNARY},
-    **{f"aten::{name}_": _takes for name in ("add", "sub", "mul")},
+    **{f"aten::{name}_": _arithmetic_keeps_shape for name in ("add", "sub", "mul")},
 }
-_TOLD: dict[str, Told] = {
-    **{f"aten::{name}": _same for name in _UNARY},
+_SHAPE_FUNCTIONS: dict[str, ShapeFunction] = {
+    **{f"aten::{name}": _unary for name in _UNARY},
     **{f"aten::{name}": _arithmetic for name in ("add", "sub", "mul", "div")},
-    **dict.fromkeys(_NORMS, _batch_norm),
+    **dict.fromkeys(_BATCH_NORMS, _batch_norm),
     "aten::native_layer_norm": _layer_norm,
     "aten::mean": _mean,
     "aten::convolution": _convolution,
-    "aten::addmm": _product,
-    "aten::mm": lambda a, b, *more: _product(None, a, b, *more),
+    "aten::addmm": _matrix_product,
+    "aten::mm": lambda a, b, *more: _matrix_product(None, a, b, *more),
 }

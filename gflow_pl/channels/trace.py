@@ -1,18 +1,16 @@
-"""`trace_channels`: which channels of a network belong together, found by following one forward."""
+"""`trace_channels`: find out which channels of a network belong together, by recording its forward."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.corrections import Corrections
 from gflow_pl.channels.expansions import STREAM, Expansions, add_residual_expansions, present_expansions
-from gflow_pl.channels.forward_runner import Stage
+from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.grouping import Partition, partition
-from gflow_pl.channels.labels import ChoiceSite
-from gflow_pl.channels.record import Survey, survey
-from gflow_pl.channels.verify import Probe
+from gflow_pl.channels.record import Record
+from gflow_pl.channels.record_forward import record_forward
+from gflow_pl.channels.verify import InexactLabels, Verifier
 from gflow_pl.common.snapshot import garbage_collection_paused
 from gflow_pl.values import ChannelGraph, Layer
 from gflow_pl.values.choices import Frozen, Residual, check_choice
@@ -20,40 +18,42 @@ from gflow_pl.values.expansion_names import is_index_buffer
 
 __all__ = ["trace_channels"]
 
-_ROUNDS = 24
-_WIDTH = "what reads an expanded layer keeps its width"
-_INPUT = "what an expanded layer reads keeps its width"
+_MAX_ROUNDS = 24
+_OUTPUT_WIDTH = "what reads an expanded layer keeps its width"
+_INPUT_WIDTH = "what an expanded layer reads keeps its width"
 
 
 def trace_channels(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: object,
     *,
     residual: Residual = "expand",
     exact_only: bool = False,
     frozen: Frozen = "keep",
 ) -> ChannelGraph:
-    """Finds which channels of a network belong together and can go, for any module and without hints.
+    """Find out which channels of a network belong together and can be removed, for any module and without hints.
 
-    DimLabels ride through a forward in training mode and one in evaluation mode, on tensors without contents where
-    the forward allows it; then a probe runs the network at smaller shapes and everything that does not come out as
-    predicted is frozen. The model, its flags, hooks and buffers, and all random generators are left as they were.
+    The trace records all operators of a forward in training mode and of one in evaluation mode. A rule for every operator
+    tells which channels of its outputs depend on which channels of its inputs. Then the trace verifies the result: it runs
+    the network at smaller shapes, and freezes channels where a size does not come out as predicted. Both run on meta tensors,
+    where nothing is computed, unless the forward looks at values. The model and all random generators are restored
+    afterwards.
 
     Args:
-        model: The network; a LightningModule is traced through its forward.
-        example_inputs: What the forward takes: a tuple is the positional arguments, anything else the only one.
-            Only shapes and types matter, unless the forward looks at values.
-        residual: With "expand", every layer that writes into a residual stream loses filters by itself and the stream
-            keeps its width; with "remove", the coupled stream shrinks.
-        exact_only: Whether units are frozen whose removal changes what the rest computes.
-        frozen: With "expand", layers that could not lose a filter otherwise are expanded, too.
+        model: The network; a LightningModule is traced through its `forward`.
+        example_inputs: Input of the forward: a tuple holds the positional arguments, anything else is the only argument.
+            Only shapes and dtypes matter, unless the forward looks at values.
+        residual: ``"expand"``: every layer that writes into a residual stream loses filters independently, and the stream
+            keeps its width. ``"remove"``: the stream shrinks, and all layers that write into it lose the same channels.
+        exact_only: Whether to freeze units whose removal changes what the remaining channels compute.
+        frozen: ``"expand"``: layers that could not lose any filter otherwise are expanded. ``"keep"``: they stay as they are.
 
     Returns:
-        The graph: groups of units, and for every layer left the reason why.
+        The graph: groups of units, and the reason for every layer that is frozen.
 
     Raises:
-        ValueError: `residual` or `frozen` is none of the choices, or a lazy layer was never run. A model that runs raises
-            nothing else.
+        SettingsError: `residual` or `frozen` has an unknown value, or a lazy layer of the model has no shape yet. A model
+            that cannot be followed does not raise; its layers are frozen.
 
     Example:
         >>> import torch
@@ -67,86 +67,108 @@ def trace_channels(
     check_choice("frozen", frozen, Frozen, caller="trace_channels")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with garbage_collection_paused():
-        return _traced(model, args, residual, exact_only, frozen)
+        return _trace(model, args, residual, exact_only, frozen)
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], residual: str, exact_only: bool, frozen: str) -> ChannelGraph:
-    """Surveys and probes in turns, until everything comes out as predicted."""
-    choices: dict[ChoiceSite, int] = {}
-    frozen_calls: dict[tuple[bool, int], str] = {}
-    ends: dict[bool, tuple[int, str]] = {}
-    stage, found = _first_survey(model, args)
-    for _ in range(_ROUNDS):
-        expansions, parts = _partition(found, residual, frozen, exact_only, [])
-        probe = Probe(stage, found, expansions, parts)
-        blame = probe.shapes()
-        soft: list[tuple[Labels, str]] = []
-        if blame is None:
-            soft, blame = probe.numbers()
-        if blame is None:
+def _trace(
+    model: nn.Module, args: tuple[object, ...], residual: Residual, exact_only: bool, frozen: Frozen
+) -> ChannelGraph:
+    """Record and verify in turns, until a verification finds no difference."""
+    corrections = Corrections()
+    runner, record = _first_record(model, args)
+    inexact: InexactLabels = []
+    for _ in range(_MAX_ROUNDS):
+        expansions, groups = _partition(record, residual, frozen, exact_only, [])
+        verifier = Verifier(runner, record, expansions, groups)
+        correction = verifier.check_shapes()
+        if correction is None:
+            inexact, correction = verifier.find_inexact()
+        if correction is None:
             break
-        if blame.site is not None:
-            choices[blame.site] = choices.get(blame.site, 0) + 1
-        elif blame.call is not None and blame.ends:
-            ends[blame.call[0]] = blame.call[1], blame.reason
-        elif blame.call is not None:
-            frozen_calls[blame.call] = blame.reason
-        found = survey(stage, choices, frozen_calls, ends)
+        corrections.add(correction)
+        record = record_forward(runner, corrections)
     else:
-        for call in (call for calls in found.calls.values() for call in calls):
-            found.constraints.frozen += [(label, "the probe did not settle") for label in call.nodes]
-        soft = []
-        expansions, parts = _partition(found, residual, frozen, exact_only, [])
-    if soft:
-        _, parts = _partition(found, residual, frozen, exact_only, soft)
-    return _graph(stage, found, parts)
+        for operators in record.operators.values():
+            for labels in (labels for operator in operators for labels in operator.all_labels):
+                record.constraints.freeze(labels, f"the verification still failed after {_MAX_ROUNDS} corrections")
+        inexact = []
+        _, groups = _partition(record, residual, frozen, exact_only, [])
+
+    # Units that the verification found to be inexact.
+    if inexact:
+        _, groups = _partition(record, residual, frozen, exact_only, inexact)
+    return _graph(runner, record, groups)
 
 
-def _first_survey(model: nn.Module, args: tuple[Any, ...]) -> tuple[Stage, Survey]:
-    """The first way to run the forward that works in both modes: without contents, else on real tensors."""
-    tries = []
+def _first_record(model: nn.Module, args: tuple[object, ...]) -> tuple[ForwardRunner, Record]:
+    """Return the first runner whose forward works in both modes, with its record.
+
+    Meta tensors come first, because nothing is computed on them; then real tensors, for forwards that look at values. Inputs of
+    one example are doubled at first, because batch norms may refuse them in training mode. If every forward fails, the
+    runner with the fewest errors is returned.
+    """
+    attempts = []
     for meta in (True, False):
         for doubled in (True, False):
-            stage = Stage(model, args, meta=meta, doubled=doubled)
-            found = survey(stage, {}, {}, {})
-            if not found.torn:
-                return stage, found
-            tries.append((stage, found))
-    return min(tries, key=lambda pair: len(pair[1].torn))
+            runner = ForwardRunner(model, args, meta=meta, doubled=doubled)
+            record = record_forward(runner, Corrections())
+            if not record.errors:
+                return runner, record
+            attempts.append((runner, record))
+    return min(attempts, key=lambda attempt: len(attempt[1].errors))
 
 
 def _partition(
-    found: Survey, residual: str, frozen: str, exact_only: bool, soft: list[tuple[Labels, str]]
+    record: Record, residual: Residual, frozen: Frozen, exact_only: bool, inexact: InexactLabels
 ) -> tuple[Expansions, Partition]:
-    expansions = present_expansions(found)
+    """Choose the layers to expand and form the units and groups.
+
+    Args:
+        record: The record of the model.
+        residual: See `trace_channels`.
+        frozen: See `trace_channels`.
+        exact_only: See `trace_channels`.
+        inexact: Further inexact labels beyond those of the record.
+    """
+    expansions = present_expansions(record)
     if residual == "expand":
-        add_residual_expansions(found, expansions)
-    parts = partition(found, expansions, exact_only=exact_only, inexact=soft)
+        add_residual_expansions(record, expansions)
+    groups = partition(record, expansions, exact_only=exact_only, inexact=inexact)
+
+    # Expand further layers until no frozen layer is left that an expansion would free.
     while True:
-        left = [found.layers[name] for name in parts.frozen if name not in parts.outputs]
+        stuck = [record.layers[name] for name in groups.frozen if name not in groups.outputs]
         if frozen != "expand":
-            # A branch is independent of the stream, also where a grouped convolution leads from one to the other.
-            left = [f for f in left if f.grouped and (f.name in expansions.layers or parts.frozen[f.name] == STREAM)]
-        whole = [facts for facts in left if facts.outputs is not None and facts.name not in expansions.layers]
-        reads = [facts for facts in left if facts.grouped and not expansions.gathers(facts.name)]
-        reads = [facts for facts in reads if not facts.votes or facts.name in expansions.layers]
-        if not whole and not reads:
-            break
-        for facts in whole:
-            expansions.add(found, facts.name, _WIDTH)
-        for facts in reads:
-            expansions.add_gather(facts.name, _INPUT)
-        parts = partition(found, expansions, exact_only=exact_only, inexact=soft)
-    return expansions, parts
+            # Only grouped convolutions between a residual stream and a branch: the branch has to stay independent.
+            stuck = [
+                facts
+                for facts in stuck
+                if facts.is_grouped and (facts.name in expansions.layers or groups.frozen[facts.name] == STREAM)
+            ]
+        scattered = [facts for facts in stuck if facts.outputs is not None and facts.name not in expansions.layers]
+        gathered = [
+            facts
+            for facts in stuck
+            if facts.is_grouped
+            and not expansions.gathers(facts.name)
+            and (not facts.votes or facts.name in expansions.layers)
+        ]
+        if not scattered and not gathered:
+            return expansions, groups
+        for facts in scattered:
+            expansions.add(record, facts.name, _OUTPUT_WIDTH)
+        for facts in gathered:
+            expansions.add_gather(facts.name, _INPUT_WIDTH)
+        groups = partition(record, expansions, exact_only=exact_only, inexact=inexact)
 
 
-def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:
-    tensors = {name: x for name, x in stage.tensors.items() if not is_index_buffer(name)}
-    order = [name for name in stage.modules if name in found.layers]
+def _graph(runner: ForwardRunner, record: Record, groups: Partition) -> ChannelGraph:
+    """Collect what is known of layers, tensors and groups in a graph."""
+    order = [name for name in runner.modules if name in record.layers]
     layers: dict[str, Layer] = {}
     uses: dict[str, int] = {}
     for name in order:
-        facts = found.layers[name]
+        facts = record.layers[name]
         positions = facts.positions.get(False, facts.positions.get(True, 0))
         layers[name] = Layer(
             name=name,
@@ -155,15 +177,15 @@ def _graph(stage: Stage, found: Survey, parts: Partition) -> ChannelGraph:
             positions=positions,
             norm=facts.norm,
             reads_input=facts.reads_input,
-            is_output=name in parts.outputs,
+            is_output=name in groups.outputs,
         )
         uses[facts.weight] = uses.get(facts.weight, 0) + positions
     return ChannelGraph(
-        groups=parts.groups,
-        frozen={name: parts.frozen[name] for name in order if name in parts.frozen},
+        groups=groups.groups,
+        frozen={name: groups.frozen[name] for name in order if name in groups.frozen},
         layers=layers,
-        shapes={name: tuple(x.shape) for name, x in tensors.items()},
+        shapes={name: tuple(x.shape) for name, x in runner.tensors.items() if not is_index_buffer(name)},
         uses=uses,
-        patches=dict(parts.patches),
-        buffers=frozenset(name for name, _ in stage.model.named_buffers() if not is_index_buffer(name)),
+        patches=dict(groups.patches),
+        buffers=frozenset(name for name, _ in runner.model.named_buffers() if not is_index_buffer(name)),
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from gflow_pl.channels.constraints import FIXED, Labels, TensorDim
 from gflow_pl.channels.expansions import Expansions, connected_labels
-from gflow_pl.channels.record import LayerFacts, Survey
+from gflow_pl.channels.record import LayerFacts, Record
 from gflow_pl.values import SizeAttribute
 
 __all__ = ["Reasons", "UnitFacts", "freeze_shared_expansions", "votes"]
@@ -30,7 +30,7 @@ class UnitFacts:
         expanded: (labels,) number of the layer that is expanded for this unit, -1 for none.
     """
 
-    def __init__(self, record: Survey, expansions: Expansions, exact_only: bool, more_inexact: Reasons) -> None:
+    def __init__(self, record: Record, expansions: Expansions, exact_only: bool, more_inexact: Reasons) -> None:
         constraints = record.constraints
         self.root = root = connected_labels(constraints, expansions.boundaries)
 
@@ -70,7 +70,7 @@ class UnitFacts:
 
 
 def freeze_shared_expansions(
-    record: Survey, expansions: Expansions, unit_facts: UnitFacts, source_of: np.ndarray, is_owned: np.ndarray
+    record: Record, expansions: Expansions, unit_facts: UnitFacts, source_of: np.ndarray, is_owned: np.ndarray
 ) -> None:
     """Freeze expanded units that hold positions of tensors of other layers.
 

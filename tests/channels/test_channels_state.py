@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gflow_pl.channels import trace_channels
-from gflow_pl.channels.forward_runner import Stage
+from gflow_pl.channels.forward_runner import ForwardRunner
 
 
 class Meddlesome(nn.Module):
@@ -225,7 +225,7 @@ def test_inputs_in_any_object_are_activations(wrap, read):
 
     x = torch.zeros(1, 4)
     batch = wrap(x)
-    stage = Stage(Filtering(), (batch,), meta=True, doubled=True)
+    stage = ForwardRunner(Filtering(), (batch,), meta=True, doubled=True)
     assert [(tensor.is_meta, tuple(tensor.shape)) for tensor in stage.inputs] == [(True, (2, 4))]
     assert read(batch) is x
     graph = trace_channels(Filtering(), batch)

@@ -1,4 +1,4 @@
-"""What is told of an op's outputs without asking torch is what torch says; whatever else is asked."""
+"""Shapes that the cache computes equal those of torch, and unusual arguments are passed on to torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from gflow_pl.channels import shape_cache as shapes_module
-from gflow_pl.channels.shape_cache import Shapes
+from gflow_pl.channels import shape_cache
+from gflow_pl.channels.shape_cache import ShapeCache
 
 ATEN = torch.ops.aten
 META = torch.device("meta")
@@ -19,13 +19,13 @@ def made(*shape, dtype=torch.float32, last=False):
     return x.to(memory_format=torch.channels_last) if last else x
 
 
-def facts(out):
+def properties(out):
     parts = out if isinstance(out, (tuple, list)) else [out]
     return [(tuple(x.shape), x.stride(), x.dtype, x.device.type) for x in parts]
 
 
 IMAGES = [made(2, 6, 5, 7), made(2, 6, 5, 7, dtype=torch.float64), made(2, 6, 5, 7, last=True), made(2, 6, 7)]
-UNARY = [getattr(ATEN, name).default for name in shapes_module._UNARY]
+UNARY = [getattr(ATEN, name).default for name in shape_cache._UNARY]
 ARITHMETIC = [getattr(ATEN, name).Tensor for name in ("add", "sub", "mul", "div")]
 ROWS = made(3, 5, 4)
 CALLS = [
@@ -68,34 +68,34 @@ CALLS = [
 
 @pytest.mark.parametrize(("op", "args"), CALLS, ids=[f"{op.name()}-{i}" for i, (op, _) in enumerate(CALLS)])
 def test_outputs_are_those_that_torch_gives(op, args) -> None:
-    known = Shapes()
-    expected = facts(op(*args))
-    assert facts(known.computed(op, args, {})) == expected
-    assert facts(known.computed(op, args, {})) == expected  # the second time from memory
+    cache = ShapeCache()
+    expected = properties(op(*args))
+    assert properties(cache.compute(op, args, {})) == expected
+    assert properties(cache.compute(op, args, {})) == expected  # the second time from memory
 
 
 def test_an_answer_is_a_new_tensor_every_time() -> None:
-    known = Shapes()
-    first, second = (known.computed(ATEN.add.Tensor, (made(2, 3), made(2, 3)), {}) for _ in range(2))
+    cache = ShapeCache()
+    first, second = (cache.compute(ATEN.add.Tensor, (made(2, 3), made(2, 3)), {}) for _ in range(2))
     assert first is not second
     first.unsqueeze_(0)
     assert second.shape == (2, 3)
 
 
 def test_every_op_that_is_told_is_among_the_calls() -> None:
-    told = {name for name in shapes_module._TOLD if not name.startswith("aten::_native_batch_norm")}
-    answered = {
+    covered = {name for name in shape_cache._SHAPE_FUNCTIONS if not name.startswith("aten::_native_batch_norm")}
+    computed = {
         op._schema.name
         for op, args in CALLS
-        if op._schema.name in told and shapes_module._TOLD[op._schema.name](*args) is not None
+        if op._schema.name in covered and shape_cache._SHAPE_FUNCTIONS[op._schema.name](*args) is not None
     }
-    assert answered == told
+    assert computed == covered
 
 
 def test_the_names_of_arguments_are_part_of_the_question() -> None:
-    known, edges = Shapes(), made(4)
-    first = known.computed(ATEN.bucketize.Tensor, (made(3), edges), {"out_int32": True})
-    second = known.computed(ATEN.bucketize.Tensor, (made(3), edges), {"right": True})
+    cache, edges = ShapeCache(), made(4)
+    first = cache.compute(ATEN.bucketize.Tensor, (made(3), edges), {"out_int32": True})
+    second = cache.compute(ATEN.bucketize.Tensor, (made(3), edges), {"right": True})
     assert (first.dtype, second.dtype) == (torch.int32, torch.int64)
 
 
@@ -118,16 +118,16 @@ def test_what_does_not_fit_is_refused_as_torch_does(op, args) -> None:
         op(*args)
     except RuntimeError:
         with pytest.raises(RuntimeError):
-            Shapes().computed(op, args, {})
+            ShapeCache().compute(op, args, {})
     else:  # torch 2.11 divides whole numbers in place without contents
         assert op == ATEN.div_.Scalar
-        Shapes().computed(op, args, {})
+        ShapeCache().compute(op, args, {})
 
 
-@pytest.mark.parametrize("name", [*shapes_module._IN_PLACE])
+@pytest.mark.parametrize("name", [*shape_cache._IN_PLACE])
 def test_writes_return_their_first_argument(name) -> None:
     op = getattr(ATEN, name.removeprefix("aten::"))
     x = made(2, 3)
     arithmetic = name in ("aten::add_", "aten::sub_", "aten::mul_")
-    out = Shapes().computed(op.Tensor if arithmetic else op.default, (x, made(2, 3)) if arithmetic else (x,), {})
+    out = ShapeCache().compute(op.Tensor if arithmetic else op.default, (x, made(2, 3)) if arithmetic else (x,), {})
     assert out is x

@@ -1,0 +1,95 @@
+"""Record a model's forward in training mode and in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gflow_pl.channels.constraints import Constraints
+from gflow_pl.channels.corrections import Corrections
+from gflow_pl.channels.forward_runner import ForwardRunner
+from gflow_pl.channels.layer_hooks import LayerHooks
+from gflow_pl.channels.operator_record import OperatorRecord
+from gflow_pl.channels.record import Record
+from gflow_pl.channels.recorder import Recorder
+from gflow_pl.values.expansion_names import EXPANSION, GATHER
+
+__all__ = ["record_forward"]
+
+
+def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
+    """Run the forward in both modes under a recorder and return what both passes showed.
+
+    Args:
+        runner: The model and its inputs.
+        corrections: Corrections by the verifications of earlier records.
+    """
+    # Placeholders, and the names of what they replace.
+    first_names = {id(tensor): name for name, tensor in reversed(runner.tensors.items())}
+    placeholders = runner.placeholders()
+    names = {id(placeholders[key]): name for key, name in first_names.items()}
+
+    # What earlier rounds of pruning left in the model.
+    record = Record(Constraints())
+    record.expanded = {
+        name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
+        for name, module in runner.modules.items()
+        if EXPANSION.positions in module._buffers
+    }
+    record.gathering = {name for name, module in runner.modules.items() if GATHER.positions in module._buffers}
+
+    for training in (True, False):
+        recorder = Recorder(
+            record.constraints, names, placeholders, runner.meta, runner.shape_cache, corrections, training
+        )
+        for tensor in runner.inputs:
+            recorder.table.set_labels(tensor, [None] * tensor.ndim, is_activation=True)
+        hooks = LayerHooks(record, recorder, runner, {**first_names, **names}, training)
+        with runner.placeholders_set(placeholders, training):
+            try:
+                output = runner.run(recorder, hooks.before, hooks.after)
+            except Exception as error:  # a forward may raise anything
+                record.errors[training] = error
+            else:
+                hooks.finish(output)
+        record.operators[training] = recorder.records
+        record.has_guesses |= recorder.has_guesses
+
+        # A forward that ended early has joined only some of the labels that belong together.
+        if training in record.errors:
+            _freeze_all(record, recorder.records, "the forward could not be followed to its end")
+        if training in corrections.ends:
+            number, reason = corrections.ends[training]
+            _freeze_all(record, recorder.records[number:], reason)
+    _drop_shared_norms(record)
+    _freeze_locations(record, corrections)
+    return record
+
+
+def _freeze_all(record: Record, operators: Iterable[OperatorRecord], reason: str) -> None:
+    """Freeze the labels of all operands and outputs of some operators."""
+    for operator in operators:
+        for labels in operator.all_labels:
+            record.constraints.freeze(labels, reason)
+
+
+def _freeze_locations(record: Record, corrections: Corrections) -> None:
+    """Freeze the labels of frozen operators and of all operators that are called from the same places in the code.
+
+    Repeated blocks run the same code: a size that is hard-coded in one of them is hard-coded in all.
+    """
+    reasons = {
+        record.operators[index.training][index.number].location: reason
+        for index, reason in corrections.frozen_operators.items()
+    }
+    for operators in record.operators.values() if reasons else ():
+        for operator in operators:
+            if operator.location in reasons:
+                _freeze_all(record, [operator], reasons[operator.location])
+
+
+def _drop_shared_norms(record: Record) -> None:
+    """Scatter the outputs of layers that share a norm at the layers themselves: an expansion at the norm is for one layer."""
+    norms = [norm for norm in record.expands_at_norm.values() if norm is not None]
+    for layer, norm in record.expands_at_norm.items():
+        if norm is not None and norms.count(norm) > 1:
+            record.expands_at_norm[layer] = None

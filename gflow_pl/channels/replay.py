@@ -1,0 +1,184 @@
+"""Compare the operators of a forward pass at smaller shapes with the recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch._ops import OpOverload
+
+from gflow_pl.channels.constraints import Constraints, Labels
+from gflow_pl.channels.forward_runner import ForwardRunner
+from gflow_pl.channels.operator_record import Number, OperatorRecord
+from gflow_pl.channels.placeholder_mode import OperatorInputs, PlaceholderMode, cloned_output
+
+__all__ = ["Mismatch", "ReplayMode"]
+
+# Operators that appear and disappear with the memory layout of their operands; they are not compared.
+_LAYOUT_DEPENDENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
+# Operators whose int arguments are sizes: these show in the shapes of the outputs.
+_TAKES_SIZES = frozenset(
+    """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
+    new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
+    native_group_norm convolution _convolution slice as_strided arange channel_shuffle native_channel_shuffle""".split()  # noqa: SIM905
+)
+# Operators that take a shape, followed by the value to fill it with.
+_TAKES_FILL_VALUE = frozenset(["full", "new_full"])
+
+
+class Mismatch(Exception):
+    """An operator behaved differently from what its record predicts."""
+
+
+class ReplayMode(PlaceholderMode):
+    """Runs a forward pass at smaller shapes next to its records, and raises `Mismatch` at the first size that differs.
+
+    Args:
+        runner: The model and its inputs.
+        placeholders: See `PlaceholderMode`; at the smaller shapes.
+        records: The records of the same forward pass at full shapes.
+        constraints: The constraints of that record.
+        removed: (labels,) whether a label is removed.
+
+    Attributes:
+        differing: Numbers of the operators that were called with another plain number than at full shapes.
+        is_in_operator: Whether an operator is running; after an error, whether an operator or the code between two of them
+            raised it.
+    """
+
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        placeholders: Mapping[int, Tensor],
+        records: Sequence[OperatorRecord],
+        constraints: Constraints,
+        removed: Labels,
+    ) -> None:
+        super().__init__(placeholders, runner.meta, runner.shape_cache)
+        self.differing: list[int] = []
+        self.is_in_operator = False
+        self._records, self._constraints, self._removed = records, constraints, removed
+        self._num_removed_before = np.concatenate([[0], np.cumsum(removed)])
+        self._kept_counts: dict[int, int] = {}  # id of a label vector to the number of its labels that are kept
+        self._current = -1  # number of the last operator that was matched with its record
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator, or continue with its recorded output, and compare it with its record."""
+        name = func._schema.name.removeprefix("aten::")
+        args, kwargs, inputs = self.prepare(name, args, kwargs or {})
+        is_compared = name not in _LAYOUT_DEPENDENT
+        if is_compared and self._was_decomposed(func, name):
+            with self:
+                return func.decompose(*args, **kwargs)
+        self.is_in_operator = True
+        record = self._next_record(name) if is_compared else None
+        recorded = None if record is None else record.output
+        output = self.compute(func, args, kwargs) if recorded is None else cloned_output(recorded)
+        self.keep_alive.append(output)
+        if record is not None:
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            self._compare(record, [x for x in outputs if isinstance(x, Tensor)], inputs, args)
+        self.is_in_operator = False
+        return output
+
+    # -- the matching record -----------------------------------------------------------------------------------------
+
+    @property
+    def failed_at(self) -> int:
+        """After an error, the number of the operator that failed, or of the next one if the code between two raised it."""
+        following = self._following()
+        return self._current if self.is_in_operator or following == len(self._records) else following
+
+    def _following(self) -> int:
+        """Return the number of the next recorded operator that does not depend on memory layouts."""
+        following = range(self._current + 1, len(self._records))
+        return next((i for i in following if self._records[i].name not in _LAYOUT_DEPENDENT), len(self._records))
+
+    def _is_following(self, name: str) -> bool:
+        number = self._following()
+        return number < len(self._records) and _canonical_name(self._records[number].name) == _canonical_name(name)
+
+    def _was_decomposed(self, func: OpOverload, name: str) -> bool:
+        """Return whether the recorder saw the operators that this one decomposes into.
+
+        In inference mode, torch passes composite operators to a dispatch mode without decomposing them.
+        """
+        return not self._is_following(name) and func._can_decompose()
+
+    def _next_record(self, name: str) -> OperatorRecord:
+        is_following = self._is_following(name)
+        self._current = self._following()
+        if not is_following:
+            raise Mismatch("the forward takes another path at smaller shapes")
+        return self._records[self._current]
+
+    # -- comparisons -------------------------------------------------------------------------------------------------
+
+    def _compare(
+        self, record: OperatorRecord, outputs: list[Tensor], inputs: OperatorInputs, args: tuple[Any, ...]
+    ) -> None:
+        """Compare sizes, counts and numbers of an operator with its record."""
+        # Every labelled dimension of the outputs has lost exactly its removed labels.
+        for output, shape, labels in zip(outputs, record.shapes, record.output_labels, strict=True):
+            if labels is None:
+                continue
+            for dim, (size, vector) in enumerate(zip(shape, labels, strict=True)):
+                expected = size if vector is None else self._num_kept(vector)
+                if output.shape[dim] != expected:
+                    raise Mismatch(f"a size that does not follow the channels ('{record.name}')")
+        for position, vector in record.expected_counts:
+            if args[position] != self._num_kept(vector):
+                raise Mismatch(f"a position that does not follow the channels ('{record.name}')")
+
+        # Another plain number changes values, but no shape.
+        sizes_differ = record.operand_shapes is not None and record.operand_shapes != [x.shape for x in inputs.tensors]
+        if sizes_differ or not _are_equal(_comparable(record, record.numbers), _comparable(record, inputs.numbers)):
+            self.differing.append(self._current)
+
+    def _num_kept(self, labels: Labels) -> int:
+        """Return how many of these labels are kept. The record holds the vector, so its id stays unique."""
+        whole_range = self._constraints.range_of(labels)
+        if whole_range is not None:
+            start, stop = whole_range
+            return len(labels) - int(self._num_removed_before[stop] - self._num_removed_before[start])
+        known = self._kept_counts.get(id(labels))
+        if known is None:
+            known = len(labels) - int(np.count_nonzero(self._removed[labels]))
+            self._kept_counts[id(labels)] = known
+        return known
+
+
+def _canonical_name(name: str) -> str:
+    """Return one name for all reshaping operators: which one is called depends on whether memory has to be copied."""
+    return "view" if name in ("_unsafe_view", "_reshape_alias", "reshape") else name
+
+
+def _comparable(record: OperatorRecord, numbers: tuple[Number, ...]) -> tuple[Number, ...]:
+    """Return the numbers among an operator's arguments that no shape reflects."""
+    if record.name in _TAKES_FILL_VALUE:
+        return numbers[len(record.shapes[0]) :]
+    if record.name not in _TAKES_SIZES or _has_fixed_outputs(record):
+        return numbers
+    if record.name == "convolution":
+        return numbers[:-1]  # the number of groups may follow the channels
+    if record.name == "slice":
+        labels, dim = record.output_labels[0], numbers[0] if numbers else 0
+        if labels is not None and labels[int(dim.real)] is None:
+            return numbers
+    return tuple(number for number in numbers if isinstance(number, float))
+
+
+def _has_fixed_outputs(record: OperatorRecord) -> bool:
+    """Return whether no dimension of the outputs can change its size."""
+    return all(labels is not None and all(vector is None for vector in labels) for labels in record.output_labels)
+
+
+def _are_equal(a: tuple[Number, ...], b: tuple[Number, ...]) -> bool:
+    """Return whether two tuples hold the same numbers, where NaN counts as equal to NaN."""
+    if a == b:
+        return True
+    return len(a) == len(b) and all(x == y or (x != x and y != y) for x, y in zip(a, b, strict=True))
