@@ -12,7 +12,7 @@ import time
 import timm
 import torch
 import torchvision
-from channel_twins import masked_twin, random_plan, randomised
+from masked_networks import masked_network, random_plan, randomize_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -142,7 +142,7 @@ def distances(model, graph, plan, x):
     """Pruned to masked, masked to full, both relative; the pruned network, its structure, its output."""
     small = copy.deepcopy(model)
     with torch.no_grad():
-        full, masked = model(x), masked_twin(model, graph, plan)(x)
+        full, masked = model(x), masked_network(model, graph, plan)(x)
         structure = rewrite(small, graph.copy(), plan)
         with _Kinds() as kinds:
             pruned = small(x)
@@ -198,7 +198,7 @@ def measure(name, mode, compare=True):
     del small
     if not compared:
         return row
-    model = randomised(model.double()).eval()
+    model = randomize_parameters(model.double()).eval()
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     row["off"], row["change"], row["float32"], (small, structure, out) = distances(
         model, graph, random_plan(graph, only=exact), x

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_twins import deviation
+from masked_networks import compare_with_masked
 from torch import nn
 
 
@@ -45,7 +45,7 @@ def transformer(*blocks):
 @pytest.mark.parametrize("fused", [True, False])
 def test_whole_heads_go_where_sizes_are_attributes(fused):
     model = transformer(Attention(fused=fused), Attention(fused=fused))
-    off, change, graph, small = deviation(model, (torch.randn(2, 7, 5),))
+    off, change, graph, small = compare_with_masked(model, (torch.randn(2, 7, 5),))
     assert off < 1e-12 < 1e-3 < change
     heads = graph.group("1.qkv")
     assert (heads.size, heads.filters, heads.inexact) == (3, 12, None)
@@ -56,7 +56,9 @@ def test_whole_heads_go_where_sizes_are_attributes(fused):
 
 def test_heads_follow_the_stream_where_sizes_are_computed_from_it():
     model = transformer(Computed(), Computed())
-    _, change, graph, small = deviation(model, (torch.randn(2, 7, 5),), residual="remove", only=lambda group: True)
+    _, change, graph, small = compare_with_masked(
+        model, (torch.randn(2, 7, 5),), residual="remove", only=lambda group: True
+    )
     assert change > 1e-3
     assert graph.coverage() == 1.0
     assert all("layer norm" in group.inexact for group in graph.groups if "0" in {p.layer for p in group.layers})
@@ -65,7 +67,7 @@ def test_heads_follow_the_stream_where_sizes_are_computed_from_it():
 
 
 def test_heads_computed_from_a_stream_that_keeps_its_width_are_expanded():
-    off, change, graph, _ = deviation(transformer(Computed()), (torch.randn(2, 7, 5),))
+    off, change, graph, _ = compare_with_masked(transformer(Computed()), (torch.randn(2, 7, 5),))
     assert off < 1e-12 < 1e-3 < change
     assert (graph.group("1.qkv").kind, graph.group("1.qkv").expansion.width) == ("expand", 36)
     assert graph.coverage() == 1.0
@@ -83,7 +85,7 @@ def test_torch_attention_does_not_disturb_its_neighbours(residual):
         def forward(self, x):
             return self.head(self.layer(self.stem(x)))
 
-    off, change, graph, small = deviation(Encoder(), (torch.randn(2, 7, 5),), residual=residual)
+    off, change, graph, small = compare_with_masked(Encoder(), (torch.randn(2, 7, 5),), residual=residual)
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("layer.linear1").size == 20
     small.train()(torch.randn(2, 7, 5).double()).sum().backward()
@@ -104,7 +106,7 @@ def test_recurrent_layers_let_their_input_shrink(kind):
         def forward(self, x):
             return self.h(self.b(self.r(self.a(x).relu())[0][:, -1]).relu())
 
-    off, change, graph, small = deviation(Recurrent(), (torch.randn(2, 4, 5),))
+    off, change, graph, small = compare_with_masked(Recurrent(), (torch.randn(2, 4, 5),))
     assert off < 1e-12 < 1e-3 < change
     assert [group.name for group in graph.groups] == ["a", "b"]
     assert small.r.input_size == 4
@@ -121,6 +123,6 @@ def test_efficient_channel_attention_is_prunable_and_said_to_be_inexact():
             gate = self.e(y.mean((2, 3))[:, None]).sigmoid()[:, 0]
             return self.h((y * gate[:, :, None, None]).mean((2, 3)))
 
-    _, change, graph, _ = deviation(ECA(), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    _, change, graph, _ = compare_with_masked(ECA(), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
     assert change > 1e-3
     assert "slides along the channels" in graph.group("a").inexact

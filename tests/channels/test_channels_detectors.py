@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from channel_twins import masked_twin, random_plan, randomised
+from masked_networks import masked_network, random_plan, randomize_parameters
 from torchvision.models import detection
 
 from gflow_pl.channels import trace_channels
@@ -33,14 +33,14 @@ def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
     for residual, num_groups in (("expand", num_expand), ("remove", num_remove)):
         torch.manual_seed(0)
         sizes = {} if "320" in name or "ssd" in name else {"min_size": 160, "max_size": 200}
-        model = randomised(getattr(detection, name)(weights=None, weights_backbone=None, **sizes).double())
+        model = randomize_parameters(getattr(detection, name)(weights=None, weights_backbone=None, **sizes).double())
         images = [torch.rand(3, 160, 160, dtype=torch.float64) for _ in range(2)]
         graph = trace_channels(model, (images,), residual=residual)
         assert len(graph.groups) == num_groups
         assert graph.coverage() > least
         before = sum(p.numel() for p in model.parameters())
         plan = random_plan(graph, only=lambda group: group.inexact is None)
-        twin = masked_twin(model, graph, plan).eval()
+        twin = masked_network(model, graph, plan).eval()
         rewrite(model, graph, plan)
         assert sum(p.numel() for p in model.parameters()) < 0.9 * before
         with torch.no_grad():

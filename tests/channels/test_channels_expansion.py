@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from channel_twins import deviation, masked_twin, random_plan, randomised
+from masked_networks import compare_with_masked, masked_network, random_plan, randomize_parameters
 from torch import nn
 
 from gflow_pl import models
@@ -68,7 +68,7 @@ def network(block):
     ],
 )
 def test_every_layer_that_writes_into_the_stream_is_expanded_alone(block, places):
-    off, change, graph, small = deviation(network(block), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, small = compare_with_masked(network(block), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     expanded = {group.name: group.expansion for group in graph.groups if group.kind == "expand"}
     assert {name: expansion.module for name, expansion in expanded.items()} == places
@@ -79,7 +79,7 @@ def test_every_layer_that_writes_into_the_stream_is_expanded_alone(block, places
 
 @pytest.mark.parametrize("block", [PreActivation, Scaled, WithMask])
 def test_with_remove_the_whole_stream_shrinks(block):
-    off, change, graph, small = deviation(network(block), (torch.randn(2, 3, 6, 6),), residual="remove")
+    off, change, graph, small = compare_with_masked(network(block), (torch.randn(2, 3, 6, 6),), residual="remove")
     assert off < 1e-12 < 1e-3 < change
     assert {group.kind for group in graph.groups} == {"remove"}
     assert small[0].out_channels == 4
@@ -105,7 +105,7 @@ def test_a_layer_norm_is_no_place_to_expand_behind():
             return x + self.norm(self.lin(x))
 
     model = nn.Sequential(nn.Linear(4, 8), Block(), nn.Linear(8, 2))
-    off, change, graph, _ = deviation(model, (torch.randn(5, 4),))
+    off, change, graph, _ = compare_with_masked(model, (torch.randn(5, 4),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("1.lin").expansion.module == "1.lin"
     assert graph.layers["1.lin"].norm == "1.norm"
@@ -121,14 +121,14 @@ def test_a_layer_that_others_read_before_its_norm_is_expanded_itself():
             y = self.conv(x)
             return x + self.norm(y) * y.sigmoid()
 
-    off, change, graph, _ = deviation(network(Block), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(network(Block), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("3.conv").expansion.module == "3.conv"
 
 
 @pytest.mark.parametrize("block", [PreActivation, Scaled])
 def test_a_network_pruned_before_traces_to_what_its_graph_became(block):
-    model, x = randomised(network(block).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    model, x = randomize_parameters(network(block).double()).eval(), torch.randn(2, 3, 6, 6).double()
     graph = trace_channels(model, x)
     rewrite(model, graph, random_plan(graph))
     again = trace_channels(model, x)
@@ -142,10 +142,10 @@ def test_a_network_pruned_before_traces_to_what_its_graph_became(block):
 
 
 def test_two_rounds_equal_their_masked_twins():
-    model, x = randomised(models.resnet18(10).double()).eval(), torch.randn(2, 3, 32, 32).double()
+    model, x = randomize_parameters(models.resnet18(10).double()).eval(), torch.randn(2, 3, 32, 32).double()
     graph = trace_channels(model, x)
     rewrite(model, graph, random_plan(graph, 0.3))
-    off, change, _, _ = deviation(copy.deepcopy(model), (x,), seed=1)
+    off, change, _, _ = compare_with_masked(copy.deepcopy(model), (x,), seed=1)
     assert off < 1e-12 < 1e-3 < change
 
 
@@ -165,7 +165,7 @@ def test_frozen_layers_are_expanded_on_demand():
     kept = trace_channels(Stubborn(), x)
     assert [group.name for group in kept.groups] == ["b"]
     assert "over the channels" in kept.frozen["a"]
-    off, change, graph, _ = deviation(Stubborn(), (x,), frozen="expand")
+    off, change, graph, _ = compare_with_masked(Stubborn(), (x,), frozen="expand")
     assert off < 1e-12 < 1e-3 < change
     assert [(group.name, group.kind) for group in graph.groups] == [("a", "expand"), ("b", "remove")]
     assert graph.group("a").expansion.module == "norm"
@@ -176,7 +176,7 @@ def test_inexact_units_are_expanded_on_demand_where_only_exact_ones_may_go():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(5, 4)
     assert "layer norm" in trace_channels(model, x).group("0").inexact
-    off, change, graph, _ = deviation(model, (x,), frozen="expand", exact_only=True)
+    off, change, graph, _ = compare_with_masked(model, (x,), frozen="expand", exact_only=True)
     assert off < 1e-12 < 1e-3 < change
     assert [(group.name, group.kind, group.inexact) for group in graph.groups] == [("0", "expand", None)]
 
@@ -199,7 +199,7 @@ def test_grouped_convolutions_pick_what_they_read_out_of_the_stream(groups, filt
         return DepthwiseOnStream(groups, filters)
 
     x = torch.randn(2, 3, 6, 6)
-    off, change, graph, small = deviation(network(block), (x,))
+    off, change, graph, small = compare_with_masked(network(block), (x,))
     assert off < 1e-12 < 1e-3 < change
     assert graph.coverage() == 1.0
     group = graph.group("3.dw")
@@ -233,7 +233,7 @@ def test_a_layer_is_expanded_alike_for_inputs_of_any_number_of_dims():
             return self.head(pooled + self.mix(pooled))
 
     x = torch.randn(2, 3, 4, 4)
-    off, change, graph, small = deviation(Mixer(), (x,))
+    off, change, graph, small = compare_with_masked(Mixer(), (x,))
     assert off < 1e-12 < 1e-3 < change
     assert graph.coverage() == 1.0
     assert [graph.group(name).expansion.dim for name in ("conv", "mix")] == [-3, -1]
@@ -241,7 +241,7 @@ def test_a_layer_is_expanded_alike_for_inputs_of_any_number_of_dims():
 
 
 def test_a_network_that_gathers_goes_on_like_any_other(tmp_path):
-    model, x = randomised(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    model, x = randomize_parameters(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
     graph = trace_channels(model, x)
     rewrite(model, graph, random_plan(graph, 0.3))
     again = trace_channels(model, x)
@@ -249,7 +249,7 @@ def test_a_network_that_gathers_goes_on_like_any_other(tmp_path):
         assert (new.name, new.kind, new.size, new.expansion) == (old.name, old.kind, old.size, old.expansion)
         tables = [{(s.tensor, s.dim): s.index.tolist() for s in group.slices} for group in (new, old)]
         assert tables[0] == tables[1]
-    off, change, _, small = deviation(copy.deepcopy(model), (x,), seed=1)
+    off, change, _, small = compare_with_masked(copy.deepcopy(model), (x,), seed=1)
     assert off < 1e-12 < 1e-3 < change
     torch.save({"structure": structure_of(small).as_dict(), "state": small.state_dict()}, tmp_path / "net.pt")
     saved = torch.load(tmp_path / "net.pt", weights_only=True)
@@ -266,18 +266,18 @@ def test_a_network_that_gathers_goes_on_like_any_other(tmp_path):
 
 
 def test_a_gathering_convolution_may_be_emptied():
-    model, x = randomised(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    model, x = randomize_parameters(network(DepthwiseOnStream).double()).eval(), torch.randn(2, 3, 6, 6).double()
     graph = trace_channels(model, x)
     plan = {"3.dw": torch.zeros(8, dtype=torch.bool)}
     everything = {group.name: torch.ones(group.size, dtype=torch.bool) for group in graph.groups}
-    masked = masked_twin(model, graph, {**everything, **plan})(x)
+    masked = masked_network(model, graph, {**everything, **plan})(x)
     rewrite(model, graph, plan)
     assert model[3].dw.weight.numel() == 0
     assert (model(x) - masked).abs().max() < 1e-12 * masked.abs().max()
 
 
 def test_a_block_that_stands_in_two_places_keeps_its_expansion():
-    model, x = randomised(network(PreActivation).double()).eval(), torch.randn(2, 3, 6, 6).double()
+    model, x = randomize_parameters(network(PreActivation).double()).eval(), torch.randn(2, 3, 6, 6).double()
     model[4] = model[3]
     graph = trace_channels(model, x)
     structure = rewrite(model, graph, random_plan(graph))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from channel_twins import deviation
+from masked_networks import compare_with_masked
 
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
@@ -78,7 +78,9 @@ def test_uses_times_elements_are_multiply_accumulates(name, macs):
 @pytest.mark.parametrize("residual", ["expand", "remove"])
 @pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet56", "resnet18"])
 def test_paper_networks_equal_their_masked_twins(name, residual):
-    off, change, _, small = deviation(getattr(models, name)(10), (torch.randn(2, 3, 32, 32),), residual=residual)
+    off, change, _, small = compare_with_masked(
+        getattr(models, name)(10), (torch.randn(2, 3, 32, 32),), residual=residual
+    )
     assert off < 1e-12 < 0.05 < change
     assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(
         p.numel() for p in getattr(models, name)(10).parameters()

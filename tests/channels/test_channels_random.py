@@ -1,9 +1,9 @@
 """Random graphs of convolutions, sums, products, concatenations and splits: rewritten equals masked."""
 
 import torch
-from channel_twins import deviation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from masked_networks import compare_with_masked
 from torch import nn
 
 WIDTHS = (4, 6, 8)
@@ -86,7 +86,7 @@ def test_random_networks_equal_their_masked_twins(steps, residual, seed):
     torch.manual_seed(seed)
     # a chain of reads, so that most of what is made is used: tensors are numbered from the last one made
     model = RandomNet([(kind, i - a % 3, i - b % 4, width) for i, (kind, a, b, width) in enumerate(steps)])
-    off, _, graph, small = deviation(model, (torch.randn(2, 3, 5, 5),), residual=residual, seed=seed)
+    off, _, graph, small = compare_with_masked(model, (torch.randn(2, 3, 5, 5),), residual=residual, seed=seed)
     assert off < 1e-10
     assert not any("follow" in why for why in graph.frozen.values()), str(graph)  # nothing here is hard-coded
     assert set(graph.frozen) | {part.layer for group in graph.groups for part in group.layers} == set(graph.layers)

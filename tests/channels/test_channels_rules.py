@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_twins import deviation
+from masked_networks import compare_with_masked
 from torch import nn
 
 from gflow_pl.channels import trace_channels
@@ -199,7 +199,7 @@ def test_rewritten_equals_masked(name):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6)
     for residual in ("remove", "expand"):
-        off, change, graph, small = deviation(net(name), (x,), residual=residual)
+        off, change, graph, small = compare_with_masked(net(name), (x,), residual=residual)
         assert graph.groups, str(graph)
         assert all(group.inexact is None for group in graph.groups), str(graph)
         assert off < 1e-12 < 1e-3 < change
@@ -224,7 +224,7 @@ def test_rewritten_equals_masked(name):
 def test_what_mixes_channels_is_said_to_be_inexact(norm, reason):
     make = lambda: Net(lambda m, x: m.h(pooled(m.n(m.a(x)).relu())), a=conv(3, 8), n=norm(), h=nn.Linear(8, 3))  # noqa: E731
     x = torch.randn(2, 3, 6, 6)
-    off, _, graph, _ = deviation(make(), (x,), only=lambda group: True)
+    off, _, graph, _ = compare_with_masked(make(), (x,), only=lambda group: True)
     assert [group.name for group in graph.groups] == ["a"]
     assert reason in graph.groups[0].inexact
     assert off > 1e-4  # it is inexact indeed
@@ -239,7 +239,7 @@ def test_a_number_computed_from_the_width_makes_units_inexact():
         return m.h(pooled(y / y.shape[1]))
 
     make = lambda: Net(forward, a=conv(3, 8), h=nn.Linear(8, 3))  # noqa: E731
-    off, _, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    off, _, graph, _ = compare_with_masked(make(), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
     assert "number that follows the width" in graph.group("a").inexact
     assert off > 1e-3
     assert trace_channels(make(), torch.randn(2, 3, 6, 6), exact_only=True).groups == []
@@ -247,7 +247,7 @@ def test_a_number_computed_from_the_width_makes_units_inexact():
 
 def test_a_number_that_is_kept_leaves_units_exact():
     make = lambda: Net(lambda m, x: m.h(pooled(m.a(x).relu() / 8)), a=conv(3, 8), h=nn.Linear(8, 3))  # noqa: E731
-    off, _, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),))
+    off, _, graph, _ = compare_with_masked(make(), (torch.randn(2, 3, 6, 6),))
     assert graph.group("a").inexact is None
     assert off < 1e-12
 
@@ -287,7 +287,7 @@ def test_heads_only_present_in_training_are_traced_too():
 
 
 def test_of_a_split_that_is_partly_counted_that_part_may_go():
-    off, change, graph, small = deviation(PartlyCounted(), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, small = compare_with_masked(PartlyCounted(), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert {group.name: group.size for group in graph.groups} == {"a": 6, "b": 4}
     assert "split" in graph.frozen["a"]
@@ -301,7 +301,7 @@ def test_standardised_weights_let_filters_go_and_say_so_of_inputs():
         b=StandardisedConv(8, 6, 3),
         h=nn.Linear(6, 3),
     )
-    off, change, graph, _ = deviation(make(), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(make(), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.coverage() == 1.0
     assert "batch norm" in graph.group("a").inexact
@@ -318,7 +318,7 @@ def test_tied_weights_move_together():
         def forward(self, x):
             return self.out(self.again(self.mid(self.up(x)).relu()))
 
-    off, change, graph, _ = deviation(Tied(), (torch.randn(5, 3),))
+    off, change, graph, _ = compare_with_masked(Tied(), (torch.randn(5, 3),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.layers["again"].weight == "mid.weight"
     assert [(part.layer, part.votes) for part in graph.groups[0].layers] == [
@@ -366,7 +366,7 @@ def summing(forward):
     ],
 )
 def test_a_sum_over_what_removed_units_do_not_leave_zero_is_said_to_be_inexact(forward):
-    off, _, graph, _ = deviation(summing(forward), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
+    off, _, graph, _ = compare_with_masked(summing(forward), (torch.randn(2, 3, 6, 6),), only=lambda group: True)
     assert off > 1e-3
     assert "'sum' over" in graph.group("a").inexact
 
@@ -382,7 +382,7 @@ def test_a_sum_over_what_removed_units_do_not_leave_zero_is_said_to_be_inexact(f
     ],
 )
 def test_a_sum_over_zeros_is_exact(forward):
-    off, change, graph, _ = deviation(summing(forward), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(summing(forward), (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("a").inexact is None
 
@@ -408,7 +408,7 @@ def test_numbers_of_the_width_in_tensors_make_units_inexact(number):
         y = m.a(x).relu()
         return m.h(pooled(y / number(y)))
 
-    off, _, graph, _ = deviation(
+    off, _, graph, _ = compare_with_masked(
         Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),), only=lambda group: True
     )
     assert "number that follows the width" in graph.group("a").inexact
@@ -433,7 +433,9 @@ def test_numbers_in_tensors_that_are_kept_leave_units_exact(number):
         y = m.a(x).relu()
         return m.h(pooled(y / number(y)))
 
-    off, change, graph, _ = deviation(Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(
+        Net(forward, a=conv(3, 8), h=nn.Linear(8, 3)), (torch.randn(2, 3, 6, 6),)
+    )
     assert off < 1e-12 < 1e-3 < change
     assert graph.group("a").inexact is None
 
@@ -461,7 +463,7 @@ def test_grouped_transposed_convolutions_lose_the_same_position_of_every_group(i
         )
 
     x = torch.randn(2, 3, 6, 6)
-    off, change, graph, small = deviation(make(), (x,), frozen="expand")
+    off, change, graph, small = compare_with_masked(make(), (x,), frozen="expand")
     assert off < 1e-12 < 1e-3 < change
     assert graph.coverage() == 1.0
     assert graph.group("t").size == outputs // groups
@@ -479,7 +481,7 @@ def test_what_lies_before_a_size_that_values_decide_on_may_go(least, frozen):
 
     torch.manual_seed(0)
     model = Net(forward, a=conv(3, 8), b=conv(8, 6), score=conv(6, 1), c=nn.Linear(6, 5), h=nn.Linear(5, 3))
-    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 24, 24),))
+    off, change, graph, _ = compare_with_masked(model, (torch.randn(2, 3, 24, 24),))
     assert off < 1e-12 < 1e-3 < change
     assert ("values decide on sizes" in graph.frozen.get("c", "")) == frozen
     assert {group.name for group in graph.groups} >= {"a"}
@@ -516,7 +518,7 @@ def headed(m, picked):
 )
 def test_a_width_that_is_used_behind_a_size_that_values_decide_on_is_found(behind, residual):
     torch.manual_seed(1)
-    off, _, graph, small = deviation(picking(behind), (torch.randn(2, 3, 12, 12),), residual=residual)
+    off, _, graph, small = compare_with_masked(picking(behind), (torch.randn(2, 3, 12, 12),), residual=residual)
     assert off < 1e-12
     assert all(group.name != "a" or group.inexact is not None for group in graph.groups)
     small.train()(torch.randn(3, 3, 12, 12).double())
@@ -526,7 +528,7 @@ def test_a_width_is_found_also_where_sizes_that_values_decide_on_are_equal_by_ch
     model = picking(lambda m, y, picked: headed(m, picked).mean(0) / y.shape[1])
     for seed in range(40):
         torch.manual_seed(seed)
-        off, _, graph, _ = deviation(model, (torch.randn(2, 3, 4, 4),))
+        off, _, graph, _ = compare_with_masked(model, (torch.randn(2, 3, 4, 4),))
         assert off < 1e-12, seed
         assert graph.group("a").inexact is not None, seed
 
@@ -542,7 +544,7 @@ def test_a_number_of_the_width_is_found_however_far_behind_it_is_used(number, de
 
     layers = nn.ModuleList([conv(8, 8) for _ in range(depth)])
     model = Net(forward, a=conv(3, 8), layers=layers, h=nn.Linear(8, 3))
-    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 4, 4),))
+    off, _, graph, _ = compare_with_masked(model, (torch.randn(2, 3, 4, 4),))
     assert off < 1e-12
     assert "number that follows the width" in graph.group("a").inexact
 
@@ -566,7 +568,7 @@ def test_what_one_number_fills_is_no_longer_so_when_a_part_is_written(write):
         return m.h(pooled(m.b(y * weights.view(-1, 1, 1)).relu()))
 
     model = Net(forward, a=conv(3, 8), b=conv(8, 6), h=nn.Linear(6, 3))
-    off, change, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(model, (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert "meets a tensor whose channels are not known" in graph.frozen["a"]
 
@@ -592,6 +594,6 @@ def test_numbers_of_the_width_that_show_in_no_shape_make_units_inexact(use):
         return m.h(pooled(use(m.b(y), y.shape[1])))
 
     model = Net(forward, a=conv(3, 8), b=conv(8, 6), h=nn.Linear(6, 3))
-    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),))
+    off, _, graph, _ = compare_with_masked(model, (torch.randn(2, 3, 6, 6),))
     assert off < 1e-12
     assert all(group.name != "a" or group.inexact is not None for group in graph.groups)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from channel_twins import deviation
+from masked_networks import compare_with_masked
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,7 +136,9 @@ def test_frozen_parameters_and_a_copy_change_no_group():
 def test_a_scripted_part_is_followed_or_frozen_with_a_reason():
     model = plain()
     model[3] = torch.jit.script(Block())
-    off, _, graph, _ = deviation(model, (torch.randn(2, 3, 6, 6),), only=lambda group: not group.name.startswith("3"))
+    off, _, graph, _ = compare_with_masked(
+        model, (torch.randn(2, 3, 6, 6),), only=lambda group: not group.name.startswith("3")
+    )
     assert off < 1e-12
     assert set(graph.frozen) | {part.layer for group in graph.groups for part in group.layers} >= {"0", "6"}
 
@@ -162,7 +164,7 @@ def test_spectral_norms_of_before_parametrizations_are_traced(kind):
     pool = [] if linear else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     layer = nn.utils.spectral_norm(kind(3, 8) if linear else kind(3, 8, 1))
     model = nn.Sequential(layer, nn.ReLU(), *pool, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-    off, change, graph, _ = deviation(model, (torch.randn(2, 3) if linear else torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(model, (torch.randn(2, 3) if linear else torch.randn(2, 3, 6, 6),))
     assert off < 1e-12 < 1e-3 < change
     assert [group.size for group in graph.groups] == [6]
     assert "0" in graph.frozen

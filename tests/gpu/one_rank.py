@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from channel_twins import masked_twin, random_plan, randomised
 from gpu_device import ACCELERATOR, DEVICE, ON_CUDA, distance
+from masked_networks import masked_network, random_plan, randomize_parameters
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from small_nets import SmallModule, images, loader, small_net, trainer
 from torch import nn
@@ -38,7 +38,7 @@ def number_of_synchronised(module):
 def surgery(folder):
     torch.distributed.init_process_group(BACKEND, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     torch.manual_seed(0)
-    start = randomised(small_net())
+    start = randomize_parameters(small_net())
     model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(start)).to(DEVICE).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x, y = (tensor.to(DEVICE) for tensor in images(16).tensors)
@@ -52,7 +52,7 @@ def surgery(folder):
     graph = trace_channels(model, x)
     plan = random_plan(graph)
     with torch.no_grad():
-        masked = masked_twin(model.eval(), graph, plan)(x)
+        masked = masked_network(model.eval(), graph, plan)(x)
         structure = rewrite(model, graph, plan, optimizers=[optimizer])
         apart = distance(model(x), masked)
     before = [p.clone() for p in model.parameters()]

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from channel_twins import masked_twin, random_plan, randomised
 from gpu_device import DEVICE, distance, inductor, on_device, only_cuda
+from masked_networks import masked_network, random_plan, randomize_parameters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -187,7 +187,7 @@ WAYS += [inductor]
 @pytest.mark.parametrize("way", WAYS)
 def test_a_network_is_traced_rewritten_and_run_however_it_is_run(way):
     torch.manual_seed(0)
-    model = randomised(Wrapped(way)).to(DEVICE).eval()
+    model = randomize_parameters(Wrapped(way)).to(DEVICE).eval()
     x = torch.randn(4, 3, 6, 6, device=DEVICE)
     if way == "channels last":
         x = x.to(memory_format=torch.channels_last)
@@ -200,7 +200,7 @@ def test_a_network_is_traced_rewritten_and_run_however_it_is_run(way):
     small = copy.deepcopy(model)
     rewrite(small, graph.copy(), plan)
     with torch.no_grad():
-        masked = masked_twin(model, graph, plan)(x)
+        masked = masked_network(model, graph, plan)(x)
         pruned = small(x)
     assert distance(pruned, masked) < (0.05 if way == "autocast" else 1e-5), way
     assert distance(full, masked) > 1e-2, "the plan changes the network"

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from channel_twins import randomised
 from golden_recipe import golden_images, load_golden_weights
 from gpu_device import DEVICE, ON_CUDA, distance, moved, only_cuda
 from importance_nets import class_batches, mixed
+from masked_networks import randomize_parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,7 +32,7 @@ WITH_BATCHES = [name for name in measure_names() if resolve_measure(name).needs_
 
 def shufflenet():
     torch.manual_seed(0)
-    return randomised(torchvision.models.shufflenet_v2_x0_5(num_classes=10).double())
+    return randomize_parameters(torchvision.models.shufflenet_v2_x0_5(num_classes=10).double())
 
 
 def images(number=20, side=32, dtype=torch.float64):

@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from channel_twins import deviation, masked_twin, random_plan, randomised
 from gpu_device import DEVICE, ON_CUDA, distance, inductor, on_device, only_cuda
+from masked_networks import compare_with_masked, masked_network, random_plan, randomize_parameters
 from small_nets import two_convs
 from torch import nn
 
@@ -34,7 +34,7 @@ def test_a_rewritten_network_computes_what_the_masked_one_would(name, residual):
     torch.manual_seed(0)
     build, side = NETWORKS[name]
     x = torch.randn(2, 3, side, side).to(DEVICE)
-    off, change, graph, small = deviation(build().to(DEVICE), (x,), residual=residual)
+    off, change, graph, small = compare_with_masked(build().to(DEVICE), (x,), residual=residual)
     assert off < 1e-11, f"{name}, {residual}: {off:.1e} from its masked twin (1e-12 is the goal)"
     assert change > 1e-4, f"{name}, {residual}: the plan changes it by {change:.1e} only"
     assert any(group.inexact is None for group in graph.groups)
@@ -192,11 +192,11 @@ def network():
 def expanded():
     """A pruned network, its input, and what its masked twin computes."""
     torch.manual_seed(0)
-    model, x = randomised(network()).to(DEVICE).eval(), torch.randn(4, 3, 6, 6).to(DEVICE)
+    model, x = randomize_parameters(network()).to(DEVICE).eval(), torch.randn(4, 3, 6, 6).to(DEVICE)
     graph = trace_channels(model, x)
     plan = random_plan(graph)
     with torch.no_grad():
-        masked = masked_twin(model, graph, plan)(x)
+        masked = masked_network(model, graph, plan)(x)
     structure = rewrite(model, graph, plan)
     assert structure.expansions
     assert structure.gathers
