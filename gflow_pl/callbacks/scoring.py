@@ -16,14 +16,13 @@ from torch import Tensor
 
 from gflow_pl.callbacks.lightning.loaders import (
     DatasetKeysError,
-    calibration_batches,
     custom_sampler_names,
     has_length,
-    validation_batches,
 )
 from gflow_pl.callbacks.lightning.precision import with_true_precision
 from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.lightning.rng import isolated_rng
+from gflow_pl.callbacks.lightning.scoring_batches import calibration_batches, validation_batches
 from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.callbacks.lightning.training_loss import (
     default_logits,

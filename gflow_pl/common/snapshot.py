@@ -52,6 +52,7 @@ class ModuleSnapshot:
         nested: Whether containers inside containers are saved, too. False bounds the cost for modules that keep a data
             set: only the attributes themselves and the buffers are visited.
         copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and restored.
+            Writes through ``tensor.data`` are not noticed.
 
     Attributes:
         tensors: The buffers and other tensors found that are not parameters.
@@ -117,7 +118,7 @@ class ModuleSnapshot:
         for set_state, state in self._generators:
             set_state(state)
         for contents in self._contents:
-            contents.restore()
+            contents.restore(compare=False)
 
 
 class TensorSnapshot:
@@ -136,12 +137,19 @@ class TensorSnapshot:
         return not (tensor.is_meta or tensor.is_inference() or tensor.is_nested)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Restore the values, also where the tensor was resized or its storage was replaced."""
+    def restore(self, *, compare: bool = True) -> None:
+        """Restore the values, also where the tensor was resized or its storage was replaced.
+
+        Args:
+            compare: Whether to look for changes by values as well, which finds writes through ``tensor.data`` but makes the
+                host wait for the device. The version counter finds all other writes.
+        """
         tensor, values = self._tensor, self._values
         if tensor.shape != values.shape:
             tensor.data = values
-        elif tensor._version != self._version or (tensor.layout == torch.strided and not _is_equal(tensor, values)):
+        elif tensor._version != self._version or (
+            compare and tensor.layout == torch.strided and not _is_equal(tensor, values)
+        ):
             tensor.copy_(values)
 
 

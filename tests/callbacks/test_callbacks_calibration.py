@@ -95,7 +95,7 @@ def test_data_whose_keys_nobody_lists_is_refused_before_the_first_step(tmp_path)
 
     data = DataLoader(Keyed(), batch_size=16, sampler=Names(Keyed().images))
     with pytest.raises(
-        ValueError, match=r"'?Keyed'? cannot be read by position \(KeyError: \d+\).*give it a method `keys`"
+        ValueError, match=r"'?Keyed'? cannot be read by index \(KeyError: \d+\).*give it a method `keys`"
     ):
         prune(tmp_path, data, Counts())
     assert not steps
@@ -204,7 +204,7 @@ def test_an_error_of_data_that_torch_itself_asks_is_the_data_sets_own(workers, t
     with pytest.raises(KeyError, match="no such file"):
         prune(tmp_path, DataLoader(Broken(), batch_size=16, shuffle=True, num_workers=workers))
     foreign = DataLoader(Broken(), batch_size=16, sampler=Names(range(64)), num_workers=workers)
-    with pytest.raises(ValueError, match=r"cannot be read by position \(KeyError: 'no such file'\), so"):
+    with pytest.raises(ValueError, match=r"cannot be read by index \(KeyError: 'no such file'\), so"):
         prune(tmp_path, foreign)
 
 
@@ -336,7 +336,7 @@ class TakesOneOfADict(SmallModule):
 
 def test_a_train_loader_that_is_an_iterator_is_refused(tmp_path) -> None:
     batches = iter(list(DataLoader(images(64), batch_size=16)))
-    with pytest.raises(ValueError, match=r"keeps its place in itself.*give a DataLoader"):
+    with pytest.raises(ValueError, match=r"is an iterator.*give a DataLoader"):
         prune(tmp_path, batches, batches=1)
 
 
@@ -493,17 +493,15 @@ def test_a_training_step_finds_the_logger_that_it_knows(tmp_path) -> None:
             assert logger.save_dir == str(tmp_path)
             assert self.trainer.log_dir == logger.log_dir == str(tmp_path / "lightning_logs" / "version_0")
             run = logger.experiment
-            assert isinstance(run, Run)
             assert os.path.join(run.dir, run.get_logdir(), run.path, "x")
             assert run.number * run.config["lr"] == 1.5
             run.summary["best"] = batch_idx
             run.config["more"] = 1
-            del run.config["more"]
             run.log({"a": 1}).log("b")
             if not self.training:
                 assert not hasattr(run, "no_such_thing")
                 with run.log("c").section("d") as section:
-                    section["e"].f(list(section))
+                    section["e"].f(1)
                 copy.deepcopy(logger)
                 assert before == [len(kept.calls), kept.summary]
                 written.append(batch_idx)

@@ -295,4 +295,4 @@ def test_a_step_that_fails_in_evaluation_mode_is_told_why_it_ran_there(tmp_path)
 
     with pytest.raises(ValueError, match="too many values to unpack") as error:
         train(tmp_path, TwoOutputs(), shuffled())
-    assert "give it a `loss_fn(module, batch)`" in error.value.__notes__[0]
+    assert "give the callback a `loss_fn(module, batch)`" in error.value.__notes__[0]

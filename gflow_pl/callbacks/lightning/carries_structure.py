@@ -1,7 +1,7 @@
-"""Every checkpoint carries the shape of its network, and is loaded into that shape.
+"""Checkpoints that contain the shape of their network, load into that shape, and are written atomically.
 
-Lightning loads a model before it calls a callback's load hook, so the module itself must do it: the instance's two
-checkpoint hooks are wrapped.
+Lightning loads a module's weights before it calls the load hooks of callbacks. The module itself must therefore take the
+shape of the file, so the callback wraps two hooks of the module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from typing_extensions import override
 
-from gflow_pl.callbacks.lightning.packages import averaged_models, both_packages
+from gflow_pl.callbacks.lightning.packages import attached_trainer, averaged_models, both_packages
 from gflow_pl.callbacks.lightning.ranks import revert_sync_batch_norm
 from gflow_pl.files import atomic_save
 from gflow_pl.surgery import (
@@ -32,10 +32,11 @@ __all__ = ["AtomicCheckpointIO", "CarriesStructure", "use_atomic_checkpoint_io"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, syncs it to the disk and renames it over the target.
+    """A checkpoint plugin that writes beside the target, syncs the file to the disk and renames it over the target.
 
-    Lightning's own writes into the temporary folder and moves the file: where that folder is on another file system the
-    move is a copy, and a process killed meanwhile leaves a torn checkpoint. Remote paths (``s3://...``) are Lightning's.
+    Lightning's default writes into the temporary folder and moves the file to the target. If that folder is on another file
+    system, the move is a copy, and a process that is killed meanwhile leaves a damaged checkpoint. Remote paths
+    (``s3://...``) are left to Lightning.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -44,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves a checkpoint.
+        """Save a checkpoint.
 
         Args:
             checkpoint: The contents.
@@ -58,82 +59,82 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_atomic_checkpoint_io(trainer: pl.Trainer) -> None:
-    """Put `AtomicCheckpointIO` in the place of Lightning's default; a CheckpointIO that somebody chose stays."""
+    """Replace Lightning's default CheckpointIO by `AtomicCheckpointIO`; leave one that the user has chosen."""
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) in both_packages(TorchCheckpointIO):
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-# Named like the hooks they stand for: a bound method is pickled by its name.
+# The wrappers have the names of the hooks that they wrap, since a bound method is pickled by its name.
 
 
 def on_save_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Adds the structure, then does what the class does."""
+    """Add the structure to a checkpoint, then call the hook of the module's class."""
     add_structure(module, checkpoint)
     type(module).on_save_checkpoint(module, checkpoint)
 
 
 def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Takes the file's shape, with the copies that are averaged, then does what the class does."""
-    trainer = getattr(module, "_trainer", None)
+    """Give the module and its averaged copies the shape of a checkpoint, then call the hook of the module's class."""
+    trainer = attached_trainer(module)
     for network in (module, *(averaged_models(trainer) if trainer is not None else ())):
         apply_from_checkpoint(network, checkpoint)
     type(module).on_load_checkpoint(module, checkpoint)
 
 
 class CarriesStructure(Callback):
-    """Makes every checkpoint of a module carry its network's shape, and load into it, bigger or smaller.
+    """Store the network's shape in every checkpoint of a module, and give the module the shape of a checkpoint that it loads.
 
-    For networks that were pruned before and are trained, tested or used without a `PruningCallback`, which does the
-    same. It needs nothing of the module. The two wrapped hooks stay on the instance: a pruned network that is saved when
-    training is over needs its shape in the file as well.
+    For networks that were pruned before and are now trained, tested or used without a `PruningCallback`, which does the same.
+    The module needs no changes. Its two checkpoint hooks stay wrapped after training, since the file of a pruned network that
+    is saved later needs the shape as well.
     """
 
     _structure: Structure | None = None
-    _converted = False
+    _has_sync_batch_norm = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wraps the module's checkpoint hooks, and has files written whole or not at all."""
+        """Wrap the module's checkpoint hooks, and make the Trainer write checkpoints atomically."""
         use_atomic_checkpoint_io(trainer)
         self._structure = structure_of(pl_module)
         for hook in (on_save_checkpoint, on_load_checkpoint):
-            # Bound: WeightAveraging deep-copies the module, and a copy must speak of itself.
+            # A bound method: WeightAveraging copies the module deeply, and the copy's hooks must refer to the copy.
             pl_module.__dict__[hook.__name__] = MethodType(hook, pl_module)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes the shape that the module has just taken from a file."""
+        """Record the shape that the module has just taken from a file."""
         self._structure = structure_of(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Brings back what a conversion to SyncBatchNorm lost, and leaves emptied parameters out of the optimizers."""
-        self._converted = any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules())
-        if self._structure is not None and self._converted:
-            # The conversion makes new modules, between setup and here, and drops their hooks and buffers.
+        """Restore the structure after a conversion to SyncBatchNorm, and remove empty parameters from the optimizers."""
+        self._has_sync_batch_norm = any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules())
+        if self._structure is not None and self._has_sync_batch_norm:
+            # Between `setup` and this hook the conversion has replaced modules, and dropped their hooks and buffers.
             apply_structure(pl_module, self._structure)
         drop_empty_parameters(trainer.strategy.optimizers)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the shape; next, Lightning converts SyncBatchNorm back, to new modules once more."""
+        """Record the shape before Lightning converts SyncBatchNorm back, which replaces modules once more."""
         self._structure = structure_of(pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Brings back what was lost when SyncBatchNorm was converted back."""
-        if self._converted and self._structure is not None:
+        """Restore the structure after SyncBatchNorm was converted back."""
+        if self._has_sync_batch_norm and self._structure is not None:
             apply_structure(pl_module, self._structure)
-        self._converted = False
+        self._has_sync_batch_norm = False
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Has SyncBatchNorm converted back now: `teardown` is left out."""
-        if self._converted:
+        """Convert SyncBatchNorm back and restore the structure, since `teardown` is not called after an exception."""
+        if self._has_sync_batch_norm:
             structure = structure_of(pl_module)
             revert_sync_batch_norm(trainer, pl_module)
             apply_structure(pl_module, structure)
-        self._converted = False
+        self._has_sync_batch_norm = False

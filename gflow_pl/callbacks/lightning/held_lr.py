@@ -1,9 +1,8 @@
-"""A learning rate held for a while, without the module's own schedule noticing."""
+"""A learning rate that is held for a while, without the schedulers noticing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -12,37 +11,38 @@ __all__ = ["HeldLearningRate"]
 
 
 class HeldLearningRate:
-    """While `is_held` says so, every optimizer steps with `lr`; its own rates are back in place after each step.
+    """Step hooks that make optimizers step with a held learning rate while a condition is true.
 
-    Schedulers read and write the rates between steps, so they never see the held one; nothing of it is in a checkpoint.
+    The optimizers' own learning rates are replaced just before a step and restored just after it. Schedulers read and write
+    them between steps, so that they never see the held one, and no checkpoint contains it.
 
     Args:
-        lr: The rate to hold, > 0.
+        lr: The held learning rate, > 0.
         optimizers: The torch optimizers.
-        is_held: Whether to hold the rate at this moment.
+        is_held: Called before every step; returns whether the learning rate is held in this step.
     """
 
     def __init__(self, lr: float, optimizers: Iterable[Optimizer], is_held: Callable[[], bool]) -> None:
         self._lr, self._is_held, self._optimizers = lr, is_held, list(optimizers)
-        self._own: dict[int, list[Any]] = {}
+        self._own_rates: dict[int, list[float]] = {}  # of an optimizer inside its step, by id; one per parameter group
         self._handles: list[RemovableHandle] = []
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Let go for good, also in the middle of a step that has failed."""
+        """Remove the hooks on the optimizers, and restore the learning rates if a step has failed half-way."""
         for handle in self._handles:
             handle.remove()
         for optimizer in self._optimizers:
             self._after_step(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         if self._is_held():
-            self._own[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+            self._own_rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = self._lr
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, lr in zip(optimizer.param_groups, self._own.pop(id(optimizer), []), strict=False):
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        for group, lr in zip(optimizer.param_groups, self._own_rates.pop(id(optimizer), []), strict=False):
             group["lr"] = lr

@@ -1,16 +1,19 @@
-"""All that knows of several processes; the private names of Lightning's strategies are used here and nowhere else."""
+"""Ranks, the processes of a distributed run: what they exchange, and the parts of Lightning's DDP strategy that a cut affects."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gflow_pl.callbacks.lightning.packages import both_packages, private_attribute
 
 __all__ = [
     "all_gather_objects",
@@ -23,48 +26,58 @@ __all__ = [
     "revert_sync_batch_norm",
 ]
 
+_Value = TypeVar("_Value")
+
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes: of rank 0, or the only one."""
-    # Of processes that a user starts by hand, one a node, Lightning knows the rank only later.
+    """Return whether this process is the one that writes files: the process of rank 0, or the only process.
+
+    Unlike `trainer.is_global_zero`, this works before there is a Trainer.
+    """
+    # If a user starts one process per node by hand, Lightning learns the rank only when the Trainer is built.
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def num_ranks(trainer: pl.Trainer) -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return trainer.world_size if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
 
 
 def mean_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """A function that averages a tensor over the ranks, the same to the bit on each; None with one process."""
+    """Return a function that averages a tensor over the ranks, with bitwise equal results; None for a single process."""
     if num_ranks(trainer) == 1:
         return None
 
-    def reduce(tensor: Tensor) -> Tensor:
+    def mean(tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
         torch.distributed.all_reduce(total)
         return total / num_ranks(trainer)
 
-    return reduce
+    return mean
 
 
-def broadcast(trainer: pl.Trainer, value: Any) -> Any:
-    """Rank 0's `value`, on every rank; plain data only."""
+def broadcast(trainer: pl.Trainer, value: _Value) -> _Value:
+    """Return the value of rank 0 on every rank.
+
+    Args:
+        trainer: The Trainer.
+        value: Plain data that can be pickled; used on rank 0 only.
+    """
     return trainer.strategy.broadcast(value, src=0) if num_ranks(trainer) > 1 else value
 
 
-def all_gather_objects(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """The `value` of every rank, in the order of ranks."""
+def all_gather_objects(trainer: pl.Trainer, value: _Value) -> list[_Value]:
+    """Return the values of all ranks, ordered by rank."""
     if num_ranks(trainer) == 1:
         return [value]
-    gathered: list[Any] = [None] * num_ranks(trainer)
+    gathered = [value] * num_ranks(trainer)
     torch.distributed.all_gather_object(gathered, value)
     return gathered
 
 
 def broadcast_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Give every rank the buffers (running statistics) of rank 0, as DDP itself does before a forward."""
+    """Copy the buffers (running statistics) of rank 0 to every rank, as DDP does before a forward pass."""
     if num_ranks(trainer) == 1:
         return
     with torch.no_grad():
@@ -73,21 +86,31 @@ def broadcast_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
 
 
 def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Wrap the rewritten module in a new DistributedDataParallel: the old one's reducer waits for the old gradients.
+    """Wrap a rewritten module in a new DistributedDataParallel; do nothing under another strategy.
 
-    Forgetting it is silent with ``find_unused_parameters=True``: the ranks drift apart.
+    The reducer of the old wrapper has buckets for gradients of the old shapes. With ``find_unused_parameters=True`` it would
+    raise no error, and the ranks would drift apart.
     """
-    strategy: Any = trainer.strategy
-    if not isinstance(strategy.model, DistributedDataParallel):
+    strategy = cast(DDPStrategy, trainer.strategy)
+    if not isinstance(strategy, both_packages(DDPStrategy)) or not isinstance(strategy.model, DistributedDataParallel):
         return
+    # Private: without these two methods the wrapper would lack the settings and communication hooks of the strategy.
     strategy.model = strategy._setup_model(module)
     strategy._register_ddp_hooks()
-    if hasattr(strategy, "_pl_static_graph_delay_done"):
-        strategy._pl_static_graph_delay_done = False
+    # Private: under `static_graph=True` Lightning itself starts the all-reduce of the first step, once per strategy. Unless the
+    # flag is reset, the gradients of the first step after a cut are not averaged over the ranks.
+    private_attribute(
+        strategy, "_pl_static_graph_delay_done", "reduce the first gradients of a static graph after a cut"
+    )
+    strategy._pl_static_graph_delay_done = False
 
 
 def revert_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Turn SyncBatchNorm back into ordinary norms now, in place, as Lightning does when its work is over."""
-    sync: Any = getattr(trainer.strategy, "_layer_sync", None)
-    if sync is not None:
-        sync.revert(module)
+    """Convert SyncBatchNorm layers back to BatchNorm, in place, as Lightning does at the end of training."""
+    if not isinstance(trainer.strategy, both_packages(ParallelStrategy)):
+        return
+    # Private: None unless the Trainer has `sync_batchnorm=True`. Without it a module that training has left by an exception
+    # would keep its SyncBatchNorm layers, which do not run on a CPU.
+    layer_sync = private_attribute(trainer.strategy, "_layer_sync", "convert SyncBatchNorm back after an exception")
+    if layer_sync is not None:
+        layer_sync.revert(module)

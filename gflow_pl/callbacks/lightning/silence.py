@@ -1,177 +1,132 @@
-"""Run a module without side effects: nothing is logged, and its state is restored."""
+"""Passes over batches without side effects: nothing is logged, and the module's state is restored."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from numbers import Number
-from typing import Any
+from typing import Self
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from pytorch_lightning.loggers.logger import DummyExperiment, Logger
+from typing_extensions import override
+
+from gflow_pl.callbacks.lightning.packages import attached_trainer
+from gflow_pl.common.snapshot import ModuleSnapshot
 
 __all__ = ["SideEffects", "without_side_effects"]
 
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands in for whatever logs."""
+_EXCLUDED = frozenset(vars(pl.LightningModule())) - {"_buffers"}
+"""Attributes that Lightning and PyTorch manage (parameters, hooks, the Trainer): these passes do not change them."""
 
 
 class SideEffects:
-    """What running a module has changed in it since this object was made: metrics, buffers, lists and counters.
+    """What running a module has changed in it since this object was created, to be undone.
+
+    Scoring runs the user's `training_step` on batches that are not trained on. Such a step may update metrics and running
+    statistics, append to lists or count its calls. `undo` restores the buffers, metrics and attributes of the module and its
+    submodules, and the items of lists, dicts, sets and deques among them. Parameters are not saved.
 
     Args:
         module: The module.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
-        self._modules = [_Kept(m) for m in module.modules() if not isinstance(m, Metric)]
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._snapshots = [
+            ModuleSnapshot(submodule, exclude=_EXCLUDED, nested=False, copy_tensors=True)
+            for submodule in module.modules()
+        ]
 
     def undo(self) -> None:
-        """Restore the module to its state when this object was made; may be called any number of times."""
-        for metric, state in self._metrics:
-            metric.__dict__.update({name: _own_copy(value) for name, value in state.items()})
-        for each in self._modules:
-            each.restore()
+        """Restore the module to its state when this object was created; may be called any number of times."""
+        for snapshot in self._snapshots:
+            snapshot.restore()
 
 
 @contextmanager
 def without_side_effects(module: pl.LightningModule) -> Iterator[SideEffects]:
-    """Run a module without logging anything, and undo the side effects on the module at the end of the block.
+    """Disable logging for the time of the block, and undo the side effects on the module at its end.
 
-    Gives the `SideEffects`, which can be undone within the block, too.
+    Yields:
+        The side effects, which can be undone inside the block, too: between two passes that must not affect each other.
     """
-    trainer = getattr(module, "_trainer", None)
+    # Disable the module's `log` methods: attributes of the instance hide them.
+    own_attributes = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    vars(module).update(log=_ignore, log_dict=_ignore)
+    # Replace the loggers.
+    trainer = attached_trainer(module)
     loggers = [] if trainer is None else list(trainer.loggers)
-    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
-        module.__dict__[name] = _nothing
     if trainer is not None:
-        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
-    effects = SideEffects(module)  # after the above, which undoing must not reverse
+        trainer.loggers = [_silent_copy(logger) for logger in loggers]
+
+    effects = SideEffects(module)  # created now, so that undoing does not enable logging
     try:
         yield effects
     finally:
         effects.undo()
         if trainer is not None:
             trainer.loggers = loggers
-        for name, before in silenced.items():
-            if before is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = before
+        for name in ("log", "log_dict"):
+            del vars(module)[name]
+        vars(module).update(own_attributes)
 
 
-class _SilentLogger:
-    """Stands in for a logger: takes whatever a training step logs, and is and knows what the logger is and knows."""
-
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-
-    __class__: Any = property(lambda self: type(self._logger))  # what `isinstance` asks, too
-
-    @property
-    def experiment(self) -> Any:
-        """Takes whatever is logged past the logger."""
-        return _SilentExperiment(self._logger.experiment)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_logger":  # of a copy that is only being made
-            raise AttributeError(name)
-        value = getattr(self._logger, name)
-        return _nothing if callable(value) else value
+def _ignore(*_: object, **__: object) -> None:
+    """Accept any call and do nothing."""
 
 
-class _SilentExperiment:
-    """Takes whatever is done to a logger's experiment, or a part of it; gives the texts, paths and numbers that it holds.
+def _silent_copy(logger: Logger) -> Logger:
+    """Return a shallow copy of a logger whose public methods do nothing.
+
+    Its class is a subclass of the logger's class, since `Trainer.log_dir` and many training steps test the kind of a logger
+    with `isinstance`. Its attributes and properties (`log_dir`, `save_dir`, `version`, ...) are those of the logger.
+    """
+    cls = type(logger)
+    methods = [name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name))]
+    experiment = property(lambda _: _SilentExperiment(getattr(logger, "experiment", None)))
+    silent_class = type(cls.__name__, (cls,), {**dict.fromkeys(methods, _ignore), "experiment": experiment})
+    silent: Logger = object.__new__(silent_class)
+    vars(silent).update(vars(logger))
+    return silent
+
+
+class _SilentExperiment(DummyExperiment):
+    """Lightning's dummy experiment, through which texts, paths and numbers of the real experiment can be read.
+
+    Any part of it accepts calls and assignments, and does nothing.
 
     Args:
-        real: The experiment, or its part; None: what a call would have given, which nobody knows.
+        real: The experiment or a part of it; None for the result of a call, of which nothing is known.
     """
 
-    def __init__(self, real: Any = None) -> None:
+    def __init__(self, real: object = None) -> None:
         self._real = real
 
-    __class__: Any = property(lambda self: _SilentExperiment if self._real is None else type(self._real))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_real" or (name.startswith("__") and name.endswith("__")):
+    @override
+    def __getattr__(self, name: str) -> object:  # type: ignore[override]
+        if name.startswith("_"):
             raise AttributeError(name)
         value = None if self._real is None else getattr(self._real, name)
-        return value if name == "get_logdir" and value is not None else _shown(value)
+        # The folder of TensorBoard's writer is read by a method.
+        return value if name == "get_logdir" and value is not None else self._readable(value)
 
-    def __getitem__(self, key: Any) -> Any:
+    @override
+    def __getitem__(self, key: Hashable) -> object:  # type: ignore[override]
         try:
-            return _shown(self._real[key])
-        except (LookupError, TypeError):  # what a step has put there before is not there
+            return self._readable(self._real[key])  # type: ignore[index]
+        except (LookupError, TypeError):  # assigned before, and ignored
             return _SilentExperiment()
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __delitem__(self, key: Any) -> None:
-        pass
-
-    def __call__(self, *_: Any, **__: Any) -> _SilentExperiment:
+    def __call__(self, *_: object, **__: object) -> _SilentExperiment:
         return _SilentExperiment()
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __enter__(self) -> _SilentExperiment:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
-
-def _shown(value: Any) -> Any:
-    """A part of an experiment: itself where nothing can be done to it."""
-    return value if isinstance(value, (str, os.PathLike, Number)) else _SilentExperiment(value)
-
-
-class _Kept:
-    """What a training step may change in one module: its buffers, and attributes of the user's own (not what is in those)."""
-
-    _LIGHTNINGS = frozenset(vars(pl.LightningModule()))
-
-    def __init__(self, module: nn.Module) -> None:
-        own = {name: value for name, value in vars(module).items() if name not in self._LIGHTNINGS}
-        self._places: list[tuple[dict[str, Any], dict[str, Any]]] = [(vars(module), own)]
-        self._places.append((module._buffers, dict(module._buffers)))
-        values = [value for _, before in self._places for value in before.values()]
-        self._contents = [(value, copy(value)) for value in values if isinstance(value, (list, deque, dict, set))]
-        self._tensors = [(value, value.detach().clone(), value._version) for value in values if _is_plain(value)]
-
-    def restore(self) -> None:
-        for place, before in self._places:
-            place.update(before)
-        for value, contents in self._contents:
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(contents)
-        for tensor, contents, version in self._tensors:
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(contents)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor with a count of the writes to it."""
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference()
-
-
-def _metric_state(metric: nn.Module) -> dict[str, Any]:
-    """Return a metric's states and counters, as copies: updates may work in place."""
-    names = (*metric._defaults, "_update_count", "_computed", "_update_called")  # type: ignore[misc]
-    return {name: _own_copy(metric.__dict__[name]) for name in names if name in metric.__dict__}
-
-
-def _own_copy(value: Any) -> Any:
-    """Return a clone of a tensor, a copy of a list, and any other value itself."""
-    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+    @staticmethod
+    def _readable(value: object) -> object:
+        return value if isinstance(value, (str, os.PathLike, Number)) else _SilentExperiment(value)

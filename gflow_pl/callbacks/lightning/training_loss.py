@@ -1,8 +1,9 @@
-"""The loss that scores are taken from: the module's own training step, run without leaving a trace."""
+"""The module's own loss, logits and inputs of a batch."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gflow_pl.callbacks.lightning.precision import true_precision, with_true_precision
 from gflow_pl.callbacks.lightning.silence import without_side_effects
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance.gradients import logits_and_labels
 
@@ -25,26 +27,27 @@ __all__ = [
 
 
 @with_true_precision
-def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
-    """The scalar loss that the module's `training_step` returns for a batch.
+def training_loss(module: pl.LightningModule, batch: object) -> Tensor:
+    """Return the scalar loss that the module's `training_step` computes for a batch.
 
     Raises:
-        ValueError: The step returns no loss.
+        SettingsError: The step returns no loss.
     """
-    # As Lightning calls it: the index is left out where the step does not take it.
-    arguments = (batch, 0) if _num_arguments(module) > 1 else (batch,)
+    # Call the step like Lightning does, which leaves the batch index out if the step does not take it.
+    arguments = (batch, 0) if _num_positional_arguments(module) > 1 else (batch,)
     try:
         output = module.training_step(*arguments)
     except Exception as error:
         if not module.training:
             error.add_note(
-                f"PruningCallback ran `training_step` of {type(module).__name__} in evaluation mode, to score filters: where that "
-                "cannot work, give it a `loss_fn(module, batch)` that returns the scalar loss."
+                f"PruningCallback ran `training_step` of {type(module).__name__} in evaluation mode, to score filters. If the "
+                "step does not support evaluation mode, give the callback a `loss_fn(module, batch)` that returns the scalar "
+                "loss."
             )
         raise
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise ValueError(
+        raise SettingsError(
             f"`training_step` of {type(module).__name__} returned {type(output).__name__}, expected a loss: "
             "give the PruningCallback a `loss_fn(module, batch)` that returns the scalar loss."
         )
@@ -52,28 +55,37 @@ def training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
 
 
 def training_step_returns_loss(module: pl.LightningModule) -> bool:
-    """Whether `training_step` can be asked for the loss of a batch: it does not optimize, nor fetch batches, by itself."""
-    return module.automatic_optimization and "dataloader_iter" not in inspect.signature(module.training_step).parameters
+    """Return whether `training_step` can be called to compute the loss of a batch.
+
+    It cannot under manual optimization, where the step also updates the weights, nor if it fetches batches itself.
+    """
+    parameters = inspect.signature(module.training_step).parameters
+    return module.automatic_optimization and "dataloader_iter" not in parameters
 
 
-def _num_arguments(module: pl.LightningModule) -> float:
+def _num_positional_arguments(module: pl.LightningModule) -> float:
+    """Return the number of positional arguments that `training_step` takes; infinity if it takes ``*args``."""
     parameters = inspect.signature(module.training_step).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return float("inf")
+        return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 default_logits = with_true_precision(logits_and_labels)
-"""Logits of ``module(batch[0])`` and the labels ``batch[1]``, in the Trainer's precision."""
+"""Return logits ``module(batch[0])`` and labels ``batch[1]``, computed in the Trainer's precision."""
 
 
-def batch_inputs(batch: Any) -> Any:
-    """What a module's `forward` is called with, for a batch of (inputs, targets) or of inputs alone."""
+def batch_inputs(batch: object) -> Any:
+    """Return the part of a batch that `forward` takes: the first item of a tuple or list, else the batch itself."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
 
 
-def is_classifier(module: pl.LightningModule, batch: Any) -> bool:
-    """Whether `forward` of a batch's inputs gives logits (examples, classes), and the batch has a label for each."""
+def is_classifier(module: pl.LightningModule, batch: object) -> bool:
+    """Return whether a module is a classifier on batches like this one.
+
+    The batch must be a pair of inputs and labels, with one integer label per example, and `forward` must return logits
+    (examples, classes) for the inputs. This is found out by a forward pass without side effects.
+    """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         return False
     labels = batch[1]
@@ -82,6 +94,6 @@ def is_classifier(module: pl.LightningModule, batch: Any) -> bool:
     try:
         with evaluation_mode(module), torch.no_grad(), without_side_effects(module), true_precision(module):
             logits = module(batch[0])
-    except Exception:  # whatever a foreign forward raises on these inputs: then it gives no logits
+    except Exception:  # the module's own code may raise anything on inputs that it does not take
         return False
     return isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels)

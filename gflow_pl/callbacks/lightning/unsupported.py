@@ -7,9 +7,14 @@ from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from gflow_pl.callbacks.lightning.packages import both_packages, callbacks_of
+from gflow_pl.callbacks.lightning.packages import both_packages, callbacks_of, private_attribute
+from gflow_pl.common.errors import SettingsError
 
-__all__ = ["check_supported"]
+__all__ = ["UnsupportedTrainerError", "check_supported"]
+
+
+class UnsupportedTrainerError(SettingsError, MisconfigurationException):
+    """A strategy, launcher or callback that pruning cannot be combined with."""
 
 
 def check_supported(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> None:
@@ -21,44 +26,45 @@ def check_supported(trainer: pl.Trainer, callback: Callback, only_one: type[Call
         only_one: The class of which the Trainer may hold one instance, `callback`.
 
     Raises:
-        MisconfigurationException: The strategy, the launcher or another callback of the Trainer is not supported.
+        UnsupportedTrainerError: The strategy, the launcher or another callback of the Trainer is not supported.
     """
-    problem = (
-        _problem_of_strategy(trainer)
-        or _problem_of_launcher(trainer)
-        or _problem_of_callbacks(trainer, callback, only_one)
-    )
+    problem = _strategy_problem(trainer) or _launcher_problem(trainer) or _callback_problem(trainer, callback, only_one)
     if problem is not None:
-        raise MisconfigurationException(f"{type(callback).__name__}: {problem}")
+        raise UnsupportedTrainerError(f"{type(callback).__name__}: {problem}")
 
 
-def _problem_of_strategy(trainer: pl.Trainer) -> str | None:
+def _strategy_problem(trainer: pl.Trainer) -> str | None:
     strategy = trainer.strategy
     name = type(strategy).__name__
-    shards = isinstance(strategy, both_packages(FSDPStrategy, DeepSpeedStrategy))
-    if shards or getattr(strategy, "restore_checkpoint_after_setup", False):
+    shards_parameters = isinstance(strategy, both_packages(FSDPStrategy, DeepSpeedStrategy))
+    # Other strategies that shard, such as ModelParallelStrategy, have this attribute set as well.
+    if shards_parameters or getattr(strategy, "restore_checkpoint_after_setup", False):
         return f"{name} shards parameters, which cannot be rewritten: use strategy='ddp' or a single device."
     if not isinstance(strategy, both_packages(DDPStrategy, SingleDeviceStrategy)):
         return f"{name} is not supported: use strategy='ddp' or a single device."
     return None
 
 
-def _problem_of_launcher(trainer: pl.Trainer) -> str | None:
-    launcher = getattr(trainer.strategy, "launcher", None)
-    if hasattr(launcher, "_start_method"):
-        return (
-            "with spawned or forked processes the main process would load the pruned weights into the full-size module: "
-            "use strategy='ddp'."
-        )
-    return None
+def _launcher_problem(trainer: pl.Trainer) -> str | None:
+    if not isinstance(trainer.strategy, both_packages(DDPStrategy)):
+        return None
+    # Private: "popen", "spawn", "fork" or "forkserver". Without it a spawned run would be accepted and would fail at its end,
+    # when the main process loads the pruned weights into its module of full size.
+    start_method = private_attribute(trainer.strategy, "_start_method", "find out how processes are started")
+    if start_method == "popen":
+        return None
+    return (
+        "with spawned or forked processes the main process would load the pruned weights into a module of full size: use "
+        "strategy='ddp'."
+    )
 
 
-def _problem_of_callbacks(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> str | None:
+def _callback_problem(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> str | None:
     if callbacks_of(trainer, StochasticWeightAveraging):
         return (
-            "StochasticWeightAveraging keeps a full-size copy that cannot follow: use WeightAveraging or "
-            "EMAWeightAveraging, which are pruned alike."
+            "StochasticWeightAveraging keeps a copy of full size that cannot be pruned: use WeightAveraging or "
+            "EMAWeightAveraging, whose copies are pruned with the module."
         )
     if any(other is not callback for other in callbacks_of(trainer, only_one)):
-        return "there are two of these callbacks in the Trainer: keep one; it cuts several rounds by itself (`rounds`)."
+        return "there are two of these callbacks in the Trainer: keep one, which can cut several rounds (`rounds`)."
     return None
