@@ -52,7 +52,9 @@ def without_side_effects(module: pl.LightningModule) -> Iterator[SideEffects]:
         The side effects, which can be undone inside the block, too: between two passes that must not affect each other.
     """
     # Disable the module's `log` methods: attributes of the instance hide them.
-    own_attributes = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    own_attributes: dict[str, object] = {
+        name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)
+    }
     vars(module).update(log=_ignore, log_dict=_ignore)
     # Replace the loggers.
     trainer = attached_trainer(module)
