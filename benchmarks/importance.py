@@ -1,12 +1,12 @@
-"""What `score_filters` costs over the bare passes that its formula needs, written by hand.
+"""Time and memory of `score_filters`, compared with hand-written passes that compute the same formula.
 
     python benchmarks/importance.py [--repeats 3] [--batches 10] [--device cpu] [--out docs/benchmarks_importance.md]
     python benchmarks/importance.py --only first_order hessian --device cuda [--out FILE]
     python benchmarks/importance.py --only published --device cuda [--out FILE]
 
-Both sides see the same network, batches and device and take turns; the figure is the ratio of the two fastest
-runs. The process's own CPU time is taken on a CPU, wall time elsewhere. Peak memory is what the allocator hands
-out beyond what is held before, on CUDA; on a CPU it is the largest sum of live bytes that the profiler sees.
+Both sides run on the same network, batches and device, in alternation. The figure is the ratio of their fastest runs,
+in CPU time of the process on a CPU and in wall time elsewhere. Peak memory is the allocator's peak beyond the memory in
+use before on CUDA, and the largest sum of live bytes in the profile on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,7 +41,7 @@ def norm_tensors(net: nn.Module) -> list[Tensor]:
 
 
 def bare_gradients(net: nn.Module, batches: Batches, tensors: list[Tensor]) -> list[Tensor]:
-    """The mean gradient, and nothing else."""
+    """Return the mean gradient."""
     sums = [torch.zeros_like(t) for t in tensors]
     for images, labels in batches:
         grads = torch.autograd.grad(F.cross_entropy(net(images), labels), tensors)
@@ -58,23 +57,6 @@ def bare_double_backward(net: nn.Module, batches: Batches, direction: list[Tenso
         grads = torch.autograd.grad(F.cross_entropy(net(images), labels), everything, create_graph=True)
         for total, part in zip(sums, torch.autograd.grad(grads, weights, grad_outputs=direction), strict=True):
             total.add_(part, alpha=len(labels))
-    return sums
-
-
-def bare_forward_over_reverse(net: nn.Module, batches: Batches, direction: list[Tensor]) -> list[Tensor]:
-    names = [name for name, _ in net.named_parameters()]
-    leaves = [p.detach().requires_grad_(True) for p in net.parameters()]
-    places = [i for i, name in enumerate(names) if name.removesuffix(".weight") in layer_names(net)]
-    sums = [torch.zeros_like(leaves[i]) for i in places]
-    for images, labels in batches:
-        with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(leaf, d) for leaf, d in zip(leaves, direction, strict=True)]
-            loss = F.cross_entropy(
-                torch.func.functional_call(net, dict(zip(names, duals, strict=True)), (images,)), labels
-            )
-            grads = torch.autograd.grad(loss, [duals[i] for i in places])
-            for total, grad in zip(sums, grads, strict=True):
-                total.add_(forward_ad.unpack_dual(grad).tangent, alpha=len(labels))
     return sums
 
 
@@ -99,21 +81,21 @@ def layer_names(net: nn.Module) -> set[str]:
     return {name for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
-BARE_WAYS: dict[str, Callable[..., list[Tensor]]] = {
+BARE_STRATEGIES: dict[str, Callable[..., list[Tensor]]] = {
     "reverse_over_forward": bare_reverse_over_forward,
-    "forward_over_reverse": bare_forward_over_reverse,
     "double_backward": bare_double_backward,
 }
 
 
-def bare_product(net: nn.Module, batches: Batches, way: str) -> list[Tensor]:
-    return BARE_WAYS[way](net, batches, bare_gradients(net, batches, list(net.parameters())))
+def bare_product(net: nn.Module, batches: Batches, strategy: str) -> list[Tensor]:
+    return BARE_STRATEGIES[strategy](net, batches, bare_gradients(net, batches, list(net.parameters())))
 
 
 def published_grasp(net: nn.Module, loader: Iterable[Any], per_class: int, num_classes: int) -> list[Tensor]:
-    """The published way: samples collected one by one, a batch a class, double backward class by class.
+    """The published code: samples collected one by one, one batch for each class, double backward class by class.
 
-    As there, a class counts as full only when one sample more of it is met, and every pass is in evaluation mode.
+    As in the published code, a class counts as full only when one more of its samples is met. Every pass is in
+    evaluation mode.
     """
     net.eval()
     criterion = nn.CrossEntropyLoss()
@@ -174,7 +156,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def fastest(
     first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: torch.device
 ) -> tuple[float, float]:
-    """Both in turns, so that whatever else the machine does meets both."""
+    """Return the fastest time of both; they run in alternation, so that other load on the machine affects both."""
     times = [(seconds(first, device), seconds(second, device)) for _ in range(repeats)]
     return min(t for t, _ in times), min(t for _, t in times)
 
@@ -197,7 +179,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def wall_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, threads: int) -> tuple[float, float]:
-    """Median wall times of both, in turns, with this number of threads."""
+    """Return the median wall times of both, run in alternation with this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     times: list[list[float]] = [[], []]
@@ -210,12 +192,12 @@ def wall_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int,
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def against_the_published_way(
+def compare_with_published_code(
     num_classes: int, per_class: int, size: int, repeats: int, device: torch.device, threads: int
 ) -> tuple[float, float, float, str]:
-    """Seconds of `score_filters` and of the published way, how far their scores are apart at most, and both in wall time."""
+    """Return the seconds of `score_filters` and of the published code, the largest difference of their scores, and wall times."""
     net = models.resnet56(num_classes=num_classes).to(device).eval()
-    # One image of every class more than is asked for: the published collection goes on until it has seen it.
+    # One more image of every class than needed: the published code collects until it has seen it.
     classes = [torch.arange(num_classes).repeat(count) for count in (per_class, 1)]
     labels = torch.cat([part[torch.randperm(len(part))] for part in classes]).to(device)
     images = torch.randn(len(labels), 3, 32, 32).to(device)
@@ -231,7 +213,7 @@ def against_the_published_way(
     score_filters(net, "loss", data[:1]), bare_double_backward(net, data[:1], list(net.parameters()))
     a, b = fastest(ours, published, repeats, device)
     print(
-        f"{num_classes} classes x {per_class} images: {a:.2f} s, the published way {b:.2f} s: {b / a:.2f} times as long"
+        f"{num_classes} classes x {per_class} images: {a:.2f} s, the published code {b:.2f} s: {b / a:.2f} times as long"
     )
     wall = ""
     if device.type == "cpu":
@@ -260,9 +242,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; without it all of them")
-    parser.add_argument("--out", type=Path, help="file to write; without it the page in docs, if all parts are run")
-    parser.add_argument("--classes", type=int, default=100, help="of the comparison with the published way")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; default: all")
+    parser.add_argument("--out", type=Path, help="file to write; default: the page in docs if all parts run")
+    parser.add_argument("--classes", type=int, default=100, help="classes of the comparison with the published code")
     args = parser.parse_args()
     usual_threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -283,9 +265,9 @@ def main() -> None:
     def compare(
         label: str, ours: Callable[[Batches], Any], bare: Callable[[Batches], Any], data: Batches = batches
     ) -> float:
-        """A row of the table; the first of the batches warms both up and is enough for the peak of their memory.
+        """Add a row to the table. The first batch warms both up.
 
-        On a GPU, whose peak costs nothing to ask for, it is that of all batches.
+        Peak memory is that of the first batch on a CPU, and of all batches on a GPU, where reading it costs nothing.
         """
         ours(first), bare(first)
         a, b = fastest(lambda: ours(data), lambda: bare(data), args.repeats, device)
@@ -310,23 +292,22 @@ def main() -> None:
             lambda data, tensors=tensors: bare_gradients(net, data, tensors),
         )
 
-    def by_way(way: str, data: Batches) -> Any:
-        score.HessianProducts = lambda *a: HessianProducts(*a, prefer=way)
+    def by_strategy(strategy: str, data: Batches) -> Any:
+        score.HessianProducts = lambda *a: HessianProducts(*a, strategy=strategy)
         try:
             return score_filters(net, "grad_preserve", data, balanced=False)
         finally:
             score.HessianProducts = HessianProducts
 
     spent: dict[str, float] = {}
-    for way in BARE_WAYS if "hessian" in args.only else ():
-        in_use = way == "reverse_over_forward"
-        spent[way] = compare(
-            f"grad_preserve, {way.replace('_', ' ')}{' (in use)' if in_use else ''}",
-            lambda data, way=way: by_way(way, data),
-            lambda data, way=way: bare_product(net, data, way),
+    for strategy in BARE_STRATEGIES if "hessian" in args.only else ():
+        in_use = strategy == "reverse_over_forward"
+        spent[strategy] = compare(
+            f"grad_preserve, {strategy.replace('_', ' ')}{' (in use)' if in_use else ''}",
+            lambda data, strategy=strategy: by_strategy(strategy, data),
+            lambda data, strategy=strategy: bare_product(net, data, strategy),
             batches if in_use or device.type == "cuda" else batches[: max(1, args.batches // 5)],
         )
-    others = [f"{spent[way] / spent['reverse_over_forward']:.2f} by {way.replace('_', ' ')}" for way in list(spent)[1:]]
 
     where = (
         torch.cuda.get_device_name(device)
@@ -337,27 +318,27 @@ def main() -> None:
 
 `python benchmarks/importance.py`: resnet56, batches of {args.size} images of 3x32x32, float32, evaluation mode, default memory
 format; {where}; torch {torch.__version__}. Seconds are CPU time on a CPU and wall time elsewhere, the fastest of {args.repeats}
-alternating runs. "Bare" are the passes that the formula needs, written by hand; the limits are for time / peak memory.
+alternating runs. "Bare passes" are the passes that the formula needs, written by hand; the limits are those of time / peak memory.
 """
     if "published" in args.only:
-        a, b, worst, wall = against_the_published_way(args.classes, 5, args.size, args.repeats, device, usual_threads)
+        a, b, worst, wall = compare_with_published_code(args.classes, 5, args.size, args.repeats, device, usual_threads)
     if rows:
         text += f"""
-| measure | batches | score_filters, s | bare passes, s | time | peak memory | asked, at most |
+| measure | batches | score_filters, s | bare passes, s | time | peak memory | limits |
 | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """
-    if others:
+    if spent:
         text += f"""
-Of the three exact ways, `score_filters` costs, in units of the one in use: {", ".join(others)}.
-Which is used follows from facts, never from a clock: reverse over forward where every operator in the graph is known to allow
-it, else forward over reverse, else double backward.
+Double backward costs {spent["double_backward"] / spent["reverse_over_forward"]:.2f} times as much as reverse over forward. The
+strategy follows from the model, never from a clock: reverse over forward if a test verifies every operator in the graph for it,
+else double backward.
 """
     if "published" in args.only:
         text += f"""
-{args.classes} classes, 5 images each, `grad_preserve`: {a:.2f} s. The published way (samples collected one by one, a batch a class, double
-backward) takes {b:.2f} s: {b / a:.2f} times as long (asked on a CPU: at least 1.6). Largest difference of the scores, in units of a layer's
-largest: {worst:.1e}. {wall}
+{args.classes} classes, 5 images each, `grad_preserve`: {a:.2f} s. The published code (samples collected one by one, one batch for
+each class, double backward) takes {b:.2f} s: {b / a:.2f} times as long (goal on a CPU: at least 1.6). Largest difference of the
+scores, in units of a layer's largest: {worst:.1e}. {wall}
 """
     out = args.out or (Path("docs/benchmarks_importance.md") if list(args.only) == PARTS else None)
     if out is not None:

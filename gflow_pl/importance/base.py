@@ -43,7 +43,8 @@ class Importance(ABC):
         needs_batches: Derived from `statistic`: whether batches are read.
         needs_gradients: Derived from `statistic`: whether batches and first-order gradients are needed.
         needs_hessian: Derived from `statistic`: whether Hessian-gradient products are needed.
-        needs_activations: Derived from `statistic`: whether the outputs of the layers are needed.
+        needs_own_pass: Derived from `statistic`: whether every tracked step needs a pass of its own, because the gradients
+            of training do not contain the statistic.
         needs_labels: Derived from `statistic`: whether samples are balanced over the classes, if there are labels.
     """
 
@@ -59,7 +60,7 @@ class Importance(ABC):
     needs_batches: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_hessian: ClassVar[bool] = False
-    needs_activations: ClassVar[bool] = False
+    needs_own_pass: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -67,8 +68,8 @@ class Importance(ABC):
         statistic = getattr(cls, "statistic", None)
         cls.needs_hessian = cls.needs_labels = statistic == "hessian_product"
         cls.needs_gradients = statistic in ("gradient", "squared_gradient", "hessian_product")
-        cls.needs_activations = statistic == "activation"
-        cls.needs_batches = cls.needs_gradients or cls.needs_activations
+        cls.needs_own_pass = statistic in ("hessian_product", "activation")
+        cls.needs_batches = cls.needs_gradients or cls.needs_own_pass
 
     @abstractmethod
     def summand(self, theta: Tensor, flow: Tensor) -> Tensor:

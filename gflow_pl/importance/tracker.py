@@ -115,7 +115,7 @@ class Tracker:
             SettingsError: An argument that the measure needs is missing, or no layer has a gradient.
         """
         measure = self.measure
-        if measure.needs_hessian or measure.needs_activations:
+        if measure.needs_own_pass:
             if batch is None:
                 raise SettingsError(f"Tracker: measure '{measure.name}' needs the `batch`, got None.")
         elif measure.needs_gradients and gradients is None:

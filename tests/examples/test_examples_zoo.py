@@ -23,6 +23,8 @@ CASES = [
     ("autoencoder", "Autoencoder", {"measure": "grasp"}),
     ("autoencoder", "Autoencoder", {"measure": "fisher"}),
     ("gan", "GAN", {}),
+    ("activation_measure", "DigitReader", {"measure": "apoz"}),
+    ("activation_measure", "DigitReader", {"measure": "hrank"}),
 ]
 
 

@@ -206,12 +206,26 @@ def test_a_measure_of_the_users_own_is_scored_like_any_other():
     assert all(torch.allclose(own[layer], tfo[layer] ** 2) for layer in own)
 
 
-def test_the_measure_that_the_documentation_adds_is_ten_lines_and_runs():
-    code = PAGE.split("```python\n")[1].split("```")[0]
+def from_the_documentation(number):
+    """The code block of the page, and what it defines."""
+    code = PAGE.split("```python\n")[number].split("```")[0]
     exec(code, found := {})
-    scores, loss = (score_filters(mixed(), m, class_batches()) for m in (found["MeanLoss"](), "loss"))
-    assert torch.allclose(scores["hidden"], loss["hidden"] / 4)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    return found
+
+
+def test_the_measure_that_the_documentation_adds_is_ten_lines_and_runs():
+    measure = from_the_documentation(1)["MeanLoss"]()
+    scores, loss = (score_filters(mixed(), m, class_batches()) for m in (measure, "loss"))
+    assert torch.allclose(scores["hidden"], loss["hidden"] / 4)
+
+
+def test_the_measure_of_activations_that_the_documentation_adds_is_ten_lines_and_runs():
+    net, measure = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), from_the_documentation(2)["APoZ"]()
+    batches = [(torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)) for _ in range(2)]
+    scores = score_filters(net, measure, batches)
+    hidden = torch.cat([net[0](x) for x, _ in batches])
+    assert torch.allclose(scores["0"], (hidden > 0).float().mean(0))
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist():

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from importance_nets import class_batches, largest_difference, mixed
+from torch import nn
 
 from gflow_pl import select_units, trace_channels
-from gflow_pl.importance import Tracker, measure_names, resolve_measure, score_filters
+from gflow_pl.importance import ActivationImportance, Tracker, measure_names, resolve_measure, score_filters
 from gflow_pl.importance.reduction import Ranks
 
 
@@ -35,6 +36,30 @@ def joined(batch):
     return torch.cat([a, b]), torch.cat([la, lb])
 
 
+class ActiveShare(ActivationImportance):
+    """A user's own measure of activations."""
+
+    name = "active_share"
+
+    def score_activations(self, activations):
+        return (activations > 0.1).to(activations).transpose(0, 1).flatten(1).mean(1)
+
+
+class SometimesCalled(nn.Module):
+    """Calls one of its layers only for batches with a positive mean, which one of the two ranks has."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mixed()
+        torch.manual_seed(0)
+        self.sometimes, self.never = nn.Linear(50, 4).double(), nn.Linear(50, 4).double()
+
+    def forward(self, x):
+        if x.mean() > 0:
+            self.sometimes(x.flatten(1))
+        return self.inner(x)
+
+
 def scored(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -45,6 +70,8 @@ def scored(rank, folder):
         found[measure] = dict(score_filters(mixed(), measure, own, **given))
     found["all"] = dict(score_filters(mixed(), "grasp", own, reduce=average))
     found["unbalanced"] = dict(score_filters(mixed(), "grasp", own, reduce=average, balanced=False))
+    found["activation"] = dict(score_filters(mixed(), ActiveShare(), own, reduce=average))
+    found["activation, uncalled"] = dict(score_filters(SometimesCalled(), ActiveShare(), own, reduce=average))
     tracker = Tracker("grasp", reduce=average)
     tracker.update(mixed(), batch=own[0])
     found["tracked"] = dict(tracker.scores())
@@ -93,7 +120,19 @@ def test_two_ranks_agree_on_unlimited_and_on_unbalanced_samples(by_rank):
             assert largest_difference(found["tracked"][layer], tracker.scores()[layer]) < 1e-9
 
 
-def test_both_ranks_are_told_of_a_class_that_is_too_small(by_rank):
+def test_two_ranks_agree_on_a_measure_of_activations(by_rank):
+    alone = score_filters(mixed(), ActiveShare(), [joined(batch) for batch in class_batches(5)])
+    net, parts = SometimesCalled(), [halves(batch, rank) for batch in class_batches(5) for rank in (0, 1)]
+    called = torch.cat([net.sometimes(x.flatten(1)) for x, _ in parts if x.mean() > 0]).detach()
+    assert 0 < len(called) < 30
+    for found in by_rank:
+        assert all(largest_difference(found["activation"][layer], alone[layer]) < 1e-9 for layer in alone)
+        sometimes = found["activation, uncalled"]
+        assert list(sometimes) == [*(f"inner.{layer}" for layer in alone), "sometimes"]
+        assert largest_difference(sometimes["sometimes"], (called > 0.1).double().mean(0)) < 1e-9
+
+
+def test_both_ranks_raise_for_a_class_that_is_too_small(by_rank):
     assert all("each of 3 classes needs 200 images" in found["error"] for found in by_rank)
 
 
