@@ -1,13 +1,13 @@
-"""How much of every model of torchvision, and of many timm families, can be pruned, and how exactly.
+"""Measure how much of every torchvision model and of many timm families can be pruned, and how exactly.
 
-For every model and mode: trace, remove half of the units of every group at random, rewrite, one forward and backward pass in
-training mode. For models of at most 60 M parameters, in float64 and evaluation mode, with all norms, layer scales, biases and
-heads drawn at random: the rewritten network against its masked twin (exact units), the same with `exact_only` where there are
-inexact units, a fresh network with `apply_structure` and the state dict (from a file, `weights_only=True`) to the bit, and five
-rounds in a row against one by the product of their plans, to the bit.
+Every model is traced in every mode. Half of the units of every group are removed at random, and the pruned network runs one
+forward and backward pass in training mode. Models with at most 60 M parameters are also compared, in float64 and evaluation
+mode, with norms, layer scales, biases and heads drawn at random: the pruned network with the masked network (exact units only);
+the same with `exact_only` if there are inexact units; a fresh network with `apply_structure` and the state dict from a file
+(`weights_only=True`), bit for bit; and five rounds in a row with one round by the product of their plans, bit for bit.
 
-One line of JSON per model and mode goes to a file, small models first, so that a run that was stopped goes on; the table is
-made of it.
+The results are written to a file, one line of JSON for every model and mode, small models first. A run that was stopped
+continues where it ended. The table is made from this file.
 
     python benchmarks/coverage.py run --results coverage.jsonl [--modes expand remove frozen] [--shapes_only] [model ...]
     python benchmarks/coverage.py table --results coverage.jsonl --output docs/coverage.md
@@ -36,8 +36,8 @@ HEADINGS = {
 }
 
 
-def in_order():
-    """Small models first, the two libraries in turn, so that a run that is stopped says something about both."""
+def all_models():
+    """Return all models, small ones first and the libraries in turn, so that a partial run covers both libraries."""
     sizes = {name: torchvision.models.get_model_weights(name[3:]).DEFAULT.meta["num_params"] for name in TORCHVISION}
     small = sorted((name for name in TORCHVISION if sizes[name] < 60e6), key=sizes.get)
     large = sorted((name for name in TORCHVISION if sizes[name] >= 60e6), key=sizes.get)
@@ -57,7 +57,7 @@ def run(options):
     path = Path(options.results)
     done = {(row["model"], row["mode"]) for row in read(path)}
     for mode in options.modes:
-        for name in options.models or in_order():
+        for name in options.models or all_models():
             if (name, mode) in done:
                 continue
             try:
@@ -78,7 +78,7 @@ def share(value):
 def line(row):
     after = f"{row['params'] / 1e6:.1f} → {row['params_after'] / 1e6:.1f}"
     why = "; ".join(f"{reason} ({num:.1%})" for reason, num in row["why"].items())
-    off = f"{row['off']:.0e}" + " (float32 inside)" * row["float32"] if "off" in row else "-"
+    off = f"{row['off']:.0e}" + " (float32)" * row["float32"] if "off" in row else "-"
     strict = f"{row['exact_only_off']:.0e} ({row['exact_only']:.0%})" if "exact_only_off" in row else ""
     trains = "" if "trains" not in row else "meta" if row["on_meta"] else "yes"
     cells = [
@@ -89,15 +89,13 @@ def line(row):
 
 
 COLUMNS = [
-    "model", "M parameters", "can go", "outputs counted", "inexact", "off twin", "change", "exact_only", "trains", "rounds",
-    "CPU s", "why the rest stays",
+    "model", "M parameters", "prunable", "with outputs", "inexact", "error", "change", "exact_only", "trains", "verifications",
+    "CPU s", "why the rest is frozen",
 ]  # fmt: skip
 
 
 def summary(rows):
-    lines = [
-        "| mode | library | models | median that can go | outputs counted | worst | compared | off twin, at most |"
-    ]
+    lines = ["| mode | library | models | median prunable | median with outputs | worst | compared | largest error |"]
     lines.append("| --- " * 8 + "|")
     for mode in MODES:
         for library, own in (("torchvision", True), ("timm", False)):
@@ -117,7 +115,8 @@ def summary(rows):
 
 def table(options):
     found = [row for path in (*options.shapes, options.results) for row in read(Path(path))]
-    rows = list({(row["model"], row["mode"]): row for row in found}.values())  # what was compared, where it was
+    # A row with comparisons replaces the row of the same model with shapes only.
+    rows = list({(row["model"], row["mode"]): row for row in found}.values())
     good = [row for row in rows if "error" not in row]
     wrong = [(row, fault) for row in rows for fault in faults(row)]
     ran_on = " and ".join(sorted({row["versions"] for row in rows}))
@@ -127,19 +126,23 @@ def table(options):
         "",
     ]
     lines += [*summary(good), ""]
-    inside = sorted({row["model"].removeprefix("tv:") for row in good if row.get("float32")})
-    lines += [f"Cast to float32 inside: {', '.join(inside)}." if inside else "No model casts to float32 inside.", ""]
-    lines += ["## What a row falls short of", ""]
-    lines += [f"- {row['model'].removeprefix('tv:')}, {row['mode']}: {fault}" for row, fault in wrong] or ["Nothing."]
+    casting = ", ".join(sorted({row["model"].removeprefix("tv:") for row in good if row.get("float32")}))
+    lines += [
+        f"Models that cast to float32 in their forward: {casting}." if casting else "No model casts to float32.",
+        "",
+    ]
+    lines += ["## Failed checks", ""]
+    lines += [f"- {row['model'].removeprefix('tv:')}, {row['mode']}: {fault}" for row, fault in wrong] or ["None."]
     notes = Path(options.output).with_suffix(".notes.md")
     lines += ["", *notes.read_text().splitlines()] if notes.exists() else []
     lines += [
         "", "## The columns", "",
-        "*can go*: share of the filters of conv and linear layers that can be removed or expanded, the model's outputs left out;",
-        "*outputs counted*: the same with them. *inexact*: share of these whose removal changes what the rest computes (flagged,",
-        "with the reason). *off twin*: largest difference from the masked twin, relative to its largest output. *change*: what",
-        "masking changes at all. *exact_only*: off twin, and the share of filters that are left to go, where only exact units may.",
-        "*trains*: \"meta\" where shapes alone were run. *rounds*: times that the probe tried. *CPU s*: trace and probe.",
+        "*prunable*: share of the filters of convolutions and linear layers that can be removed or expanded, without the layers",
+        "that are the model's outputs; *with outputs*: the same with these. *inexact*: share of the prunable filters whose removal",
+        "changes what the others compute (the graph gives the reason). *error*: largest difference between the outputs of the",
+        "pruned and the masked network, relative to the largest output. *change*: the same between the masked and the full",
+        "network. *exact_only*: the error, and the share of filters that are still prunable, if only exact units are removed.",
+        "*trains*: \"meta\" if only shapes were run. *verifications*: verifications of the trace. *CPU s*: CPU time of the trace.",
     ]  # fmt: skip
     for mode in MODES:
         for library, own in (("torchvision", True), ("timm", False)):
@@ -154,14 +157,17 @@ def table(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("models", nargs="*", help="tv:NAME or a timm name; all where none is named")
+    parser.add_argument("models", nargs="*", help="tv:NAME or a timm name; all models by default")
     parser.add_argument("--results", default="coverage.jsonl")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument(
-        "--shapes_only", action="store_true", help="trace, and run the pruned network on meta tensors only"
+        "--shapes_only", action="store_true", help="run the pruned network on meta tensors only, and compare nothing"
     )
     parser.add_argument(
-        "--shapes", nargs="*", default=[], help="table: results of such runs, for what was not compared"
+        "--shapes",
+        nargs="*",
+        default=[],
+        help="table: results of runs with --shapes_only, for models that were not compared",
     )
     parser.add_argument("--output", default="docs/coverage.md")
     options = parser.parse_intermixed_args()

@@ -1,8 +1,8 @@
-"""What a round of surgery costs, and what it gains; writes docs/benchmarks_surgery.md.
+"""Measure the cost of a round of surgery, and the time that pruned networks save; write docs/benchmarks_surgery.md.
 
-CPU time of one thread, the contenders taking turns in one process, the least of several repeats. Run it from the
-top folder: ``python benchmarks/surgery.py``. Parts of it, and on a GPU, where wall time counts from one
-synchronisation to the next, and the median of the repeats:
+On a CPU, the figures are CPU times of one thread: the contenders run in turns in one process, and the shortest of several repeats
+counts. Run it from the top folder: ``python benchmarks/surgery.py``. On a GPU, wall times between two synchronizations are measured,
+and the median of the repeats counts. To run only some parts:
 
     python benchmarks/surgery.py --only gain step --device cuda [--batch 128] [--repeats 7] [--out FILE]
 """
@@ -29,7 +29,7 @@ from gflow_pl.values import ChannelGraph, KeepPlan
 
 CPU = torch.device("cpu")
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks_surgery.md"
-ELEVEN = (
+NETWORKS = (
     "resnet18",
     "resnet50",
     "mobilenet_v2",
@@ -50,9 +50,16 @@ def seconds_of(
     device: torch.device = CPU,
     calls: int = 1,
 ) -> dict[str, float]:
-    """Seconds of one call of each; a contender is prepared afresh for every repeat, and that is not timed.
+    """Return the seconds of one call of every contender.
 
-    On a CPU the least CPU time of the repeats; elsewhere the median wall time, after one turn that warms up.
+    On a CPU this is the shortest CPU time of the repeats, on other devices the median wall time after one turn to warm up.
+
+    Args:
+        contenders: Name to a function that prepares a contender and returns the function to time. It is called for every
+            repeat, and is not timed.
+        repeats: Number of repeats.
+        device: Where the contenders run.
+        calls: Number of calls per repeat.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + (device.type != "cpu")):
@@ -68,14 +75,15 @@ def seconds_of(
 
 
 def clock(device: torch.device) -> float:
+    """Return the CPU time, or on a GPU the wall time when all its work is done, in seconds."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def where(device: torch.device) -> str:
-    """The machine, in words."""
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor."""
     return f"{platform.machine()} CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
@@ -99,7 +107,7 @@ def against_torch_pruning(name: str) -> dict[str, float]:
     final = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     place = [module for module in model.modules()].index(final)
 
-    def ours() -> Callable[[], None]:
+    def gflow_round() -> Callable[[], None]:
         network = copy.deepcopy(model)
 
         def work() -> None:
@@ -108,13 +116,13 @@ def against_torch_pruning(name: str) -> dict[str, float]:
 
         return work
 
-    def ours_again() -> Callable[[], None]:
+    def rewrite_alone() -> Callable[[], None]:
         network = copy.deepcopy(model)
         graph = trace_channels(network, example, residual="remove")
         plan = random_plan(graph)
         return lambda: rewrite(network, graph, plan) and None
 
-    def theirs() -> Callable[[], None]:
+    def torch_pruning_round() -> Callable[[], None]:
         network = copy.deepcopy(model)
         ignored = [list(network.modules())[place]]
 
@@ -127,7 +135,7 @@ def against_torch_pruning(name: str) -> dict[str, float]:
 
         return work
 
-    return seconds_of({"torch_pruning": theirs, "ours": ours, "rewrite": ours_again}, repeats=5)
+    return seconds_of({"torch_pruning": torch_pruning_round, "ours": gflow_round, "rewrite": rewrite_alone}, repeats=5)
 
 
 def training_step(
@@ -173,7 +181,7 @@ def densenet201_trace() -> float:
 
 
 class Masked(nn.Module):
-    """A layer's output times 0/1, as the published code has it."""
+    """A layer whose output is multiplied by a 0/1 mask, as in the published code."""
 
     def __init__(self, inner: nn.Module, mask: torch.Tensor) -> None:
         super().__init__()
@@ -185,27 +193,28 @@ class Masked(nn.Module):
 
 
 def masked_against_expanded(device: torch.device, batch: int, repeats: int = 7) -> dict[str, float]:
-    """ResNet-56, 60 % of the filters of both convs of each block; forward and backward.
+    """Time forward and backward of ResNet-56: dense, with 60 % of each block's filters masked, and with them expanded.
 
-    Beside the seconds of each network: on a CPU the shares of a profiled step that "convolutions" and "scatter" take,
-    elsewhere the seconds that the device itself is at work in a step ("dense at work" and so on): what is left
-    is waiting for the host, which hands out hundreds of small pieces of work.
+    Returns:
+        Seconds of a step of every network, and "removed", the share of the filters that is removed. On a CPU also
+        the shares of a profiled step that "convolutions" and "scatter" take. On a GPU also the seconds that the device is
+        busy in a step ("dense busy" and so on): the rest of the time it waits for the host.
     """
     torch.manual_seed(0)
     expanded, dense = models.resnet56(10).to(device), models.resnet56(10).to(device)
     masked = copy.deepcopy(expanded)
     graph = trace_channels(expanded, torch.randn(1, 3, 32, 32, device=device))
-    whole = random_plan(graph, share=0.6)
-    inside = {
-        name: keep for name, keep in whole.items() if name.rpartition(".")[2] in ("conv1", "conv2") and "." in name
+    plan = random_plan(graph, share=0.6)
+    in_blocks = {
+        name: keep for name, keep in plan.items() if name.rpartition(".")[2] in ("conv1", "conv2") and "." in name
     }
-    for name, keep in inside.items():
+    for name, keep in in_blocks.items():
         norm = name.replace("conv", "bn")
         masked.set_submodule(norm, Masked(masked.get_submodule(norm), keep.to(device)))
-    rewrite(expanded, graph, inside)
+    rewrite(expanded, graph, in_blocks)
     x = torch.randn(4, 3, 32, 32, device=device)
-    apart = float((masked.eval()(x) - expanded.eval()(x)).abs().max())
-    assert apart < (1e-5 if device.type == "cpu" else 1e-2), apart
+    difference = float((masked.eval()(x) - expanded.eval()(x)).abs().max())
+    assert difference < (1e-5 if device.type == "cpu" else 1e-2), difference
     networks = {"dense": dense, "masked": masked, "expanded": expanded}
     work = {name: training_step(network, batch=batch) for name, network in networks.items()}
     if device.type != "cpu":
@@ -214,13 +223,13 @@ def masked_against_expanded(device: torch.device, batch: int, repeats: int = 7) 
                 step()
     calls = 1 if device.type == "cpu" else 10
     best = seconds_of({name: lambda name=name: work[name] for name in networks}, repeats, device, calls)
-    gone = [int((~keep).sum()) for keep in inside.values()]
-    best["gone"] = sum(gone) / sum(len(keep) for keep in inside.values())
-    return {**best, **(shares_of(work["expanded"]) if device.type == "cpu" else at_work(work, device))}
+    removed = [int((~keep).sum()) for keep in in_blocks.values()]
+    best["removed"] = sum(removed) / sum(len(keep) for keep in in_blocks.values())
+    return {**best, **(shares_of(work["expanded"]) if device.type == "cpu" else busy_time(work, device))}
 
 
 def shares_of(step: Callable[[], None]) -> dict[str, float]:
-    """Shares of a step's CPU time."""
+    """Return the shares of a step's CPU time by kind of operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
@@ -231,8 +240,8 @@ def shares_of(step: Callable[[], None]) -> dict[str, float]:
     return {part: sum(times.get(name, 0) for name in names) / sum(times.values()) for part, names in parts.items()}
 
 
-def at_work(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Seconds that the device is at work in a step of each."""
+def busy_time(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Return the seconds that the device is busy in a step of every network."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     found = {}
     for name, step in steps.items():
@@ -240,18 +249,18 @@ def at_work(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[
             step()
             torch.cuda.synchronize(device)
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        found[f"{name} at work"] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+        found[f"{name} busy"] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
     return found
 
 
-# The parts of the report, each as lines of its page
+# The parts of the report. Each function returns the lines of its section.
 
 
 def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
     import torch_pruning
 
     rows, totals, alone = [], [], []
-    for name in ELEVEN:
+    for name in NETWORKS:
         try:
             best = against_torch_pruning(name)
         except Exception as error:
@@ -264,11 +273,11 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
         rows.append(f"| {name} | {seconds} | {total:.2f} | {rewriting:.2f} |")
         print(rows[-1], flush=True)
     return [
-        "## Trace, probe and rewrite against Torch-Pruning's build and prune",
+        "## Trace and rewrite, compared with Torch-Pruning",
         "",
-        f"224x224, half of every group at random, residual streams shrink too. Torch-Pruning {torch_pruning.__version__}.",
+        f"224x224, half of every group at random, residual streams shrink too. The trace includes its verification. Torch-Pruning {torch_pruning.__version__}.",
         "",
-        "| model | Torch-Pruning | trace + probe + rewrite | rewrite alone | ratio | rewrite ratio |",
+        "| model | Torch-Pruning | trace + rewrite | rewrite alone | ratio | rewrite ratio |",
         "| --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
@@ -277,8 +286,8 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
         "",
         f"DenseNet-201 is traced in {densenet201_trace():.2f} s (goal: under 3 s).",
         "",
-        "mobilenet_v3_small is the nearest to the limits: four runs gave 1.31 to 1.42 for everything, 0.17 to 0.18 "
-        "for rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small steps.",
+        "mobilenet_v3_small is closest to the limits: in four runs, the ratio was 1.31 to 1.42 for trace and rewrite, and 0.17 "
+        "to 0.18 for the rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small operations.",
         "",
     ]
 
@@ -286,9 +295,9 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
 def step_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
     step = rewrite_against_a_step(device, batch, repeats or 5)
     return [
-        "## A rewrite against a training step",
+        "## A rewrite, compared with a training step",
         "",
-        f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (optimizer state included) "
+        f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (including the optimizer state) "
         f"{step['rewrite']:.4f} s, {100 * step['rewrite'] / step['step']:.1f} % of a step (goal on a CPU: under 5 %).",
         "",
     ]
@@ -297,9 +306,9 @@ def step_part(device: torch.device, batch: int, repeats: int | None) -> list[str
 def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str]:
     gain = masked_against_expanded(device, batch, repeats or 7)
     lines = [
-        "## Training expanded instead of masked",
+        "## Training an expanded instead of a masked network",
         "",
-        f"ResNet-56, {100 * gain['gone']:.1f} % of the filters of both convs of each block gone, forward and backward of a "
+        f"ResNet-56, {100 * gain['removed']:.1f} % of the filters of both convolutions of each block removed, forward and backward of a "
         f"batch of {batch}: dense "
         f"{gain['dense']:.4f} s, masked {gain['masked']:.4f} s, expanded {gain['expanded']:.4f} s: "
         f"{gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal on a CPU: at least 1.8).",
@@ -308,18 +317,18 @@ def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str
     if device.type == "cpu":
         return [
             *lines,
-            f"Where the expanded step spends its time (one profiled step): {100 * gain['convolutions']:.0f} % in convolutions and "
-            f"their gradients, {100 * gain['scatter']:.0f} % in scattering to zeros and gathering the gradients back.",
+            f"One profiled step of the expanded network spends {100 * gain['convolutions']:.0f} % of its time in convolutions and "
+            f"their gradients, and {100 * gain['scatter']:.0f} % in the scatter into zeros and its gradient.",
             "",
         ]
     rows = [
-        f"| {name} | {1e3 * gain[name]:.2f} | {1e3 * gain[name + ' at work']:.2f} |"
+        f"| {name} | {1e3 * gain[name]:.2f} | {1e3 * gain[name + ' busy']:.2f} |"
         for name in ("dense", "masked", "expanded")
     ]
-    ratios = [gain["masked" + end] / gain["expanded" + end] for end in ("", " at work")]
+    ratios = [gain["masked" + end] / gain["expanded" + end] for end in ("", " busy")]
     return [
         *lines,
-        "| network | a step, ms | device at work, ms |",
+        "| network | time per step, ms | busy device time, ms |",
         "| --- | --- | --- |",
         *rows,
         f"| masked / expanded | {ratios[0]:.2f} | {ratios[1]:.2f} |",
@@ -332,28 +341,26 @@ PARTS = {"torch_pruning": torch_pruning_part, "step": step_part, "gain": gain_pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run; without it all of them")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run (default: all)")
     parser.add_argument(
-        "--device", type=torch.device, default=CPU, help="of step and gain; torch_pruning is on the CPU"
+        "--device", type=torch.device, default=CPU, help="device of step and gain; torch_pruning always runs on the CPU"
     )
-    parser.add_argument("--batch", type=int, default=128, help="images of a training step")
-    parser.add_argument("--repeats", type=int, help="of step and gain; without it 5 and 7")
-    parser.add_argument(
-        "--out", type=Path, help="file to write; without it the page in docs, if all parts ran on a CPU"
-    )
+    parser.add_argument("--batch", type=int, default=128, help="batch size of a training step")
+    parser.add_argument("--repeats", type=int, help="repeats of step and gain (default: 5 and 7)")
+    parser.add_argument("--out", type=Path, help="file to write (default: the page in docs, if all parts ran on a CPU)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     on_cpu = args.device.type == "cpu"
     how = (
-        "CPU seconds of one thread, contenders taking turns in one process, least of several repeats."
+        "CPU seconds of one thread; contenders run in turns in one process, and the shortest of several repeats counts."
         if on_cpu
-        else "Wall time, contenders taking turns in one process, median of several repeats."
+        else "Wall time; contenders run in turns in one process, and the median of several repeats counts."
     )
     text = [
-        "# What a round of surgery costs, and what it gains",
+        "# Cost and gain of a round of surgery",
         "",
-        f"Written by `benchmarks/surgery.py`. {how} torch {torch.__version__}, {where(args.device)}.",
+        f"Written by `benchmarks/surgery.py`. {how} torch {torch.__version__}, {device_name(args.device)}.",
         "",
     ]
     for name in args.only or PARTS:

@@ -1,6 +1,6 @@
-"""Networks of torchvision and timm, and everything that a network must stand: the coverage table and the zoo test alike.
+"""Networks of torchvision and timm, and the checks that each has to pass, for the coverage table and for the zoo test.
 
-A row of facts is measured for a model in one mode; `faults` says what is wrong with a row.
+`measure` returns a row of facts about a model in one mode; `faults` lists what is wrong with a row.
 """
 
 import collections
@@ -35,23 +35,23 @@ selecsls42b semnasnet_075 seresnet18 sequencer2d_s skresnet18 spnasnet_100 starn
 swinv2_cr_tiny_224 tf_efficientnet_b0 tiny_vit_5m_224 tinynet_a tnt_s_legacy_patch16_224 tresnet_m twins_svt_small
 vit_tiny_patch16_224 visformer_tiny volo_d1_224 vovnet39a wide_resnet50_2 xception41 xcit_nano_12_p16_224""".split()  # noqa: SIM905
 NAMES = [*TORCHVISION, *TIMM]
-# what is asked of trace_channels, by the name of the mode
+# Settings of `trace_channels`, by the name of the mode.
 MODES = {
     "expand": {"residual": "expand"},
     "remove": {"residual": "remove"},
     "frozen": {"residual": "expand", "frozen": "expand"},
 }
 
-COMPARED = 60e6  # parameters up to which outputs are compared
-COMPUTED = 200e6  # parameters up to which the pruned network is trained on real tensors
-EXACT = 1e-12
-IN_FLOAT32 = 1e-4  # for networks that cast to float32 inside
-TELLING = 1e-3  # a plan that changes less than this would show nothing
-_SMALLER = (64, 96)
+MAX_COMPARED = 60e6  # outputs of networks with more parameters are not compared
+MAX_COMPUTED = 200e6  # pruned networks with more parameters are run on meta tensors only
+TOLERANCE = 1e-12
+FLOAT32_TOLERANCE = 1e-4  # for networks that cast to float32 in their forward
+MIN_CHANGE = 1e-3  # if masking changes the output less than this, the comparison is vacuous
+_SMALL_SIDES = (64, 96)
 
 
 def build(name, seed=0):
-    """A network without trained weights, and the side of the images it was made for."""
+    """Return a network with random weights, and the side of the images it was designed for."""
     torch.manual_seed(seed)
     if not name.startswith("tv:"):
         model = timm.create_model(name, pretrained=False)
@@ -61,10 +61,10 @@ def build(name, seed=0):
     return model, 299 if "inception" in name else 224
 
 
-def side(model, native):
-    """The smallest images that the network takes in both modes: the channels are the same, and the check is quicker."""
+def smallest_side(model, native):
+    """Return the side of the smallest images that the network accepts in both modes, for faster comparisons."""
     meta = copy.deepcopy(model).to("meta")
-    for size in _SMALLER:
+    for size in _SMALL_SIDES:
         with contextlib.suppress(Exception), torch.no_grad():
             for training in (True, False):
                 meta.train(training)(torch.zeros(2, 3, size, size, device="meta"))
@@ -72,36 +72,36 @@ def side(model, native):
     return native
 
 
-class _Kinds(TorchDispatchMode):
-    """Notes whether any op gives float32."""
+class _Float32Detector(TorchDispatchMode):
+    """Detects whether any operator returns a float32 tensor."""
 
-    float32 = False
+    found = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.float32 |= any(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in tree_leaves(out))
+        self.found |= any(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in tree_leaves(out))
         return out
 
 
-class _Rounds:
-    """Counts how often the probe had the network surveyed again."""
+class _VerificationCount:
+    """Counts the verifications of a trace: one more than the graph was recorded again."""
 
     def __enter__(self):
-        self.count, self.shapes = 0, trace.Verifier.check_shapes
+        self.count, self.check_shapes = 0, trace.Verifier.check_shapes
 
-        def counted(probe):
+        def counted(verifier):
             self.count += 1
-            return self.shapes(probe)
+            return self.check_shapes(verifier)
 
         trace.Verifier.check_shapes = counted
         return self
 
     def __exit__(self, *_):
-        trace.Verifier.check_shapes = self.shapes
+        trace.Verifier.check_shapes = self.check_shapes
 
 
 def prunable(graph):
-    """Filters that can go, by layer."""
+    """Return the number of prunable filters of every layer."""
     counts = collections.Counter()
     for group in graph.groups:
         for part in group.layers:
@@ -109,29 +109,29 @@ def prunable(graph):
     return counts
 
 
-def traced(model, size, mode, row):
-    """The graph, and what it says about the share of channels that can go."""
+def trace_and_describe(model, size, mode, row):
+    """Trace a model, add to its row what the graph shows about the prunable filters, and return the graph."""
     start = time.process_time()
-    with _Rounds() as rounds:
+    with _VerificationCount() as verifications:
         device = next(model.parameters()).device
         graph = trace_channels(model, torch.zeros(1, 3, size, size, device=device), **MODES[mode])
-    row["seconds"], row["rounds"] = round(time.process_time() - start, 2), rounds.count
-    free = prunable(graph)
+    row["seconds"], row["rounds"] = round(time.process_time() - start, 2), verifications.count
+    prunable_filters = prunable(graph)
     total = sum(layer.num_filters for layer in graph.layers.values())
     inner = total - sum(layer.num_filters for layer in graph.layers.values() if layer.is_output)
-    row["coverage"], row["coverage_all"] = graph.coverage(), sum(free.values()) / total
+    row["coverage"], row["coverage_all"] = graph.coverage(), sum(prunable_filters.values()) / total
     row["groups"] = len(graph.groups)
     row["inexact"] = sum(group.num_filters for group in graph.groups if group.inexact) / max(graph.num_filters, 1)
     why = collections.Counter()
     for layer, reason in graph.frozen.items():
         if not graph.layers[layer].is_output:
-            why[reason] += graph.layers[layer].num_filters - free[layer]
+            why[reason] += graph.layers[layer].num_filters - prunable_filters[layer]
     row["why"] = {reason: num / inner for reason, num in why.most_common(3)}
     return graph
 
 
-def trained(model, size):
-    """One forward and backward pass in training mode; every parameter that is left gets its gradient."""
+def trains(model, size):
+    """Run one forward and backward pass in training mode and return whether any parameter has a gradient."""
     device = next(model.parameters()).device
     leaves = [x for x in tree_leaves(model.train()(torch.randn(2, 3, size, size, device=device)))]
     sum(x.float().sum() for x in leaves if isinstance(x, torch.Tensor)).backward()
@@ -139,20 +139,25 @@ def trained(model, size):
 
 
 def distances(model, graph, plan, x):
-    """Pruned to masked, masked to full, both relative; the pruned network, its structure, its output."""
+    """Compare the outputs of the pruned, the masked and the full network.
+
+    Returns:
+        Largest difference between pruned and masked, and between masked and full network, both relative; whether the pruned
+        network casts to float32; and the pruned network, its structure and its output.
+    """
     small = copy.deepcopy(model)
     with torch.no_grad():
         full, masked = model(x), masked_network(model, graph, plan)(x)
         structure = rewrite(small, graph.copy(), plan)
-        with _Kinds() as kinds:
+        with _Float32Detector() as float32:
             pruned = small(x)
     off = float((pruned - masked).abs().max() / masked.abs().max())
     change = float((full - masked).abs().max() / full.abs().max())
-    return off, change, kinds.float32, (small, structure, pruned)
+    return off, change, float32.found, (small, structure, pruned)
 
 
-def rebuilt(name, small, structure, x, out):
-    """Whether a fresh network computes the same to the bit, given the structure from a file and the state dict."""
+def is_rebuilt(name, small, structure, x, out):
+    """Return whether a fresh network computes the same output bit for bit, given structure and state dict from a file."""
     file = io.BytesIO()
     torch.save({"structure": structure.as_dict(), "state_dict": small.state_dict()}, file)
     file.seek(0)
@@ -165,45 +170,45 @@ def rebuilt(name, small, structure, x, out):
 
 
 def rounds_add_up(model, graph, num=5):
-    """Whether `num` rounds in a row give to the bit what one rewrite by the product of their plans gives."""
-    step, at_once, now = copy.deepcopy(model), copy.deepcopy(model), graph.copy()
+    """Return whether `num` rounds in a row give bit for bit what one rewrite by the product of their plans gives."""
+    rounds, at_once, now = copy.deepcopy(model), copy.deepcopy(model), graph.copy()
     for seed in range(num):
-        in_steps = rewrite(step, now, random_plan(now, share=0.2, seed=seed))
+        structure = rewrite(rounds, now, random_plan(now, share=0.2, seed=seed))
     kept = {group.name: set(group.kept) for group in now.groups}
     product = KeepPlan(
         {g.name: torch.tensor([unit in kept[g.name] for unit in g.kept], dtype=torch.bool) for g in graph.groups}
     )
     together = rewrite(at_once, graph.copy(), product)
-    a, b = step.state_dict(), at_once.state_dict()
-    alike = all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
-    return alike and in_steps.as_dict() == together.as_dict()
+    a, b = rounds.state_dict(), at_once.state_dict()
+    are_equal = all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
+    return are_equal and structure.as_dict() == together.as_dict()
 
 
-def exact(group):
+def is_exact(group):
     return group.inexact is None
 
 
 def measure(name, mode, compare=True):
-    """Everything that is to be known of one model in one mode; shapes alone, if nothing is to be compared."""
+    """Return all facts about one model in one mode; without `compare`, the pruned network is run on meta tensors only."""
     model, native = build(name)
     row = {"model": name, "mode": mode, "params": sum(p.numel() for p in model.parameters())}
-    row["on_meta"] = row["params"] > COMPUTED or not compare
-    graph = traced(model, native, mode, row)
-    size = row["side"] = side(model, native)
-    compared = compare and row["params"] <= COMPARED
+    row["on_meta"] = row["params"] > MAX_COMPUTED or not compare
+    graph = trace_and_describe(model, native, mode, row)
+    size = row["side"] = smallest_side(model, native)
+    compared = compare and row["params"] <= MAX_COMPARED
     small = copy.deepcopy(model) if compared else model
     rewrite(small, graph.copy(), random_plan(graph))
     row["params_after"] = sum(p.numel() for p in small.parameters())
-    row["trains"] = trained(small.to("meta") if row["on_meta"] else small, size)
+    row["trains"] = trains(small.to("meta") if row["on_meta"] else small, size)
     del small
     if not compared:
         return row
     model = randomize_parameters(model.double()).eval()
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     row["off"], row["change"], row["float32"], (small, structure, out) = distances(
-        model, graph, random_plan(graph, only=exact), x
+        model, graph, random_plan(graph, only=is_exact), x
     )
-    row["rebuilt"] = rebuilt(name, small, structure, x, out)
+    row["rebuilt"] = is_rebuilt(name, small, structure, x, out)
     del small
     row["adds_up"] = rounds_add_up(model, graph)
     if row["inexact"] and mode != "frozen":
@@ -214,20 +219,20 @@ def measure(name, mode, compare=True):
 
 
 def faults(row):
-    """What a row shows that must not be."""
+    """Return a sentence for everything that is wrong with a row."""
     if "error" in row:
         return [row["error"]]
     found = [] if row.get("trains", True) else ["the pruned network does not train"]
     if row["mode"] == "frozen" and row["coverage"] < 1:
-        found.append(f"only {row['coverage']:.2%} of the filters can go: {row['why']}")
+        found.append(f"only {row['coverage']:.2%} of the filters are prunable: {row['why']}")
     if "off" not in row:
         return found
-    allowed = IN_FLOAT32 if row["float32"] else EXACT
+    tolerance = FLOAT32_TOLERANCE if row["float32"] else TOLERANCE
     for key in ("off", "exact_only_off"):
-        if not row.get(key, 0.0) <= allowed:
-            found.append(f"{key}: {row[key]:.1e} from the masked twin")
-    if row["inexact"] < 1 and not row["change"] >= TELLING:  # else there is no exact unit to compare
+        if not row.get(key, 0.0) <= tolerance:
+            found.append(f"{key}: {row[key]:.1e} from the masked network")
+    if row["inexact"] < 1 and not row["change"] >= MIN_CHANGE:  # otherwise there is no exact unit to compare
         found.append(f"the comparison is vacuous: masking changes {row['change']:.1e}")
-    found += ["a fresh network with structure and state dict computes something else"] * (not row["rebuilt"])
-    found += ["five rounds are not one by the product of their plans"] * (not row["adds_up"])
+    found += ["a fresh network with the structure and the state dict has another output"] * (not row["rebuilt"])
+    found += ["five rounds differ from one round with the product of their plans"] * (not row["adds_up"])
     return found

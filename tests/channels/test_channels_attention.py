@@ -1,4 +1,4 @@
-"""Attention, recurrent layers, and sizes that modules keep beside their tensors."""
+"""Attention, recurrent layers, and modules that keep sizes in attributes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Heads as most vision transformers write them: every size from an attribute."""
+    """Attention as most vision transformers implement it: every size comes from an attribute."""
 
     def __init__(self, width=12, heads=3, fused=True):
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Computed(Attention):
-    """The same with sizes computed from the input's width."""
+    """Attention whose sizes are computed from the width of the input."""
 
     def forward(self, x):
         rows, tokens, width = x.shape
@@ -43,7 +43,7 @@ def transformer(*blocks):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_whole_heads_go_where_sizes_are_attributes(fused):
+def test_whole_heads_are_removed_if_sizes_are_attributes(fused):
     model = transformer(Attention(fused=fused), Attention(fused=fused))
     off, change, graph, small = compare_with_masked(model, (torch.randn(2, 7, 5),))
     assert off < 1e-12 < 1e-3 < change
@@ -54,7 +54,7 @@ def test_whole_heads_go_where_sizes_are_attributes(fused):
     assert graph.coverage() == 1.0
 
 
-def test_heads_follow_the_stream_where_sizes_are_computed_from_it():
+def test_heads_follow_the_residual_stream_if_sizes_are_computed_from_it():
     model = transformer(Computed(), Computed())
     _, change, graph, small = compare_with_masked(
         model, (torch.randn(2, 7, 5),), residual="remove", only=lambda group: True
@@ -66,7 +66,7 @@ def test_heads_follow_the_stream_where_sizes_are_computed_from_it():
     assert small[1].qkv.out_features == 3 * small[0].out_features
 
 
-def test_heads_computed_from_a_stream_that_keeps_its_width_are_expanded():
+def test_heads_are_expanded_if_their_size_follows_a_stream_that_keeps_its_width():
     off, change, graph, _ = compare_with_masked(transformer(Computed()), (torch.randn(2, 7, 5),))
     assert off < 1e-12 < 1e-3 < change
     assert (graph.group("1.qkv").kind, graph.group("1.qkv").expansion.width) == ("expand", 36)
@@ -74,7 +74,7 @@ def test_heads_computed_from_a_stream_that_keeps_its_width_are_expanded():
 
 
 @pytest.mark.parametrize("residual", ["expand", "remove"])
-def test_torch_attention_does_not_disturb_its_neighbours(residual):
+def test_layers_around_torch_attention_are_pruned(residual):
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -92,7 +92,7 @@ def test_torch_attention_does_not_disturb_its_neighbours(residual):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_let_their_input_shrink(kind):
+def test_inputs_of_recurrent_layers_shrink(kind):
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,7 +112,7 @@ def test_recurrent_layers_let_their_input_shrink(kind):
     assert small.r.input_size == 4
 
 
-def test_efficient_channel_attention_is_prunable_and_said_to_be_inexact():
+def test_efficient_channel_attention_is_prunable_and_inexact():
     class ECA(nn.Module):
         def __init__(self):
             super().__init__()

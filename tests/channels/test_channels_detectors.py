@@ -1,4 +1,4 @@
-"""Detectors of torchvision: their forward looks at values, and sizes follow from what it sees there."""
+"""Detectors of torchvision: their forward looks at values, and sizes of later tensors depend on them."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torchvision.models import detection
 from gflow_pl.channels import trace_channels
 from gflow_pl.surgery import rewrite
 
-# name, groups with residual="expand", groups with "remove", least share of filters that can go
+# name, number of groups with residual="expand" and with "remove", least share of prunable filters
 DETECTORS = [
     ("fasterrcnn_mobilenet_v3_large_320_fpn", 43, 31, 0.8),
     ("ssdlite320_mobilenet_v3_large", 48, 37, 0.8),
@@ -29,7 +29,7 @@ TARGET = {
 
 
 @pytest.mark.parametrize(("name", "num_expand", "num_remove", "least"), [*DETECTORS[:2], *SLOW])
-def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
+def test_pruned_detectors_equal_masked_ones_and_train(name, num_expand, num_remove, least):
     for residual, num_groups in (("expand", num_expand), ("remove", num_remove)):
         torch.manual_seed(0)
         sizes = {} if "320" in name or "ssd" in name else {"min_size": 160, "max_size": 200}
@@ -40,11 +40,11 @@ def test_detectors_lose_half_and_train_on(name, num_expand, num_remove, least):
         assert graph.coverage() > least
         before = sum(p.numel() for p in model.parameters())
         plan = random_plan(graph, only=lambda group: group.inexact is None)
-        twin = masked_network(model, graph, plan).eval()
+        masked = masked_network(model, graph, plan).eval()
         rewrite(model, graph, plan)
         assert sum(p.numel() for p in model.parameters()) < 0.9 * before
         with torch.no_grad():
-            found, expected = (network.eval()(images) for network in (model, twin))
+            found, expected = (network.eval()(images) for network in (model, masked))
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours["scores"].sort()[0], theirs["scores"].sort()[0], rtol=1e-9)
         sum(model.train()(images, [TARGET, TARGET]).values()).backward()

@@ -1,4 +1,4 @@
-"""Group counts of the networks of the paper, and exactness of whole networks."""
+"""Group counts of the networks of the paper, and exactness of whole pruned networks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from masked_networks import compare_with_masked
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
 
-# name, classes, groups with residual="expand", groups with "remove", filters in groups
+# name, number of classes, number of groups with residual="expand", number of groups with "remove", filters in groups
 PINS = [
     ("vgg13", 10, 10, 10, 2944),
     ("mobilenet_v1", 10, 14, 14, 10944),
@@ -28,7 +28,7 @@ def test_networks_have_their_pinned_groups(name, classes, num_expand, num_remove
         assert list(graph.frozen) == outputs == [list(graph.layers)[-1]]
 
 
-def test_resnet56_expands_what_writes_into_the_stream():
+def test_resnet56_expands_the_layers_that_write_into_the_residual_stream():
     graph = trace_channels(models.resnet56(10), torch.zeros(1, 3, 32, 32))
     stem = graph.group("conv1")
     assert (stem.kind, stem.expansion.module, stem.expansion.width, stem.expansion.dim) == ("expand", "bn1", 16, 1)
@@ -42,13 +42,13 @@ def test_resnet56_expands_what_writes_into_the_stream():
     assert (kinds.count("remove"), kinds.count("expand")) == (27, 30)  # conv1 of 27 blocks; stem, conv2s, 2 shortcuts
 
 
-def test_projection_shortcuts_are_groups_of_their_own():
+def test_projection_shortcuts_form_separate_groups():
     graph = trace_channels(models.resnet18(10), torch.zeros(1, 3, 32, 32))
     group = graph.group("layer2.0.shortcut.0")
     assert (group.kind, group.expansion.module, group.size) == ("expand", "layer2.0.shortcut.1", 128)
 
 
-def test_depthwise_layers_follow_without_a_vote():
+def test_depthwise_layers_follow_and_do_not_vote():
     graph = trace_channels(models.mobilenet_v1(10), torch.zeros(1, 3, 32, 32))
     first = graph.groups[0]
     assert [(part.votes, part.index.shape) for part in first.layers] == [(True, (32, 1)), (False, (32, 1))]
@@ -77,7 +77,7 @@ def test_uses_times_elements_are_multiply_accumulates(name, macs):
 
 @pytest.mark.parametrize("residual", ["expand", "remove"])
 @pytest.mark.parametrize("name", ["vgg13", "mobilenet_v1", "resnet56", "resnet18"])
-def test_paper_networks_equal_their_masked_twins(name, residual):
+def test_pruned_networks_of_the_paper_equal_their_masked_networks(name, residual):
     off, change, _, small = compare_with_masked(
         getattr(models, name)(10), (torch.randn(2, 3, 32, 32),), residual=residual
     )

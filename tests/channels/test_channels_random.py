@@ -1,4 +1,4 @@
-"""Random graphs of convolutions, sums, products, concatenations and splits: rewritten equals masked."""
+"""Random networks of convolutions, sums, products, concatenations and splits: the pruned equals the masked network."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +11,7 @@ STEPS = ("conv", "norm", "depthwise", "grouped", "add", "mul", "cat", "chunk", "
 
 
 class RandomNet(nn.Module):
-    """A list of steps; every step reads tensors made before it and makes one more."""
+    """A list of steps; every step reads tensors of earlier steps and adds one tensor."""
 
     def __init__(self, steps):
         super().__init__()
@@ -82,12 +82,12 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=steps, residual=st.sampled_from(["expand", "remove"]), seed=st.integers(0, 3))
-def test_random_networks_equal_their_masked_twins(steps, residual, seed):
+def test_random_pruned_networks_equal_their_masked_networks(steps, residual, seed):
     torch.manual_seed(seed)
-    # a chain of reads, so that most of what is made is used: tensors are numbered from the last one made
+    # Steps read one of the last few tensors, so that most tensors are used.
     model = RandomNet([(kind, i - a % 3, i - b % 4, width) for i, (kind, a, b, width) in enumerate(steps)])
     off, _, graph, small = compare_with_masked(model, (torch.randn(2, 3, 5, 5),), residual=residual, seed=seed)
     assert off < 1e-10
-    assert not any("follow" in why for why in graph.frozen.values()), str(graph)  # nothing here is hard-coded
+    assert not any("follow" in why for why in graph.frozen.values()), str(graph)  # no size here is hard-coded
     assert set(graph.frozen) | {part.layer for group in graph.groups for part in group.layers} == set(graph.layers)
     small.train()(torch.randn(2, 3, 5, 5, dtype=torch.float64)).sum().backward()

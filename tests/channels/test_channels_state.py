@@ -1,4 +1,4 @@
-"""A trace leaves no mark: tensors, gradients, generators, flags, hooks, attributes."""
+"""A trace leaves the model and the process unchanged: tensors, gradients, generators, flags, hooks, attributes."""
 
 import collections
 import copy
@@ -15,13 +15,13 @@ from gflow_pl.channels import trace_channels
 from gflow_pl.channels.forward_runner import ForwardRunner
 
 
-class Meddlesome(nn.Module):
-    """Caches, counts, draws random numbers in three ways, and looks at values where it is told to."""
+class Stateful(nn.Module):
+    """Caches its input, counts calls, draws random numbers from three generators, and optionally looks at values."""
 
-    def __init__(self, looks=False):
+    def __init__(self, looks_at_values=False):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
-        self.drop, self.looks = nn.Dropout(0.5), looks
+        self.drop, self.looks_at_values = nn.Dropout(0.5), looks_at_values
         self.calls, self.cache, self.seen, self.last = 0, {}, [], None
         self.register_buffer("total", torch.zeros(()))
 
@@ -32,12 +32,12 @@ class Meddlesome(nn.Module):
         random.random(), np.random.rand()
         self.total += 1
         y = self.drop(self.norm(self.conv(x))).relu().mean((2, 3))
-        if self.looks and y.sum().item() > 1e9:
+        if self.looks_at_values and y.sum().item() > 1e9:
             y = -y
         return self.head(y + torch.randn(()))
 
 
-def snapshot(model):
+def state_of(model):
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
         {name: (id(p), p.grad.clone(), p._version) for name, p in model.named_parameters()},
@@ -53,33 +53,33 @@ def snapshot(model):
     )
 
 
-def same(a, b):
+def are_equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(are_equal(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(are_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
 
 
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_trace_leaves_no_mark(looks):
-    model = Meddlesome(looks).train()
+@pytest.mark.parametrize("looks_at_values", [False, True])
+def test_a_trace_changes_nothing(looks_at_values):
+    model = Stateful(looks_at_values).train()
     model.norm.eval()
     model.conv.register_forward_hook(lambda module, args, out: None)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     x = torch.randn(2, 3, 8, 8)
-    before = snapshot(model)
+    before = state_of(model)
     graph = trace_channels(model, x)
-    after = snapshot(model)
+    after = state_of(model)
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
-        assert same(a, b), i
+        assert are_equal(a, b), i
     assert [group.name for group in graph.groups] == ["conv"]
 
 
-def test_containers_in_containers_are_what_they_were():
-    class Remembering(nn.Module):
+def test_nested_containers_are_restored():
+    class Caching(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
@@ -93,7 +93,7 @@ def test_containers_in_containers_are_what_they_were():
             self.pair[1][0].add(y)
             return self.b(y)
 
-    model = Remembering()
+    model = Caching()
     inner = model.log["x"], model.pair[1][0]
     graph = trace_channels(model, torch.zeros(2, 4))
     assert [group.name for group in graph.groups] == ["a"]
@@ -102,7 +102,7 @@ def test_containers_in_containers_are_what_they_were():
     assert inner[1] is model.pair[1][0]
 
 
-def test_lazy_layers_must_have_been_run():
+def test_lazy_layers_must_be_initialized():
     model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(2))
     with pytest.raises(ValueError, match=r"'1.weight' has no shape yet; run the network once"):
         trace_channels(model, torch.zeros(2, 4))
@@ -110,7 +110,7 @@ def test_lazy_layers_must_have_been_run():
     assert [group.name for group in trace_channels(model, torch.zeros(2, 4)).groups] == ["0"]
 
 
-def test_a_model_that_cannot_run_is_frozen_whole():
+def test_all_layers_of_a_model_that_raises_are_frozen():
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
@@ -118,14 +118,14 @@ def test_a_model_that_cannot_run_is_frozen_whole():
 
         def forward(self, x):
             x = self.a(x)
-            raise RuntimeError("no way on")
+            raise RuntimeError("no further")
 
     graph = trace_channels(Broken(), torch.zeros(2, 4))
     assert graph.groups == []
     assert graph.frozen == {"a": "the forward could not be followed to its end"}
 
 
-def test_inputs_may_be_a_tuple_or_anything_else():
+def test_inputs_are_a_tuple_of_arguments_or_the_only_argument():
     class Dicty(nn.Module):
         def __init__(self):
             super().__init__()
@@ -141,13 +141,13 @@ def test_inputs_may_be_a_tuple_or_anything_else():
 
 @dataclasses.dataclass
 class Prediction:
-    """What some libraries return."""
+    """An output object as some libraries return it."""
 
     logits: torch.Tensor
 
 
 class Slotted:
-    """An object without a dict."""
+    """An object without ``__dict__``."""
 
     __slots__ = ("logits",)
 
@@ -156,7 +156,7 @@ class Slotted:
 
 
 class OneSlot:
-    """Its only slot is named by a plain string."""
+    """Its ``__slots__`` is a string instead of a tuple."""
 
     __slots__ = "logits"
 
@@ -190,7 +190,7 @@ class PrivateSlot:
         lambda y: torch.distributions.Categorical(logits=y, validate_args=False),
     ],
 )
-def test_outputs_in_any_object_stay(wrap):
+def test_outputs_in_any_object_are_frozen(wrap):
     class Wrapping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -215,7 +215,7 @@ def test_outputs_in_any_object_stay(wrap):
     ],
 )
 def test_inputs_in_any_object_are_activations(wrap, read):
-    class Filtering(nn.Module):
+    class Reading(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
@@ -225,16 +225,16 @@ def test_inputs_in_any_object_are_activations(wrap, read):
 
     x = torch.zeros(1, 4)
     batch = wrap(x)
-    stage = ForwardRunner(Filtering(), (batch,), meta=True, doubled=True)
-    assert [(tensor.is_meta, tuple(tensor.shape)) for tensor in stage.inputs] == [(True, (2, 4))]
+    runner = ForwardRunner(Reading(), (batch,), meta=True, doubled=True)
+    assert [(tensor.is_meta, tuple(tensor.shape)) for tensor in runner.inputs] == [(True, (2, 4))]
     assert read(batch) is x
-    graph = trace_channels(Filtering(), batch)
+    graph = trace_channels(Reading(), batch)
     assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
     assert graph.layers["a"].reads_input
 
 
-class Uncopied:
-    """Its copy is itself."""
+class CopiesToItself:
+    """Its copy is the object itself."""
 
     def __init__(self, x):
         self.x = x
@@ -243,8 +243,8 @@ class Uncopied:
         return self
 
 
-class Strict(Uncopied):
-    """It can only be made with its argument."""
+class NeedsArgument(CopiesToItself):
+    """It cannot be created without its argument, which `copy` does not pass."""
 
     def __new__(cls, x):
         return super().__new__(cls)
@@ -252,23 +252,23 @@ class Strict(Uncopied):
     __copy__ = None
 
 
-class Library(Uncopied):
-    """It keeps a Python module and itself."""
+class SelfReferring(CopiesToItself):
+    """It refers to a Python module and to itself."""
 
     def __init__(self, x):
         super().__init__(x)
-        self.library, self.me = torch, self
+        self.library, self.owner = torch, self
 
 
 @dataclasses.dataclass(slots=True, weakref_slot=True)
-class Weak:
-    """Slots, and one for weak references."""
+class WeakReferenced:
+    """A data class with slots, including one for weak references."""
 
     x: torch.Tensor
 
 
-@pytest.mark.parametrize("kind", [Uncopied, Strict, Library, Weak])
-def test_inputs_that_cannot_be_copied_are_left_alone(kind):
+@pytest.mark.parametrize("cls", [CopiesToItself, NeedsArgument, SelfReferring, WeakReferenced])
+def test_inputs_that_cannot_be_copied_stay_unchanged(cls):
     class Reading(nn.Module):
         def __init__(self):
             super().__init__()
@@ -278,14 +278,14 @@ def test_inputs_that_cannot_be_copied_are_left_alone(kind):
             return self.b(self.a(batch.x).relu())
 
     x = torch.zeros(1, 4)
-    batch = kind(x)
+    batch = cls(x)
     graph = trace_channels(Reading(), batch)
     assert batch.x is x
     assert [(group.name, group.size) for group in graph.groups] == [("a", 6)]
     assert graph.frozen == {"b": "the model's output"}
 
 
-def test_a_forward_without_an_end_is_frozen_whole():
+def test_all_layers_of_an_infinite_forward_are_frozen():
     class Endless(nn.Module):
         def __init__(self):
             super().__init__()
@@ -300,12 +300,8 @@ def test_a_forward_without_an_end_is_frozen_whole():
     assert set(graph.frozen) == {"a", "b"}
 
 
-def sparse():
-    return torch.eye(4).to_sparse()
-
-
-ODD = {
-    "sparse": sparse,
+UNUSUAL_TENSORS = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
     "csr": lambda: torch.eye(4).to_sparse_csr(),
     "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
     "meta": lambda: torch.zeros(3, device="meta"),
@@ -314,27 +310,27 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_module_may_keep_any_tensor(name, looks):
-    class Keeping(nn.Module):
+@pytest.mark.parametrize("name", UNUSUAL_TENSORS)
+@pytest.mark.parametrize("looks_at_values", [False, True])
+def test_a_module_may_have_any_tensor_as_an_attribute(name, looks_at_values):
+    class Holding(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.kept = nn.Linear(4, 6), nn.Linear(6, 2), ODD[name]()
+            self.a, self.b, self.kept = nn.Linear(4, 6), nn.Linear(6, 2), UNUSUAL_TENSORS[name]()
             self.system = random.SystemRandom()
 
         def forward(self, x):
             y = self.a(x)
-            return self.b(-y if looks and y.sum().item() > 1e9 else y)
+            return self.b(-y if looks_at_values and y.sum().item() > 1e9 else y)
 
-    model = Keeping()
+    model = Holding()
     kept = model.kept
     assert [group.name for group in trace_channels(model, torch.zeros(2, 4)).groups] == ["a"]
     assert model.kept is kept
 
 
 @pytest.mark.parametrize("change", [lambda q: q.resize_(5), lambda q: setattr(q, "data", torch.ones(2))])
-def test_a_kept_tensor_gets_its_size_and_contents_back(change):
+def test_size_and_values_of_tensor_attributes_are_restored(change):
     class Changing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -350,10 +346,10 @@ def test_a_kept_tensor_gets_its_size_and_contents_back(change):
     assert model.kept.tolist() == [0, 0]
 
 
-def test_what_a_module_keeps_for_itself_is_what_it_was():
-    """Also where the forward runs on real tensors, because it looks at values."""
+def test_generators_and_tensors_of_a_module_are_restored():
+    """Also if the forward runs on real tensors, because it looks at values."""
 
-    class Private(nn.Module):
+    class Drawing(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
@@ -375,12 +371,12 @@ def test_what_a_module_keeps_for_itself_is_what_it_was():
             y = self.a(x)
             return self.b(-y if y.sum().item() > 1e9 else y)
 
-    model = Private()
+    model = Drawing()
     graph = trace_channels(model, torch.zeros(2, 4))
     assert [group.name for group in graph.groups] == ["a"]
     assert model.total.item() == 0
     assert model.totals[0].tolist() == [0, 0]
-    assert model.draws() == Private().draws()
+    assert model.draws() == Drawing().draws()
 
 
 @pytest.mark.parametrize(("name", "value"), [("residual", "shrink"), ("frozen", "remove")])
@@ -390,7 +386,7 @@ def test_settings_are_checked(name, value):
 
 
 def test_graphs_are_deterministic_and_hold_no_tensor():
-    model = Meddlesome()
+    model = Stateful()
     first, second = (trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 8, 8)) for _ in range(2))
     assert str(first) == str(second)
     for a, b in zip(first.groups, second.groups, strict=True):
@@ -401,7 +397,7 @@ def test_graphs_are_deterministic_and_hold_no_tensor():
     assert not any(isinstance(value, (torch.Tensor, nn.Module)) for value in vars(first).values())
 
 
-def test_the_table_says_what_happens_to_every_layer():
+def test_the_table_of_a_graph_has_a_row_for_every_layer():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 10))
     lines = str(trace_channels(net, torch.zeros(1, 3, 3, 3))).splitlines()
     assert lines[0].split() == ["layer", "filters", "group", "what", "happens"]

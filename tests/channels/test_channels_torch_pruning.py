@@ -1,4 +1,4 @@
-"""Groups against those of an independent tool, on convolutional networks."""
+"""Groups of convolutional networks equal those of Torch-Pruning, an independent tool."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ NETS = {
 }
 
 
-def theirs(model, x):
-    """Per group, the set of (module, which side); sides are what its pruning functions cut."""
+def their_groups(model, x):
+    """Return every group of Torch-Pruning as a set of (module, side): whether inputs or outputs are pruned."""
     names = {module: name for name, module in model.named_modules()}
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
     found = set()
@@ -42,7 +42,8 @@ def theirs(model, x):
     return found
 
 
-def ours(model, x):
+def our_groups(model, x):
+    """Return our groups in the same form, and the layers whose outputs are those of the model."""
     graph = trace_channels(model, x, residual="remove")
     modules = dict(model.named_modules())
     found = set()
@@ -57,7 +58,7 @@ def ours(model, x):
 
 
 def without_followers(parts, model):
-    """A depthwise layer is cut on both sides at once, whichever side a tool names."""
+    """Name the output side of depthwise layers: inputs and outputs are pruned together, and the tools name either."""
     modules = dict(model.named_modules())
     return frozenset((name, "out" if getattr(modules[name], "groups", 1) > 1 else side) for name, side in parts)
 
@@ -67,7 +68,7 @@ def test_groups_agree_with_torch_pruning(name):
     build, size = NETS[name]
     model = build().eval()
     x = torch.zeros(1, 3, size, size)
-    mine, outputs = ours(model, x)
-    others = {without_followers(parts, model) for parts in theirs(model, x)}
-    others = {parts for parts in others if not any(layer in outputs and side == "out" for layer, side in parts)}
-    assert {without_followers(parts, model) for parts in mine} == others
+    ours, outputs = our_groups(model, x)
+    theirs = {without_followers(parts, model) for parts in their_groups(model, x)}
+    theirs = {parts for parts in theirs if not any(layer in outputs and side == "out" for layer, side in parts)}
+    assert {without_followers(parts, model) for parts in ours} == theirs

@@ -1,4 +1,4 @@
-"""Ways in which people run their networks: checkpointing, autocast, compiled and scripted parts, Lightning."""
+"""Activation checkpointing, autocast, compiled and scripted parts, Lightning: none of them changes a group."""
 
 import copy
 
@@ -31,7 +31,7 @@ def plain():
 
 
 class Checkpointed(nn.Module):
-    """Activations are computed again in the backward pass."""
+    """A network with activation checkpointing."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -43,7 +43,7 @@ class Checkpointed(nn.Module):
 
 
 class Autocast(nn.Module):
-    """Runs in bfloat16 inside."""
+    """A network with autocast to bfloat16 in its forward."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Autocast(nn.Module):
 
 
 class Module(pl.LightningModule):
-    """Traced through its forward."""
+    """A LightningModule."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class Module(pl.LightningModule):
 
 
 class Compiled(nn.Module):
-    """One part is compiled."""
+    """A network with a compiled block."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Compiled(nn.Module):
 
 
 class Inference(nn.Module):
-    """Runs in inference mode inside, where operators arrive as they were called and not as their parts."""
+    """A network with inference mode in its forward, where composite operators are not decomposed."""
 
     def __init__(self):
         super().__init__()
@@ -89,17 +89,17 @@ class Inference(nn.Module):
         return self.net(x)
 
 
-def facts(graph, prefix=""):
+def groups_of(graph):
     return [
         (group.name, group.kind, group.size, {(part.tensor, part.dim) for part in group.slices})
         for group in graph.groups
     ]
 
 
-def expected(prefix):
+def expected_groups(prefix):
     return [
         (prefix + name, kind, size, {(prefix + tensor, dim) for tensor, dim in slices})
-        for name, kind, size, slices in facts(trace_channels(plain(), torch.zeros(2, 3, 6, 6)))
+        for name, kind, size, slices in groups_of(trace_channels(plain(), torch.zeros(2, 3, 6, 6)))
     ]
 
 
@@ -109,31 +109,33 @@ def expected(prefix):
     ids=["checkpoint", "reentrant", "autocast", "lightning", "compiled", "inference"],
 )
 def test_wrapping_changes_no_group(build):
-    assert facts(trace_channels(build(), torch.zeros(2, 3, 6, 6))) == expected("net.")
+    assert groups_of(trace_channels(build(), torch.zeros(2, 3, 6, 6))) == expected_groups("net.")
 
 
 def test_channels_last_changes_no_group():
     model = plain().to(memory_format=torch.channels_last)
     x = torch.zeros(2, 3, 6, 6).to(memory_format=torch.channels_last)
-    assert facts(trace_channels(model, x)) == expected("")
+    assert groups_of(trace_channels(model, x)) == expected_groups("")
 
 
-def test_synchronised_batch_norms_change_no_group():
+def test_synchronized_batch_norms_change_no_group():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(plain())
-    assert facts(trace_channels(model, torch.zeros(2, 3, 6, 6))) == expected("")
+    assert groups_of(trace_channels(model, torch.zeros(2, 3, 6, 6))) == expected_groups("")
 
 
 def test_half_precision_changes_no_group():
-    assert facts(trace_channels(plain().bfloat16(), torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16))) == expected("")
+    assert groups_of(
+        trace_channels(plain().bfloat16(), torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16))
+    ) == expected_groups("")
 
 
 def test_frozen_parameters_and_a_copy_change_no_group():
     model = plain().requires_grad_(False)
-    assert facts(trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 6, 6))) == expected("")
+    assert groups_of(trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 6, 6))) == expected_groups("")
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_scripted_part_is_followed_or_frozen_with_a_reason():
+def test_layers_around_a_scripted_block_are_traced():
     model = plain()
     model[3] = torch.jit.script(Block())
     off, _, graph, _ = compare_with_masked(
@@ -148,17 +150,17 @@ def test_graphs_of_a_pickled_copy_are_the_same(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     x = torch.zeros(2, 3, 6, 6)
-    assert facts(trace_channels(again, x)) == facts(trace_channels(model, x))
+    assert groups_of(trace_channels(again, x)) == groups_of(trace_channels(model, x))
 
 
 def test_tracing_inside_no_grad_or_inference_mode_works():
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert facts(trace_channels(plain(), torch.zeros(2, 3, 6, 6))) == expected("")
+            assert groups_of(trace_channels(plain(), torch.zeros(2, 3, 6, 6))) == expected_groups("")
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d, nn.Linear])
-def test_spectral_norms_of_before_parametrizations_are_traced(kind):
+def test_spectral_norms_by_hooks_are_traced(kind):
     torch.manual_seed(0)
     linear = kind is nn.Linear
     pool = [] if linear else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]

@@ -1,9 +1,9 @@
-"""Whole networks of torchvision and timm, each through everything that the coverage table shows."""
+"""Whole networks of torchvision and timm, with all checks of the coverage table."""
 
 import pytest
 from zoo import MODES, NAMES, faults, measure
 
-# name, mode, the share of filters that can go
+# name, mode, least share of prunable filters
 FEW = [
     ("tv:squeezenet1_1", "remove", 1.0),
     ("tv:shufflenet_v2_x0_5", "expand", 1.0),
