@@ -275,7 +275,8 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
     return [
         "## Trace and rewrite, compared with Torch-Pruning",
         "",
-        f"224x224, half of every group at random, residual streams shrink too. The trace includes its verification. Torch-Pruning {torch_pruning.__version__}.",
+        f"224x224, half of every group at random, residual streams shrink too. The trace includes its verification. "
+        f"Torch-Pruning {torch_pruning.__version__}.",
         "",
         "| model | Torch-Pruning | trace + rewrite | rewrite alone | ratio | rewrite ratio |",
         "| --- | --- | --- | --- | --- | --- |",
