@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torchvision import datasets
 
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.data.data_module import ImageDataModule
+from gflow_pl.data.data_module import ImageDataModule, Source
 from gflow_pl.data.image_sets import ImagesInMemory
 
 __all__ = ["CIFAR10", "CIFAR100"]
@@ -19,11 +18,11 @@ class _CIFAR(ImageDataModule):
     """Base class of the two CIFAR data modules: 50,000 training and 10,000 test images of 32x32 pixels.
 
     Attributes:
-        source: Data set class of torchvision.
+        dataset: Data set class of torchvision.
         num_labels: Number of classes.
     """
 
-    source: type[datasets.CIFAR10]
+    dataset: type[datasets.CIFAR10]
     num_labels: int
 
     def __init__(
@@ -64,8 +63,8 @@ class _CIFAR(ImageDataModule):
         Raises:
             SettingsError: Files are missing and `download` is false.
         """
-        files = [name for name, _ in (*self.source.train_list, *self.source.test_list)]
-        folder = Path(self.root) / self.source.base_folder
+        files = [name for name, _ in (*self.dataset.train_list, *self.dataset.test_list)]
+        folder = Path(self.root) / self.dataset.base_folder
         if not self.download and not all((folder / name).is_file() for name in files):
             raise SettingsError(self._missing_data_message("is not"))
 
@@ -74,13 +73,13 @@ class _CIFAR(ImageDataModule):
         self.check_data()
         if self.download:
             try:
-                self.source(self.root, train=False, download=True)
+                self.dataset(self.root, train=False, download=True)
             except (OSError, RuntimeError) as error:  # no connection, no space left, or a wrong checksum
                 raise SettingsError(
                     self._missing_data_message(f"could not be downloaded ({error}) and is not")
                 ) from error
 
-    def load(self, part: Literal["train", "test"]) -> ImagesInMemory:
+    def load(self, source: Source) -> ImagesInMemory:
         """Return all training or all test images, in the order of the files.
 
         Raises:
@@ -88,7 +87,7 @@ class _CIFAR(ImageDataModule):
         """
         self.check_data()
         try:
-            data = self.source(self.root, train=part == "train")
+            data = self.dataset(self.root, train=source == "train")
         except RuntimeError as error:  # torchvision raises it for a wrong checksum
             raise SettingsError(self._missing_data_message("is damaged or incomplete")) from error
         self.class_names = list(data.classes)
@@ -97,11 +96,11 @@ class _CIFAR(ImageDataModule):
 
     def _missing_data_message(self, state: str) -> str:
         """Return the message that the data is missing or damaged, with ways to get it."""
-        folder = Path(self.root) / self.source.base_folder
+        folder = Path(self.root) / self.dataset.base_folder
         return (
             f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or unpack "
-            f"{self.source.filename} in '{self.root}', or set --data.root to the folder that contains "
-            f"{self.source.base_folder}/."
+            f"{self.dataset.filename} in '{self.root}', or set --data.root to the folder that contains "
+            f"{self.dataset.base_folder}/."
         )
 
 
@@ -111,7 +110,7 @@ class CIFAR10(_CIFAR):
     Training images are randomly shifted by up to 4 pixels and flipped horizontally.
     """
 
-    source = datasets.CIFAR10
+    dataset = datasets.CIFAR10
     num_labels = 10
 
 
@@ -121,5 +120,5 @@ class CIFAR100(_CIFAR):
     Training images are randomly shifted by up to 4 pixels and flipped horizontally.
     """
 
-    source = datasets.CIFAR100
+    dataset = datasets.CIFAR100
     num_labels = 100

@@ -15,9 +15,13 @@ from gflow_pl.data.augment import LabelledImages, ToInputs
 from gflow_pl.data.image_sets import ImageSet
 from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler, even_batch_size
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "Source"]
+
+Source = Literal["train", "test"]
+"""A set of images as it is stored."""
 
 Part = Literal["train", "val", "test"]
+"""A set of images after the split into training and validation images."""
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -80,7 +84,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self._parts: dict[Part, ImageSet] = {}
 
-    def load(self, part: Literal["train", "test"]) -> ImageSet:
+    def load(self, source: Source) -> ImageSet:
         """Return all training or all test images.
 
         Raises:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
-from gflow_pl.data.data_module import ImageDataModule
+from gflow_pl.data.data_module import ImageDataModule, Source
 from gflow_pl.data.image_sets import ImagesInMemory
 
 __all__ = ["Digits"]
@@ -50,7 +48,7 @@ class Digits(ImageDataModule):
             seed=seed,
         )
 
-    def load(self, part: Literal["train", "test"]) -> ImagesInMemory:
+    def load(self, source: Source) -> ImagesInMemory:
         """Return all training (1,442) or all test (355) images."""
         from sklearn.datasets import load_digits  # imported here because it is slow and only needed for this data
 
@@ -60,7 +58,7 @@ class Digits(ImageDataModule):
         number = torch.stack([(labels == digit).cumsum(0) - 1 for digit in range(10)])[
             labels, torch.arange(len(labels))
         ]
-        chosen = (number % _TEST_EVERY == _TEST_EVERY - 1) == (part == "test")
+        chosen = (number % _TEST_EVERY == _TEST_EVERY - 1) == (source == "test")
         grey = torch.from_numpy(digits.images)[chosen, None] * (255 / 16)
         large = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
         return ImagesInMemory(large.expand(-1, 3, -1, -1).contiguous(), labels[chosen])

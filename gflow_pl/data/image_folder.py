@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torchvision import datasets
 
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.data.data_module import ImageDataModule
+from gflow_pl.data.data_module import ImageDataModule, Source
 from gflow_pl.data.image_sets import ImageFiles
 
 __all__ = ["ImageFolder"]
@@ -63,7 +62,7 @@ class ImageFolder(ImageDataModule):
             seed=seed,
         )
 
-    def load(self, part: Literal["train", "test"]) -> ImageFiles:
+    def load(self, source: Source) -> ImageFiles:
         """Return all training or all test images, class by class, in the order of their names.
 
         Raises:
@@ -71,9 +70,9 @@ class ImageFolder(ImageDataModule):
         """
         root = Path(self.root)
         try:
-            samples = datasets.ImageFolder(str(root / part)).samples
+            samples = datasets.ImageFolder(str(root / source)).samples
         except FileNotFoundError as error:  # a class without images; the message of torchvision names it
-            raise SettingsError(f"ImageFolder: a class in '{root / part}' has no images: {error}") from error
+            raise SettingsError(f"ImageFolder: a class in '{root / source}' has no images: {error}") from error
         paths = [Path(path).relative_to(root).as_posix() for path, _ in samples]
         return ImageFiles(root, paths, torch.tensor([label for _, label in samples]), self.image_size)
 

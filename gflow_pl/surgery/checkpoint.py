@@ -120,11 +120,13 @@ def _shape_applied_on_load(cls: type[_Module]) -> Iterator[None]:
     if issubclass(cls, StructureMixin):
         yield
         return
+    # The hook may be inherited: only one that the class defines itself is set again afterwards.
     original = cls.on_load_checkpoint
     own = cls.__dict__.get("on_load_checkpoint")
 
     @functools.wraps(original)
     def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
+        """Apply the structure of a checkpoint, then call the hook of the class."""
         apply_from_checkpoint(self, checkpoint)
         original(self, checkpoint)
 

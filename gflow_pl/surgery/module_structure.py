@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from gflow_pl.values import Structure
 
 __all__ = ["apply_structure", "structure_from", "structure_of"]
 
+_Entry = TypeVar("_Entry")
 _MAX_PROBLEMS = 5
 """Number of problems that a message lists."""
 
@@ -155,16 +156,22 @@ def _submodule_part(structure: Structure, prefix: str) -> Structure:
         prefix: Name of the submodule, with a dot at the end.
     """
 
-    def relative(entries: Mapping[str, Any]) -> dict[str, Any]:
+    def relative(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+        """Return the entries of the submodule with relative names."""
         # The entry of the submodule itself has the name "" in the result.
         return {f"{name}."[len(prefix) : -1]: value for name, value in entries.items() if f"{name}.".startswith(prefix)}
 
-    fields = (structure.shapes, structure.attributes, structure.expansions, structure.gathers)
-    return Structure(*(relative(entries) for entries in fields))
+    return Structure(
+        shapes=relative(structure.shapes),
+        attributes=relative(structure.attributes),
+        expansions=relative(structure.expansions),
+        gathers=relative(structure.gathers),
+    )
 
 
 def _check_fits(table: TensorTable, structure: Structure) -> None:
     """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors with another number of dims."""
+    # Tensors.
     problems = []
     for name, shape in structure.shapes.items():
         if name not in table.aliases:
@@ -172,6 +179,7 @@ def _check_fits(table: TensorTable, structure: Structure) -> None:
         elif table[table.aliases[name]].tensor.ndim != len(shape):
             found = tuple(table[table.aliases[name]].tensor.shape)
             problems.append(f"'{name}' has shape {found}, the structure has {tuple(shape)}")
+    # Modules.
     for name, values in structure.attributes.items():
         if name not in table.modules:
             problems.append(f"no module '{name}'")

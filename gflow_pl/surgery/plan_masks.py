@@ -90,15 +90,17 @@ def _num_filters(graph: ChannelGraph, part: LayerUnits) -> int:
 
 def _checked_units(graph: ChannelGraph, plan: Mapping[str, Tensor]) -> dict[str, Mask]:
     """Return the plan as numpy masks, for every group; raise if it does not fit the graph."""
+    # Names.
     sizes = {group.name: group.size for group in graph.groups}
     unknown = [name for name in plan if name not in sizes]
     if unknown:
         raise SettingsError(
             f"The plan names groups that the graph does not have: {unknown}. Known: {', '.join(sizes)}."
         )
+    # Sizes.
     units: dict[str, Mask] = {}
     for group in graph.groups:
-        if group.name not in plan:
+        if group.name not in plan:  # kept whole
             units[group.name] = np.ones(group.size, dtype=bool)
             continue
         bits = np.asarray(plan[group.name])
