@@ -10,8 +10,9 @@ from gflow_pl.surgery.checkpoint import (
 )
 from gflow_pl.surgery.expansion import scatter_output
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
-from gflow_pl.surgery.optimizer_state import check_optimizers, drop_empty_parameters, drop_state
+from gflow_pl.surgery.optimizer_state import check_optimizers, drop_empty_parameters, drop_state, register_state_rule
 from gflow_pl.surgery.rewrite import rewrite
+from gflow_pl.surgery.tensor_table import cut_tensor
 
 __all__ = [
     "StructureMixin",
@@ -19,10 +20,12 @@ __all__ = [
     "apply_from_checkpoint",
     "apply_structure",
     "check_optimizers",
+    "cut_tensor",
     "drop_empty_parameters",
     "drop_state",
     "load_from_checkpoint",
     "load_pruned",
+    "register_state_rule",
     "rewrite",
     "save_pruned",
     "scatter_output",

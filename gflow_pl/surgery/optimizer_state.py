@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,35 @@ from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.optimizers import OptimizerLike, unwrap_optimizer
 from gflow_pl.surgery.tensor_table import Cut, cut_tensor
 
-__all__ = ["check_optimizers", "cut_state", "drop_empty_parameters", "drop_state"]
+__all__ = ["StateRule", "check_optimizers", "cut_state", "drop_empty_parameters", "drop_state", "register_state_rule"]
+
+StateRule = Callable[[Mapping[str, Any], Tensor, Sequence[Cut]], Mapping[str, Any]]
+"""Function ``rule(state, parameter, cuts)`` that returns the entries of the parameter's state that change in a cut."""
+
+_STATE_RULES: dict[type[Optimizer], StateRule] = {}
 
 _CANNOT_BE_CUT = object()
 """Result of `_cut_entry` for an entry that cannot be cut; None is a valid entry."""
+
+
+def register_state_rule(optimizer: type[Optimizer], rule: StateRule) -> None:
+    """Define how the state of an optimizer is cut, for one whose state tensors do not have the shape of the parameter.
+
+    Args:
+        optimizer: Optimizer class. The rule holds for its subclasses, too.
+        rule: Called as ``rule(state, parameter, cuts)`` for every parameter that is cut, before anything is assigned: `state`
+            is ``optimizer.state[parameter]``, the parameter has its old shape, and `cuts` are the positions that stay. It
+            returns the new value of every entry that changes and must not change its arguments.
+
+    Example:
+        >>> from gflow_pl.surgery import cut_tensor
+        >>> class FlatSGD(torch.optim.SGD):
+        ...     "Keeps a running average of the gradient as a flat vector."
+        >>> def cut_flat(state, parameter, cuts):
+        ...     return {"average": cut_tensor(state["average"].view_as(parameter), cuts).flatten()}
+        >>> register_state_rule(FlatSGD, cut_flat)
+    """
+    _STATE_RULES[optimizer] = rule
 
 
 def check_optimizers(
@@ -56,7 +82,8 @@ def cut_state(optimizers: Iterable[OptimizerLike], cuts: Mapping[Tensor, Sequenc
 
     A state tensor with as many dims as the parameter is cut along every dim in which it has the parameter's size. A dim of
     size 1 is left as it is (factored second moments, as in Adafactor). Numbers stay. If an entry has any other form, the
-    whole state of that parameter is dropped with a warning, and the optimizer starts anew for it.
+    whole state of that parameter is dropped with a warning, and the optimizer starts anew for it. A rule that is registered for
+    the optimizer (`register_state_rule`) replaces all this.
 
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
@@ -75,7 +102,7 @@ def cut_state(optimizers: Iterable[OptimizerLike], cuts: Mapping[Tensor, Sequenc
             continue
         check_optimizers([optimizer], keep_state=bool(optimizer.state))
         if hasattr(optimizer, "_numel_cache"):  # LBFGS: number of elements in all parameters
-            commits.append(lambda optimizer=optimizer: setattr(optimizer, "_numel_cache", None))  # type: ignore[misc]
+            commits.append(partial(setattr, optimizer, "_numel_cache", None))
         for parameter in parameters:
             if parameter in optimizer.state:
                 commits.append(_cut_state_of(optimizer, parameter, cuts[parameter]))
@@ -85,6 +112,9 @@ def cut_state(optimizers: Iterable[OptimizerLike], cuts: Mapping[Tensor, Sequenc
 def _cut_state_of(optimizer: Optimizer, parameter: Tensor, cuts: Sequence[Cut]) -> Callable[[], None]:
     """Compute the state of one parameter after a cut, and return the call that assigns it."""
     state = optimizer.state[parameter]
+    rule = next((_STATE_RULES[kind] for kind in type(optimizer).__mro__ if kind in _STATE_RULES), None)
+    if rule is not None:
+        return partial(state.update, rule(state, parameter, cuts))
     new: dict[Any, Any] = {}
     for key, entry in state.items():
         value = _cut_entry(entry, parameter.shape, cuts)
@@ -97,7 +127,7 @@ def _cut_state_of(optimizer: Optimizer, parameter: Tensor, cuts: Sequence[Cut]) 
             )
             return lambda: optimizer.state.pop(parameter, None) and None
         new[key] = value
-    return lambda: state.update(new)
+    return partial(state.update, new)
 
 
 def _cut_entry(entry: object, shape: torch.Size, cuts: Sequence[Cut]) -> object:

@@ -10,7 +10,7 @@ from hand_graphs import Plain, build, column, example, group, make_graph, random
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import nn
 
-from gflow_pl.surgery import drop_state, rewrite
+from gflow_pl.surgery import cut_tensor, drop_state, optimizer_state, register_state_rule, rewrite
 from gflow_pl.values import LayerUnits, Slice
 
 
@@ -301,6 +301,26 @@ def test_unknown_state_of_the_same_shape_is_cut_and_any_other_is_dropped_with_a_
     assert model.conv.weight not in optimizer.state
     assert torch.equal(optimizer.state[model.mid.weight]["same"], by_hand(same, KEPT["convs"]["mid.weight"], (6, 32)))
     train(model, optimizer, 1, 1, clip=False)
+
+
+def test_a_registered_rule_cuts_state_of_another_shape(monkeypatch):
+    def cut_flat(state, parameter, cuts):
+        return {"flat": cut_tensor(state["flat"].view_as(parameter), cuts).flatten()} if "flat" in state else {}
+
+    monkeypatch.setattr(optimizer_state, "_STATE_RULES", {})
+    register_state_rule(Odd, cut_flat)
+    torch.manual_seed(0)
+    model = Convs()
+    optimizer = type("Subclass", (Odd,), {})(model.parameters(), lr=0.1)
+    train(model, optimizer, 1, 0, clip=False)
+    flat = optimizer.state[model.conv.weight]["flat"].clone()
+    same = optimizer.state[model.conv.weight]["same"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewrite(model, model.graph(), plan(), optimizers=[optimizer])
+    expected = by_hand(flat.view(8, 3, 3, 3), KEPT["convs"]["conv.weight"], (8, 3, 3, 3)).flatten()
+    assert torch.equal(optimizer.state[model.conv.weight]["flat"], expected)
+    assert optimizer.state[model.conv.weight]["same"] is same, "the rule replaces the default one"
 
 
 def test_state_keeps_its_memory_format():
