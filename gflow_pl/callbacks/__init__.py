@@ -2,7 +2,8 @@
 
 from gflow_pl.callbacks.lightning.carries_structure import CarriesStructure
 from gflow_pl.callbacks.monitor import GradientFlowMonitor
-from gflow_pl.callbacks.pruning import PruningCallback
+from gflow_pl.callbacks.pruning import PruningCallback, find_pruning_callback
+from gflow_pl.callbacks.pruning_state import pruning_state_in
 from gflow_pl.callbacks.run_folder import BestCheckpoint, LastCheckpoint, RunRecorder
 
 __all__ = [
@@ -12,4 +13,6 @@ __all__ = [
     "LastCheckpoint",
     "PruningCallback",
     "RunRecorder",
+    "find_pruning_callback",
+    "pruning_state_in",
 ]

@@ -13,8 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from gflow_pl.callbacks.lightning.packages import callbacks_of
-from gflow_pl.callbacks.pruning import PruningCallback
+from gflow_pl.callbacks.pruning import find_pruning_callback
 from gflow_pl.files import write_bytes, write_rows
 
 __all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
@@ -29,11 +28,6 @@ METRIC_COLUMNS = (
     "lr",
     "filters",
 )
-
-
-def pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
-    """The Trainer's PruningCallback, if it has one."""
-    return next(iter(callbacks_of(trainer, PruningCallback)), None)
 
 
 class RunRecorder(Callback):
@@ -59,6 +53,11 @@ class RunRecorder(Callback):
         """Where the rows are written."""
         return self.folder / "metrics.csv"
 
+    @property
+    def rounds_folder(self) -> Path:
+        """Folder in which a `PruningCallback` writes the rows of its rounds."""
+        return self.folder
+
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the learning rate that the epoch is trained with."""
@@ -69,7 +68,7 @@ class RunRecorder(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the epoch's row."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        pruning = pruning_callback(trainer)
+        pruning = find_pruning_callback(trainer)
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "phase": pruning.phase(trainer.current_epoch) if pruning else "final",
@@ -182,5 +181,5 @@ def _line(row: dict[str, Any], max_epochs: int | None) -> str:
 
 
 def _has_final_shape(trainer: pl.Trainer) -> bool:
-    pruning = pruning_callback(trainer)
+    pruning = find_pruning_callback(trainer)
     return pruning is None or pruning.finished

@@ -1,13 +1,13 @@
-"""What a round is measured on: batches of the training data, the loss on them, accuracy on the validation data."""
+"""What a round measures: scores of filters, loss and gradient norm on training batches, accuracy on validation batches."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -23,35 +23,219 @@ from gflow_pl.callbacks.lightning.precision import with_true_precision
 from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.scoring_batches import calibration_batches, validation_batches
-from gflow_pl.callbacks.lightning.silence import without_side_effects
+from gflow_pl.callbacks.lightning.silence import SideEffects
 from gflow_pl.callbacks.lightning.training_loss import (
     default_logits,
     is_classifier,
     training_loss,
 )
-from gflow_pl.common.evaluation_mode import evaluation_mode
-from gflow_pl.importance import Importance, score_filters
+from gflow_pl.callbacks.pruning_settings import Batch, ScoringSettings
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.importance import score_filters
+from gflow_pl.importance.gradients import LogitsFn, LossFn
 from gflow_pl.values import ChannelGraph, Scores
 
-__all__ = ["Scoring"]
+__all__ = ["LossAndNorm", "Scoring"]
 
 
-class _Once:
-    """Lets each text be said once."""
+class LossAndNorm(NamedTuple):
+    """Loss on a batch, and L2 norm of its gradient."""
+
+    loss: float
+    gradient_norm: float
+
+
+class Scoring:
+    """Measures a module on batches of its training and validation data.
+
+    A round enters evaluation mode and `without_side_effects` once for all measurements before the cut, and once for those
+    after it: the methods that run the module rely on that. They take the `SideEffects` of that block where they run the
+    module twice, so that the first pass does not influence the second.
+
+    Args:
+        settings: The measure, its loss and its batches.
+    """
+
+    def __init__(self, settings: ScoringSettings) -> None:
+        self._settings = settings
+        self._loss_fn: LossFn = training_loss if settings.loss_fn is None else with_true_precision(settings.loss_fn)
+        self._logits_fn = None if settings.logits_fn is None else with_true_precision(settings.logits_fn)
+        self._module_is_classifier: bool | None = None
+        self._messages = _OncePerMessage()
+
+    @property
+    def settings(self) -> ScoringSettings:
+        """The measure, its loss and its batches."""
+        return self._settings
+
+    @property
+    def loss_fn(self) -> LossFn:
+        """The loss to score by, run in the Trainer's precision: the user's, or that of the module's training step."""
+        return self._loss_fn
+
+    def calibration_batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Batch]:
+        """Return the training batches of the next round; every iteration yields the same ones.
+
+        Raises:
+            SettingsError: The data has no length, and `batches` is not set.
+        """
+        if self._settings.batches is None and not has_length(trainer.train_dataloader):
+            raise SettingsError(
+                "PruningCallback: the training data has no length: set `batches` to the number of batches to score on."
+            )
+        self._report_custom_samplers(trainer.train_dataloader, "filters are scored")
+        return calibration_batches(trainer, module, seed=1000 * self._settings.seed + rounds_done)
+
+    def scores(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        batches: Iterable[Batch],
+        first_batch: Batch,
+        graph: ChannelGraph,
+        initial_state: Mapping[str, Tensor] | None,
+        rounds_done: int,
+        effects: SideEffects,
+    ) -> Scores:
+        """Score all filters by passes over the calibration batches.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batches: The calibration batches.
+            first_batch: The first of them.
+            graph: The traced network.
+            initial_state: Initial parameters by name, for the bias "distance_from_init".
+            rounds_done: Number of earlier rounds, which enters the seed.
+            effects: Side effects on the module, undone before the passes.
+
+        Returns:
+            Scores of all ranks' batches together: of `num_samples` images, or of `batches` batches on each rank.
+        """
+        settings, options = self._settings, dict(self.loss_options(module, first_batch, effects))
+        if settings.batches is None:
+            options["num_samples"] = math.ceil(settings.num_samples / num_ranks(trainer))
+        else:
+            batches = islice(iter(batches), settings.batches)
+        with self._messages.filtering("gflow_pl.importance.score"):
+            return score_filters(
+                module,
+                settings.measure,
+                batches,
+                graph=graph,
+                initial_state=initial_state,
+                bias=settings.bias,
+                reduce=mean_over_ranks(trainer),
+                seed=settings.seed + rounds_done,
+                **options,
+            )
+
+    def loss_options(self, module: pl.LightningModule, batch: Batch, effects: SideEffects) -> Mapping[str, Any]:
+        """Return the loss that gradients are taken of, as arguments of `score_filters` and `Tracker`.
+
+        It is the cross-entropy of the module's logits at the measure's temperature, or else the training loss.
+        """
+        if self._scores_by_logits(module, batch, effects):
+            return {"logits_fn": self._logits_fn or default_logits, "temperature": self._settings.temperature}
+        return {"loss_fn": self._loss_fn}
+
+    def _scores_by_logits(self, module: pl.LightningModule, batch: Batch, effects: SideEffects) -> bool:
+        # Only a temperature, or samples that are balanced over the classes, need logits and labels.
+        measure = self._settings.measure
+        has_temperature = self._settings.temperature is not None or measure.temperature not in (None, 1.0)
+        if not has_temperature and not measure.needs_labels:
+            return False
+        if self._logits_fn is not None:
+            return True
+        # Whether the module is a classifier is found out by a forward pass, once.
+        if self._module_is_classifier is None:
+            self._module_is_classifier = self._settings.loss_fn is None and is_classifier(module, batch)
+            effects.undo()
+            if not self._module_is_classifier:
+                rank_zero_info(
+                    f"PruningCallback: the forward pass of {type(module).__name__} and its batches do not give logits and "
+                    "labels, so filters are scored by the module's loss as it is, without a temperature, on batches that are "
+                    "not balanced over classes: set `logits_fn` to change that."
+                )
+        return self._module_is_classifier
+
+    def loss_and_gradient_norm(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, rounds_done: int
+    ) -> LossAndNorm:
+        """Return the loss and the L2 norm of its gradient on one batch of each rank, averaged over the ranks.
+
+        ``.grad`` does not change. Every call draws the same random numbers, so that values before and after a cut compare.
+        """
+        parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        with isolated_rng(self._settings.seed, rounds_done), torch.enable_grad():
+            loss = self._loss_fn(module, batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
+        norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
+        both = torch.stack([loss.detach().float(), norm.float()])
+        reduce = mean_over_ranks(trainer)
+        return LossAndNorm(*(both if reduce is None else reduce(both)).tolist())
+
+    def accuracy(self, trainer: pl.Trainer, module: pl.LightningModule, effects: SideEffects) -> float | None:
+        """Return the share of correct predictions on the validation data, in [0, 1], over all ranks.
+
+        None if there is no validation data, or if the module is not a classifier.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            effects: Side effects on the module, undone before examples are counted.
+        """
+        limit = trainer.limit_val_batches
+        batches = None if limit == 0 else validation_batches(trainer, module, limit)
+        if batches is None:
+            return None
+        self._report_custom_samplers(trainer.val_dataloaders, "accuracy after a cut is measured")
+
+        # Look at the first batch. All ranks go on or none, also those whose share of the data is empty.
+        rest = iter(batches)
+        try:
+            start = list(islice(rest, 1))
+        except DatasetKeysError:  # the accuracy is optional: training goes on without it
+            start = []
+        has_logits = bool(start) and (self._logits_fn is not None or is_classifier(module, start[0]))
+        effects.undo()
+        if not broadcast(trainer, has_logits):
+            return None
+
+        # Count over all batches of all ranks.
+        counts = _count_correct(module, chain(start, rest), self._logits_fn or default_logits)
+        reduce = mean_over_ranks(trainer)
+        correct, total = (counts if reduce is None else reduce(counts)).tolist()
+        share: float = correct / total
+        return share
+
+    def _report_custom_samplers(self, loaders: object, what: str) -> None:
+        for name in custom_sampler_names(loaders):
+            message = (
+                f"PruningCallback: {what} on the whole data set: the custom sampler {name} is ignored. To restrict the data "
+                "set, wrap it in a Subset."
+            )
+            if self._messages.is_new(message):
+                rank_zero_info(message)
+
+
+class _OncePerMessage:
+    """Logs every message at most once."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
-    def is_new(self, text: str) -> bool:
-        """Whether a text was not said before; from now on it was."""
-        new = text not in self._said
-        self._said.add(text)
-        return new
+    def is_new(self, message: str) -> bool:
+        """Return whether a message has not been seen before, and remember it."""
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
 
     @contextmanager
-    def heard(self, name: str) -> Iterator[None]:
-        """Within, a logger says nothing that it has said before."""
-        logger = logging.getLogger(name)
+    def filtering(self, logger_name: str) -> Iterator[None]:
+        """Drop repeated messages of a logger for the time of a block."""
+        logger = logging.getLogger(logger_name)
 
         def is_new(record: logging.LogRecord) -> bool:
             return self.is_new(record.getMessage())
@@ -63,142 +247,13 @@ class _Once:
             logger.removeFilter(is_new)
 
 
-class Scoring:
-    """The measure of a callback, and what it is taken from; arguments as in `PruningCallback`."""
-
-    def __init__(
-        self,
-        measure: Importance,
-        *,
-        num_samples: int,
-        batches: int | None,
-        temperature: float | None,
-        bias: Any,
-        loss_fn: Callable[[Any, Any], Tensor] | None,
-        logits_fn: Callable[[Any, Any], tuple[Tensor, Tensor]] | None,
-        seed: int,
-    ) -> None:
-        self._measure, self._bias, self._temperature = measure, bias, temperature
-        self._num_samples, self._num_batches, self._seed = num_samples, batches, seed
-        self._loss_fn = None if loss_fn is None else with_true_precision(loss_fn)
-        self._logits_fn = None if logits_fn is None else with_true_precision(logits_fn)
-        self._logits_known: bool | None = None
-        self._once = _Once()
-
-    def batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Any]:
-        """Training batches of the next round; every time it is gone through they are the same."""
-        if self._num_batches is None and not has_length(trainer.train_dataloader):
-            raise ValueError("PruningCallback: the training data has no length, so say how many `batches` to score on.")
-        self._say_what_is_not_followed(trainer.train_dataloader, "filters are scored")
-        return calibration_batches(trainer, module, seed=1000 * self._seed + rounds_done)
-
-    def scores(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        batches: Iterable[Any],
-        first: Any,
-        graph: ChannelGraph,
-        initial: Mapping[str, Tensor] | None,
-        rounds_done: int,
-    ) -> Scores:
-        """Scores by passes over batches, of as many images as were asked for over all ranks; `first` is one of them."""
-        options = self.loss_options(module, first)
-        if self._num_batches is None:
-            options["num_samples"] = math.ceil(self._num_samples / num_ranks(trainer))
-        else:
-            batches = islice(iter(batches), self._num_batches)
-        with without_side_effects(module), self._once.heard("gflow_pl.importance.score"):
-            return score_filters(
-                module,
-                self._measure,
-                batches,
-                graph=graph,
-                initial_state=initial,
-                bias=self._bias,
-                reduce=mean_over_ranks(trainer),
-                seed=self._seed + rounds_done,
-                **options,
-            )
-
-    def loss_options(self, module: pl.LightningModule, batch: Any) -> dict[str, Any]:
-        """What gradients are of: cross-entropy of logits at the measure's temperature, or the module's own loss."""
-        if self._uses_logits(module, batch):
-            return {"logits_fn": self._logits_fn or default_logits, "temperature": self._temperature}
-        return {"loss_fn": self._loss_fn or training_loss}
-
-    def _uses_logits(self, module: pl.LightningModule, batch: Any) -> bool:
-        measure = self._measure
-        wants = self._temperature is not None or measure.temperature not in (None, 1.0) or measure.needs_labels
-        if self._logits_fn is not None or not wants:
-            return self._logits_fn is not None and wants
-        if self._logits_known is None:
-            self._logits_known = self._loss_fn is None and is_classifier(module, batch)
-            if not self._logits_known:
-                rank_zero_info(
-                    f"PruningCallback: {type(module).__name__} gives no (logits, labels), so its loss is taken as it is, without "
-                    "a temperature, on batches that are not balanced over classes; a `logits_fn` would change that."
-                )
-        return self._logits_known
-
-    def loss_and_gradient_norm(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, rounds_done: int
-    ) -> list[float]:
-        """Both on one batch of each rank, averaged."""
-        with without_side_effects(module), isolated_rng(self._seed, rounds_done):
-            both = _loss_and_gradient_norm(module, batch, self._loss_fn or training_loss)
-        reduce = mean_over_ranks(trainer)
-        return (both if reduce is None else reduce(both)).tolist()
-
-    def accuracy(self, trainer: pl.Trainer, module: pl.LightningModule) -> float | str:
-        """Share of right answers on the validation data; "" if there is none or the module does not classify."""
-        limit = trainer.limit_val_batches
-        batches = None if limit == 0 else validation_batches(trainer, module, limit)
-        if batches is None:
-            return ""
-        self._say_what_is_not_followed(trainer.val_dataloaders, "accuracy after a cut is measured")
-        rest = iter(batches)
-        try:
-            start = list(islice(rest, 1))
-        except DatasetKeysError:  # the training goes on without a number that it does not need
-            start = []
-        known = bool(start) and (self._logits_fn is not None or is_classifier(module, start[0]))
-        # All ranks go on or none, also those that have no image.
-        if not broadcast(trainer, known):
-            return ""
-        with without_side_effects(module):
-            counts = _count_accuracy(module, chain(start, rest), self._logits_fn or default_logits)
-        reduce = mean_over_ranks(trainer)
-        right, total = (counts if reduce is None else reduce(counts)).tolist()
-        return right / total
-
-    def _say_what_is_not_followed(self, loaders: Any, what: str) -> None:
-        for name in custom_sampler_names(loaders):
-            text = f"PruningCallback: {what} on the whole data set, whatever its sampler {name} leaves out; a Subset would say so."
-            if self._once.is_new(text):
-                rank_zero_info(text)
-
-
-def _loss_and_gradient_norm(module: pl.LightningModule, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
-    """(2,) loss and L2 norm of its gradient on one batch, in evaluation mode; `.grad` is not touched."""
-    parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    with evaluation_mode(module), torch.enable_grad():
-        loss = loss_fn(module, batch)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
-    norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
-    return torch.stack([loss.detach().float(), norm.float()])
-
-
-def _count_accuracy(
-    module: pl.LightningModule, batches: Iterable[Any], logits_fn: Callable[[Any, Any], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """(2,) number of right answers and of examples, in evaluation mode; float64."""
+def _count_correct(module: pl.LightningModule, batches: Iterable[Batch], logits_fn: LogitsFn) -> Tensor:
+    """Return (2,) the number of correct predictions and of examples; float64, on the module's device."""
     device = next(module.parameters()).device
-    right, total = torch.zeros((), device=device, dtype=torch.float64), 0
-    with evaluation_mode(module), torch.no_grad():
+    correct, total = torch.zeros((), device=device, dtype=torch.float64), 0
+    with torch.no_grad():
         for batch in batches:
             logits, labels = logits_fn(module, batch)
-            right += (logits.argmax(dim=1) == labels).sum()
+            correct += (logits.argmax(dim=1) == labels).sum()
             total += len(labels)
-    return torch.stack([right, torch.full_like(right, total)])
+    return torch.stack([correct, torch.full_like(correct, total)])

@@ -1,205 +1,316 @@
-"""Scores from the gradients of the training's own steps: feeds a `Tracker` with them."""
+"""Scores from the gradients of the training's own steps, averaged by a `Tracker`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gflow_pl.callbacks.lightning.packages import both_packages
 from gflow_pl.callbacks.lightning.precision import gradient_scale
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
+from gflow_pl.callbacks.lightning.rng import isolated_rng
+from gflow_pl.callbacks.lightning.silence import without_side_effects
+from gflow_pl.callbacks.pruning_settings import Batch, ScoringSettings, TrackingSettings
+from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.importance import Tracker
 from gflow_pl.importance.derived_weights import DerivedWeightGradients
-from gflow_pl.values import Scores
+from gflow_pl.importance.reduction import Reduce
+from gflow_pl.values import ChannelGraph, Scores
+from gflow_pl.values.choices import TrackOrder
 
-__all__ = ["StepGradients", "TrackOrder", "Tracking", "in_window"]
+__all__ = [
+    "RoundInputs",
+    "StepGradients",
+    "TrackedScoring",
+    "is_tracked_batch",
+    "report_tracking",
+]
 
-TrackOrder = Literal["formula", "published"]
 
+def is_tracked_batch(trainer: pl.Trainer, batch_idx: int, track_batches: int) -> bool:
+    """Return whether a batch belongs to one of the last `track_batches` optimizer steps of its epoch.
 
-def in_window(trainer: pl.Trainer, batch_idx: int, track_batches: int) -> bool:
-    """Whether a batch is of the last `track_batches` steps of its epoch; without a known length every batch is.
-
-    Of a longer average only the last steps matter: with alpha 0.8 the one before the last twenty weighs 1e-14.
+    Earlier steps would not change the average: with alpha 0.8, the step before the last twenty has a weight of 1e-14.
+    Every batch is tracked if the length of the epoch is not known.
     """
     if trainer.num_training_batches == float("inf"):
         return True
-    size = trainer.accumulate_grad_batches  # batches of a step; the last step of an epoch may have fewer
+    size = trainer.accumulate_grad_batches  # batches in a step; the last step of an epoch may have fewer
     return batch_idx // size >= math.ceil(trainer.num_training_batches / size) - track_batches
 
 
-class StepGradients:
-    """Takes the gradients of every tracked step: of the global batch, unscaled, before clipping.
+def report_tracking(scoring: ScoringSettings, tracking: TrackingSettings, keep_momentum: bool) -> None:
+    """Log the settings that a tracked measure has chosen; warn of a temperature that has no effect."""
+    measure = scoring.measure
+    if measure.is_tracked or tracking.track:
+        rank_zero_info(
+            f"PruningCallback: {measure.name} with track {tracking.track}, bias {scoring.bias or measure.default_bias}, "
+            f"keep_momentum {keep_momentum}."
+        )
+    uses_training_gradients = tracking.track and measure.needs_gradients and not measure.needs_hessian
+    if uses_training_gradients and scoring.temperature is not None:
+        rank_zero_warn(
+            f"PruningCallback: the temperature {scoring.temperature:g} has no effect, since tracked scores come from the "
+            "gradients of training as they are: leave `temperature` out, or set track to false."
+        )
+
+
+@dataclass(frozen=True)
+class RoundInputs:
+    """What the scores of one round depend on, besides the module and its batches.
 
     Args:
-        tracker: What is fed.
-        order: "formula": gradient and weights of the same step; "published": the weights after the step, as the
-            published code has it.
-        reduce: Averages a tensor over the ranks; gradients of parameters are averaged already.
+        scoring: The measure and its loss.
+        tracking: How scores are averaged over training steps.
+        graph: The traced network.
+        initial_state: Initial parameters by name; None if no bias needs them.
+        rounds_done: Number of earlier rounds, which enters all seeds.
     """
 
-    def __init__(self, tracker: Tracker, order: TrackOrder, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    scoring: Scoring
+    tracking: TrackingSettings
+    graph: ChannelGraph
+    initial_state: dict[str, Tensor] | None
+    rounds_done: int
+
+    def new_tracker(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> Tracker:
+        """Return a tracker for the module in its present shape, whose average is still zero.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batch: A training batch, which tells whether the module is a classifier. Only measures that need Hessian products
+                run the module on it.
+        """
+        settings = self.scoring.settings
+        loss_options: Mapping[str, Any] = {}
+        if settings.measure.needs_hessian:
+            with without_side_effects(module) as effects:
+                loss_options = self.scoring.loss_options(module, batch, effects)
+        return Tracker(
+            settings.measure,
+            alpha=self.tracking.alpha,
+            graph=self.graph,
+            bias=settings.bias,
+            initial_state=self.initial_state,
+            reduce=mean_over_ranks(trainer),
+            seed=settings.seed + self.rounds_done,
+            **loss_options,
+        )
+
+
+class StepGradients:
+    """Feeds a `Tracker` with the gradients of training steps: of the global batch, unscaled, before clipping.
+
+    Args:
+        tracker: The tracker.
+        order: "formula" combines each gradient with the weights before its step; "published" with the weights after it,
+            as the published code does.
+        reduce: Averages a tensor over the ranks. Gradients of parameters are averaged by DDP already; gradients of derived
+            weights, such as those of a parametrization, are not.
+    """
+
+    def __init__(self, tracker: Tracker, order: TrackOrder, reduce: Reduce | None = None) -> None:
         self.tracker, self._order, self._reduce = tracker, order, reduce
         self._names: list[str] | None = None
-        self._computed: DerivedWeightGradients | None = None
-        self._kept: dict[str, Tensor] | None = None
+        self._derived: DerivedWeightGradients | None = None
+        self._gradients_before_step: dict[str, Tensor] | None = None
 
-    def begin(self, module: pl.LightningModule) -> None:
-        """Until `end`, a batch is trained on; without these two, weights that are computed have no gradients."""
-        if self._computed is None:
-            self._computed = DerivedWeightGradients(module, self._names_of(module))
-        self._computed.start()
+    def start_recording(self, module: pl.LightningModule) -> None:
+        """Record the gradients of derived weights, which have no ``.grad``, from the next forward pass on."""
+        if self._derived is None:
+            self._derived = DerivedWeightGradients(module, self._wanted_names(module))
+        self._derived.start()
 
-    def end(self) -> None:
-        """The batch was trained on."""
-        if self._computed is not None:
-            self._computed.stop()
+    def stop_recording(self) -> None:
+        """Stop recording the gradients of derived weights."""
+        if self._derived is not None:
+            self._derived.stop()
 
-    def before_step(self, module: pl.LightningModule, optimizer: Optimizer, batch: Any, *, scaler: Any = None) -> None:
-        """Looks at the gradients that an optimizer is about to use; accumulation and reduction are done.
+    def before_step(
+        self,
+        module: pl.LightningModule,
+        optimizer: Optimizer,
+        batch: Batch,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Take the gradients that an optimizer is about to use, after accumulation and reduction.
 
-        With a gradient scaler a step whose gradients are not finite is left out: the scaler leaves it out too.
+        Args:
+            module: The module.
+            optimizer: The optimizer; parameters of other optimizers are left out.
+            batch: The batch of the step.
+            scaler: Gradient scaler of the training. It skips a step whose gradients are not finite, so such a step is not
+                tracked either.
         """
-        wanted = set(self._names_of(module))
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        # Gradients of this optimizer's parameters, and of the weights derived from them.
+        wanted = set(self._wanted_names(module))
+        parameter_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gradients = {
             name: p.grad
             for name, p in module.named_parameters()
-            if name in wanted and id(p) in mine and p.grad is not None
+            if name in wanted and id(p) in parameter_ids and p.grad is not None
         }
-        computed = {} if self._computed is None else self._computed.collect(mine, self._reduce)
-        if wanted and not gradients and not computed:
-            return  # this optimizer holds nothing that is scored
+        derived = {} if self._derived is None else self._derived.collect(parameter_ids, self._reduce)
+        if wanted and not gradients and not derived:
+            return
+
+        # Unscale them.
         if scaler is not None:
-            if not _are_finite(optimizer):
+            if not _has_finite_gradients(optimizer):
                 return
             scale = scaler.scale(torch.ones((), device=module.device))
-            computed = {name: gradient / scale for name, gradient in computed.items()}
+            derived = {name: gradient / scale for name, gradient in derived.items()}
             if gradient_scale(scaler, optimizer, module.device) is not None:
                 gradients = {name: gradient / scale for name, gradient in gradients.items()}
-        gradients |= computed
+
+        # Track them now, or with the weights after the step.
+        gradients |= derived
         if self._order == "formula":
             self.tracker.update(module, gradients, batch=batch)
         else:
-            # Clipping works in place, so the gradients are kept as they are now; several optimizers may step in a batch.
-            kept = {name: gradient.detach().clone() for name, gradient in gradients.items()}
-            self._kept = {**(self._kept or {}), **kept}
+            # Clipping changes gradients in place, hence the copies. Several optimizers may step on one batch.
+            copies = {name: gradient.detach().clone() for name, gradient in gradients.items()}
+            self._gradients_before_step = {**(self._gradients_before_step or {}), **copies}
 
-    def after_step(self, module: pl.LightningModule, batch: Any) -> None:
-        """In the published order, takes in the step with the weights that it led to."""
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            self.tracker.update(module, kept, batch=batch)
+    def after_step(self, module: pl.LightningModule, batch: Batch) -> None:
+        """In the order "published", track the step's gradients with the weights after the step."""
+        if self._gradients_before_step is not None:
+            gradients, self._gradients_before_step = self._gradients_before_step, None
+            self.tracker.update(module, gradients, batch=batch)
 
-    def _names_of(self, module: pl.LightningModule) -> list[str]:
+    def _wanted_names(self, module: pl.LightningModule) -> list[str]:
         if self._names is None:
             self._names = self.tracker.names(module)
         return self._names
 
 
-class Tracking:
-    """The average over the last steps of the epoch in hand; it begins anew in every epoch.
+class TrackedScoring:
+    """The average of a measure over the last steps of the current epoch. Every epoch starts a new average."""
 
-    Args:
-        num_steps: Steps at the end of each epoch that are tracked.
-        order: As in `StepGradients`.
-        new_tracker: Makes a `Tracker` for the module as it is now, on a batch of its training.
-    """
-
-    def __init__(
-        self,
-        num_steps: int,
-        order: TrackOrder,
-        new_tracker: Callable[[pl.Trainer, pl.LightningModule, Any], Tracker],
-    ) -> None:
-        self._num_steps, self._order, self._new_tracker = num_steps, order, new_tracker
+    def __init__(self) -> None:
         self._steps: StepGradients | None = None
-        self._batch: Any = None
+        self._inputs: RoundInputs | None = None  # of the current step; None outside of a tracked step
+        self._batch: Batch = None
         self._epoch: int | None = None
-        self._saved: dict[str, Tensor] | None = None
-        self._told = False
+        self._restored: dict[str, Tensor] | None = None
+        self._has_logged = False
 
-    @property
-    def is_in_a_step(self) -> bool:
-        """Whether the batch in hand is of a step that is tracked."""
-        return self._batch is not None
+    def begin_batch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int, inputs: RoundInputs
+    ) -> None:
+        """Track the step of a batch that is about to be trained on, if it is one of the last steps of the epoch.
 
-    def begin(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes the batch that is about to be trained on, if its step is to be tracked."""
-        self.end()
-        if not in_window(trainer, batch_idx, self._num_steps):
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batch: The batch.
+            batch_idx: Its position in the epoch.
+            inputs: What the scores of the next round depend on.
+        """
+        if not is_tracked_batch(trainer, batch_idx, inputs.tracking.track_batches):
             return
         if self._epoch != trainer.current_epoch:
-            self._steps, self._saved = None, None
+            self._steps, self._restored = None, None
         if self._steps is None:
-            self._steps = self._begun_or_resumed(trainer, module, batch)
+            self._steps = self._started_or_resumed(trainer, module, batch, inputs)
             self._epoch = trainer.current_epoch
-        self._batch = (batch,)
-        # Where the module decides over its steps, gradients may be thrown away without one.
-        if module.automatic_optimization and not _decides_over_steps(module):
-            self._steps.begin(module)
+        self._batch, self._inputs = batch, inputs
+        # Modules that step for themselves may discard gradients, which would then stay in the derived weights.
+        if module.automatic_optimization and not _overrides_optimizer_step(module):
+            self._steps.start_recording(module)
 
-    def end(self) -> None:
-        """Lets go of the batch."""
-        self._batch = None
+    def before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Take the gradients that an optimizer is about to use, if the current step is tracked."""
+        if self._inputs is not None and self._steps is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            with _isolated(module, self._inputs):
+                self._steps.before_step(module, optimizer, self._batch, scaler=scaler)
+
+    def after_optimizer_step(self, module: pl.LightningModule) -> None:
+        """In the order "published", track the step's gradients with the weights after the step."""
+        if self._inputs is not None and self._steps is not None:
+            with _isolated(module, self._inputs):
+                self._steps.after_step(module, self._batch)
+
+    def end_batch(self) -> None:
+        """Release the batch, and remove the hooks on the module; harmless outside of a tracked step."""
+        self._batch, self._inputs = None, None
         if self._steps is not None:
-            self._steps.end()
+            self._steps.stop_recording()
 
-    def before_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Takes in the gradients that an optimizer is about to use."""
-        assert self._steps is not None
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._steps.before_step(module, optimizer, self._batch[0], scaler=scaler)
+    def scores(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, inputs: RoundInputs
+    ) -> Scores | None:
+        """Return the scores of the average, and discard it; None, with a warning, if no step was tracked.
 
-    def after_step(self, module: pl.LightningModule) -> None:
-        """In the published order, takes in the weights after the step."""
-        assert self._steps is not None
-        self._steps.after_step(module, self._batch[0])
-
-    def scores(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Scores | None:
-        """The average, which ends with it; None, with a warning, if no step was tracked."""
-        self.end()
-        if self._saved is not None and self._steps is None:
-            self._steps = self._begun_or_resumed(trainer, module, batch)
-        steps, self._steps, self._saved = self._steps, None, None
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            batch: A training batch.
+            inputs: What the scores of the round depend on.
+        """
+        self.end_batch()
+        if self._restored is not None and self._steps is None:
+            self._steps = self._started_or_resumed(trainer, module, batch, inputs)
+        steps, self._steps, self._restored = self._steps, None, None
         if steps is None or steps.tracker.num_updates == 0:
             rank_zero_warn(
-                "PruningCallback: no step was tracked before this round, so it is scored by passes of its own."
+                "PruningCallback: no step was tracked before this round, so filters are scored by extra passes instead."
             )
             return None
         return steps.tracker.scores()
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the epoch that it is of."""
+        """Return the average and its epoch."""
         return {"tracker": None if self._steps is None else self._steps.tracker.state_dict(), "epoch": self._epoch}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the average of a checkpoint."""
-        self.end()
-        self._steps, self._saved, self._epoch = None, state["tracker"], state["epoch"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the average of a checkpoint."""
+        self.end_batch()
+        self._steps, self._restored, self._epoch = None, state["tracker"], state["epoch"]
 
-    def _begun_or_resumed(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> StepGradients:
-        tracker = self._new_tracker(trainer, module, batch)
-        # Every epoch has a new one, and every rank its own: one of them speaks.
-        tracker.has_logged, self._told = self._told or trainer.global_rank > 0, True
-        if self._saved is not None:
-            tracker.load_state_dict({name: value.to(module.device) for name, value in self._saved.items()})
-            self._saved = None
-        return StepGradients(tracker, self._order, mean_over_ranks(trainer))
-
-
-def _decides_over_steps(module: pl.LightningModule) -> bool:
-    """Whether `optimizer_step` is the module's own."""
-    return next(cls for cls in type(module).__mro__ if "optimizer_step" in vars(cls)).__name__ != "LightningModule"
+    def _started_or_resumed(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, inputs: RoundInputs
+    ) -> StepGradients:
+        tracker = inputs.new_tracker(trainer, module, batch)
+        # Every epoch and every rank builds a tracker; only the first one of rank 0 logs.
+        tracker.has_logged, self._has_logged = self._has_logged or trainer.global_rank > 0, True
+        if self._restored is not None:
+            tracker.load_state_dict({name: value.to(module.device) for name, value in self._restored.items()})
+            self._restored = None
+        return StepGradients(tracker, inputs.tracking.track_order, mean_over_ranks(trainer))
 
 
-def _are_finite(optimizer: Optimizer) -> bool:
-    """Whether every gradient of an optimizer is finite, which is what a gradient scaler asks before it steps."""
+@contextmanager
+def _isolated(module: pl.LightningModule, inputs: RoundInputs) -> Iterator[None]:
+    """Leave random generators alone, and undo side effects on the module, which only Hessian products run."""
+    settings = inputs.scoring.settings
+    runs_module = settings.measure.needs_hessian
+    with (
+        isolated_rng(settings.seed, inputs.rounds_done),
+        without_side_effects(module) if runs_module else nullcontext(),
+    ):
+        yield
+
+
+def _overrides_optimizer_step(module: pl.LightningModule) -> bool:
+    """Return whether a class below LightningModule defines `optimizer_step`."""
+    definer = next(cls for cls in type(module).__mro__ if "optimizer_step" in vars(cls))
+    return definer not in both_packages(pl.LightningModule)
+
+
+def _has_finite_gradients(optimizer: Optimizer) -> bool:
+    """Return whether all gradients of an optimizer are finite: the condition on which a gradient scaler steps."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(gradients)) if gradients else True

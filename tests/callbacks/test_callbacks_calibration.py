@@ -240,7 +240,7 @@ def test_that_a_sampler_of_somebodys_own_is_not_followed_is_said_once(tmp_path, 
     with caplog.at_level("INFO"):
         _, pruning = prune(tmp_path, own, val=own)
         assert pruning.finished
-    lines = [r.getMessage() for r in caplog.records if "its sampler Names" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "custom sampler Names is ignored" in r.getMessage()]
     assert len(lines) == 2
     assert "filters are scored on the whole data set" in lines[0]
     assert "accuracy after a cut is measured on the whole data set" in lines[1]

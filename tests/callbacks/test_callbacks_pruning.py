@@ -582,7 +582,7 @@ class Stream(IterableDataset):
 
 def test_data_without_a_length_needs_batches(tmp_path) -> None:
     data = DataLoader(Stream(), batch_size=16)
-    with pytest.raises(ValueError, match="say how many `batches`"):
+    with pytest.raises(ValueError, match="set `batches` to the number"):
         fit(tmp_path, data=data)
     _, pruning, _ = fit(tmp_path, pruning=callback(batches=2), data=data)
     assert pruning.finished
@@ -771,7 +771,7 @@ def test_a_module_without_logits_is_scored_by_its_own_loss_and_that_is_said_once
     with caplog.at_level("INFO"):
         _, pruning, _ = fit(tmp_path, Autoencoder(), callback(measure="grasp"), data=data)
     assert pruning.finished
-    assert len([r for r in caplog.records if "its loss is taken as it is" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "scored by the module's loss as it is" in r.getMessage()]) == 1
 
 
 def test_the_data_order_of_small_nets_is_shared() -> None:

@@ -158,12 +158,14 @@ def test_a_place_that_cannot_be_written_to_is_said_once_and_training_goes_on(tmp
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("folder", "it is a folder"), ("folder/file/mine.csv", "'.*/folder/file' is no folder")]
+    ("path", "reason"), [("folder", "it is a folder"), ("folder/file/mine.csv", "'.*/folder/file' is not a folder")]
 )
 def test_a_path_that_cannot_be_a_file_is_refused_at_the_start(path, reason, tmp_path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
-    with pytest.raises(ValueError, match=rf"no rows can be written to `rows_path` '.*{path}', since {reason}\.$"):
+    with pytest.raises(
+        ValueError, match=rf"the rounds' rows cannot be written to `rows_path` '.*{path}', since {reason}\.$"
+    ):
         prune(tmp_path, rows_path=tmp_path / path)
 
 
@@ -201,4 +203,4 @@ def test_a_row_and_a_line_say_how_many_units_and_filters_each_layer_lost(tmp_pat
     assert coupled == lost["net.3.conv2"] > 0
     assert row["units_removed"] == row["filters_removed"] - coupled
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Round 1 of 1")]
-    assert f"{row['units_removed']} units with {row['filters_removed']} filters gone" in line
+    assert f"{row['units_removed']} units with {row['filters_removed']} filters removed" in line

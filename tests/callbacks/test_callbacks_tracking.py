@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, loader, trainer
 
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.tracked_scoring import StepGradients, Tracking, in_window
+from gflow_pl.callbacks.tracked_scoring import StepGradients, TrackedScoring, is_tracked_batch
 from gflow_pl.importance import TrackedBiasedLoss, Tracker
 
 ALPHA, LR, CLIP = 0.7, 0.05, 0.05
@@ -178,7 +178,7 @@ def test_gradients_that_a_fused_optimizer_unscales_by_itself_are_tracked_unscale
 def test_the_window_is_the_last_steps_of_the_epoch() -> None:
     def window(batches: float, accumulate: int, steps: int) -> list[int]:
         fake = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=accumulate)
-        return [i for i in range(6) if in_window(fake, i, steps)]
+        return [i for i in range(6) if is_tracked_batch(fake, i, steps)]
 
     assert window(6, 1, 2) == [4, 5]
     assert window(6, 2, 2) == [2, 3, 4, 5]
@@ -260,13 +260,17 @@ def test_a_batch_that_was_skipped_is_watched_no_longer_after_the_cut(tmp_path) -
     assert watched[1:] == [0, 0, 0]
 
 
-def test_an_average_of_a_checkpoint_takes_the_place_of_one_whose_batch_is_in_hand() -> None:
-    tracking, steps = Tracking(20, "formula", lambda *_: None), SimpleNamespace(ended=False)
-    steps.end = lambda: setattr(steps, "ended", True)
-    tracking._steps, tracking._batch = steps, (None,)
-    tracking.load_state_dict({"tracker": None, "epoch": 1})
-    assert steps.ended
-    assert not tracking.is_in_a_step
+def test_loading_a_checkpoint_ends_the_tracked_step_and_removes_its_hooks() -> None:
+    module = SmallModule()
+    module.net[0] = weight_norm(module.net[0])
+    tracked, steps = TrackedScoring(), StepGradients(Tracker("loss"), "formula")
+    steps.start_recording(module)
+    parametrization = module.net[0].parametrizations.weight
+    assert len(parametrization._forward_hooks) == 1
+    tracked._steps = steps
+    tracked.load_state_dict({"tracker": None, "epoch": 1})
+    assert len(parametrization._forward_hooks) == 0
+    assert tracked.state_dict() == {"tracker": None, "epoch": 1}
 
 
 def test_a_temperature_that_tracking_cannot_follow_is_said(tmp_path) -> None:

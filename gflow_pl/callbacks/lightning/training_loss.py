@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.precision import true_precision, with_true_precision
-from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.importance.gradients import logits_and_labels
@@ -84,7 +83,7 @@ def is_classifier(module: pl.LightningModule, batch: object) -> bool:
     """Return whether a module is a classifier on batches like this one.
 
     The batch must be a pair of inputs and labels, with one integer label per example, and `forward` must return logits
-    (examples, classes) for the inputs. This is found out by a forward pass without side effects.
+    (examples, classes) for the inputs. This is found out by a forward pass, so call it within `without_side_effects`.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         return False
@@ -92,7 +91,7 @@ def is_classifier(module: pl.LightningModule, batch: object) -> bool:
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         return False
     try:
-        with evaluation_mode(module), torch.no_grad(), without_side_effects(module), true_precision(module):
+        with evaluation_mode(module), torch.no_grad(), true_precision(module):
             logits = module(batch[0])
     except Exception:  # the module's own code may raise anything on inputs that it does not take
         return False
