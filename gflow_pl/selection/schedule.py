@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeGuard
 
+from gflow_pl.common.checks import check_flag
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.selection.rounding import floor_count
 
@@ -70,6 +71,7 @@ class PruningSchedule:
     published_truncation: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("published_truncation", self.published_truncation)
         if (self.fraction is None) == (self.thresholds is None):
             given = "neither" if self.fraction is None else "both"
             raise SettingsError(
