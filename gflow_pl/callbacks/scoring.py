@@ -14,21 +14,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from gflow_pl.callbacks.lightning.loaders import (
-    DatasetKeysError,
-    custom_sampler_names,
-    has_length,
-)
+from gflow_pl.callbacks.lightning.loaders import DatasetKeysError, custom_sampler_names, has_length
 from gflow_pl.callbacks.lightning.precision import with_true_precision
 from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_ranks
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.scoring_batches import calibration_batches, validation_batches
 from gflow_pl.callbacks.lightning.silence import SideEffects
-from gflow_pl.callbacks.lightning.training_loss import (
-    default_logits,
-    is_classifier,
-    training_loss,
-)
+from gflow_pl.callbacks.lightning.training_loss import default_logits, is_classifier, training_loss
 from gflow_pl.callbacks.pruning_settings import Batch, ScoringSettings
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.importance import score_filters
