@@ -23,7 +23,7 @@ __all__ = ["ForwardRunner"]
 
 PreHook = Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called with a module's name, the module and its arguments; may return other arguments."""
-PostHook = Callable[[str, nn.Module, Any], Any]
+PostHook = Callable[[str, nn.Module, object], object]
 """Called with a module's name, the module and its output; may return another output."""
 
 

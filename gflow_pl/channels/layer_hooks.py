@@ -19,6 +19,8 @@ from gflow_pl.common.nested import iter_tensors
 
 __all__ = ["LayerHooks"]
 
+_Layer = _ConvNd | nn.Linear
+
 # Names of the tensor that holds a layer's weight: the plain one, and those of the weight norm and spectral norm hooks.
 _WEIGHTS = ("weight", "weight_v", "weight_orig")
 _PARAMETRIZED = ("original", "original1")
@@ -28,13 +30,11 @@ class _ModuleKind(NamedTuple):
     """What kind of module a module is.
 
     Attributes:
-        is_layer: Whether it is a convolution, a transposed convolution or a linear layer.
         is_norm: Whether it is a normalization layer.
         is_channel_norm: Whether it normalizes every channel separately.
         is_grouped: Whether it is a convolution with several groups, and not a transposed one.
     """
 
-    is_layer: bool
     is_norm: bool
     is_channel_norm: bool
     is_grouped: bool
@@ -44,7 +44,6 @@ class _ModuleKind(NamedTuple):
         """Return the kind of a module."""
         is_channel_norm = _is_channel_norm(module)
         return cls(
-            is_layer=isinstance(module, (_ConvNd, nn.Linear)),
             is_norm=is_channel_norm or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)),
             is_channel_norm=is_channel_norm,
             is_grouped=isinstance(module, _ConvNd) and module.groups > 1 and not module.transposed,
@@ -94,7 +93,7 @@ class LayerHooks:
         kind = self._kinds[name]
         if x is not None and kind.is_norm:
             self._note_norm(name, x)
-        if x is not None and kind.is_grouped and name not in self._record.gathering:
+        if x is not None and kind.is_grouped and isinstance(module, _ConvNd) and name not in self._record.gathering:
             return self._input_boundary(name, module, x), *args[1:]
         return None
 
@@ -115,7 +114,7 @@ class LayerHooks:
                 output[1].norm = name
             return
 
-    def _input_boundary(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+    def _input_boundary(self, name: str, module: _ConvNd, x: Tensor) -> Tensor:
         """Return the input of a grouped convolution under new labels, so that the convolution can gather channels."""
         dim = _channel_dim(module)
         info = self._table.info(x)
@@ -138,11 +137,10 @@ class LayerHooks:
         """Note that a module is done, and what its output shows."""
         x = self._recorder.module_inputs.pop()
         self._recorder.module_stack.pop()
-        kind = self._kinds[name]
-        if (kind.is_layer or kind.is_channel_norm) and isinstance(output, Tensor) and output.ndim:
-            if kind.is_layer:
+        if isinstance(output, Tensor) and output.ndim:
+            if isinstance(module, (_ConvNd, nn.Linear)):
                 self._note_layer(name, module, x, output)
-            elif output.ndim > 1:
+            elif self._kinds[name].is_channel_norm and output.ndim > 1:
                 self._output_boundary(name, output, 1)
 
     def _output_boundary(self, name: str, output: Tensor, dim: int) -> Boundary | None:
@@ -162,7 +160,7 @@ class LayerHooks:
         info.labels = labels
         return boundary
 
-    def _note_layer(self, name: str, module: Any, x: Tensor | None, output: Tensor) -> None:
+    def _note_layer(self, name: str, module: _Layer, x: Tensor | None, output: Tensor) -> None:
         """Add what one call of a layer shows to the facts about the layer."""
         # Facts that do not change from call to call.
         facts = self._record.layers.get(name)
@@ -170,16 +168,16 @@ class LayerHooks:
         if weight is None:
             return
         dim = _channel_dim(module)
-        is_transposed = isinstance(module, _ConvTransposeNd)
         if facts is None:
             is_grouped = self._kinds[name].is_grouped
             facts = LayerFacts(name, weight, output.shape[dim], not _is_depthwise(module), is_grouped=is_grouped)
             self._record.layers[name] = facts
 
         # The multiply-accumulates of a transposed convolution follow its input, those of other layers their output.
-        counted = output if not is_transposed or x is None else x
-        num_channels = module.in_channels if is_transposed else output.shape[dim]
-        positions = counted.numel() // max(num_channels, 1) // self._num_examples
+        num_elements, num_channels = output.numel(), output.shape[dim]
+        if isinstance(module, _ConvTransposeNd):
+            num_elements, num_channels = num_elements if x is None else x.numel(), module.in_channels
+        positions = num_elements // max(num_channels, 1) // self._num_examples
         facts.positions[self._training] = facts.positions.get(self._training, 0) + positions
         facts.reads_input |= id(x) in self._input_ids
 
@@ -218,12 +216,12 @@ class LayerHooks:
                 self._record.expands_at_norm[facts.name] = None
 
 
-def _channel_dim(layer: Any) -> int:
+def _channel_dim(layer: _Layer) -> int:
     """Return the channel dimension of a layer's input and output, counted from the end: examples may be unbatched."""
     return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
 
-def _is_depthwise(layer: Any) -> bool:
+def _is_depthwise(layer: _Layer) -> bool:
     """Return whether a layer is a convolution with one group per input channel."""
     if isinstance(layer, nn.Linear) or not 1 < layer.groups == layer.in_channels:
         return False

@@ -141,7 +141,7 @@ def collect_inputs(values: Iterable[object], tensors: list[Tensor], numbers: lis
             numbers.append(value)
 
 
-def _with_tensors_replaced(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+def _with_tensors_replaced(value: object, replace: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return replace(value)
     if isinstance(value, (list, tuple)):
@@ -149,7 +149,7 @@ def _with_tensors_replaced(value: Any, replace: Callable[[Tensor], Tensor]) -> A
     return value
 
 
-def cloned_output(out: Any) -> Any:
+def cloned_output(out: object) -> Any:
     """Return an operator's outputs as clones, which later in-place writes do not change."""
     if isinstance(out, (list, tuple)):
         return [cloned_output(part) for part in out]

@@ -82,7 +82,7 @@ class PrunedForward:
         with _disable_current_modes():
             return args[0].index_select(boundary.dim, self._kept_channels(boundary, args[0])), *args[1:]
 
-    def _scatter(self, name: str, module: nn.Module, output: Any) -> Any:
+    def _scatter(self, name: str, module: nn.Module, output: object) -> Tensor | None:
         """Scatter the output of an expanded layer into zeros of the full width; present expansions do so themselves."""
         boundary = self._expanded_boundary(BoundaryKey(name))
         if boundary is None or name in self._record.expanded or not isinstance(output, Tensor):

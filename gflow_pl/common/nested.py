@@ -21,7 +21,7 @@ _OPAQUE = (nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes)  #
 
 
 def iter_tensors(value: object) -> Iterator[Tensor]:
-    """Yield every tensor in a value.
+    """Yield every tensor in a value; a tensor that can be reached in several ways may be yielded several times.
 
     Searches lists, tuples, dicts and every other container that `torch.utils._pytree` knows, other mappings and
     collections, and the attributes of any other object (data classes, images with annotations, ...). Modules, classes and
@@ -51,7 +51,7 @@ def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
     """
     copies: dict[int, Any] = {}
 
-    def map_leaf(leaf: Any) -> Any:
+    def map_leaf(leaf: object) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
         if id(leaf) not in copies:
@@ -66,7 +66,7 @@ def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
     return tree_map(map_leaf, value)
 
 
-def exhaust_iterators(value: Any) -> Any:
+def exhaust_iterators(value: object) -> Any:
     """Return a nested value with every iterator in it replaced by the list of its items.
 
     A forward may return a generator, which computes nothing until it is iterated.
@@ -75,7 +75,7 @@ def exhaust_iterators(value: Any) -> Any:
         ValueError: An iterator has more than 1000 items and is probably infinite.
     """
 
-    def exhaust(leaf: Any) -> Any:
+    def exhaust(leaf: object) -> object:
         if not isinstance(leaf, Iterator):
             return leaf
         items = list(islice(leaf, _MAX_ITEMS + 1))
@@ -86,7 +86,7 @@ def exhaust_iterators(value: Any) -> Any:
     return tree_map(exhaust, value)
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> object:
     """Return a shallow copy whose attributes can be set, or the value itself if there is no such copy."""
     try:
         duplicate = copy.copy(value)
