@@ -109,18 +109,3 @@ def trainer(folder, **options) -> pl.Trainer:
         "num_sanity_val_steps": 0,
     }
     return pl.Trainer(**{**settings, **options})
-
-
-def two_convs(a: int = 8, b: int = 6) -> nn.Sequential:
-    """Two convs with their norms and a linear layer; `a` and `b` filters."""
-    return nn.Sequential(
-        nn.Conv2d(3, a, 3),
-        nn.BatchNorm2d(a),
-        nn.ReLU(),
-        nn.Conv2d(a, b, 3),
-        nn.BatchNorm2d(b),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(b, 4),
-    )

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_nets import images, loader, trainer, two_convs
+from small_nets import images, loader, trainer
+from two_convs import slice_tensor, sliced_optimizer, two_convs
 
 from gflow_pl import PruningCallback
 
@@ -64,32 +65,6 @@ def filters_that_stay(*weights: Tensor, gone: int) -> list[Tensor]:
     return [(norm >= limit).nonzero().flatten() for norm in norms]
 
 
-def cut(name: str, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """A tensor of `two_convs`' parameters, buffers or their optimizer state, sliced by hand."""
-    if value.ndim == 0:
-        return value.clone()
-    if name.startswith(("0.", "1.")):
-        return value[first].clone()
-    if name == "3.weight":
-        return value[second][:, first].clone()
-    if name == "8.weight":
-        return value[:, second].clone()
-    return value.clone() if name == "8.bias" else value[second].clone()
-
-
-def smaller_optimizer(optimizer, net: nn.Module, make, first: Tensor, second: Tensor):
-    """A new optimizer for a new network, with the old one's state sliced by hand."""
-    names = [name for name, _ in net.named_parameters()]
-    state = copy.deepcopy(optimizer.state_dict())
-    for position, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                entries[key] = cut(names[position], value, first, second)
-    smaller = make(net.parameters())
-    smaller.load_state_dict(state)
-    return smaller
-
-
 def anew(schedule, make_scheduler, optimizer):
     """A new scheduler on a new optimizer, where the old one stands."""
     if schedule is None:
@@ -112,8 +87,8 @@ def bare_loop(net: nn.Module, optimizer: str, scheduler: str, clip: float | None
         if epoch == CUT_EPOCH:
             first, second = filters_that_stay(net[0].weight, net[3].weight, gone=7)
             old, net = net.state_dict(), two_convs(len(first), len(second))
-            net.load_state_dict({name: cut(name, value, first, second) for name, value in old.items()})
-            opt = smaller_optimizer(opt, net, make, first, second)
+            net.load_state_dict({name: slice_tensor(name, value, first, second) for name, value in old.items()})
+            opt = sliced_optimizer(opt, net, make, first, second)
             schedule = anew(schedule, make_scheduler, opt)
         data.sampler.set_epoch(epoch)
         for x, y in data:

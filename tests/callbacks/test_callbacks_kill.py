@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparisons import assert_identical
 
 from gflow_pl.files import read_rows
 
@@ -79,24 +80,6 @@ def result(folder: Path, rank: int) -> dict:
     return torch.load(folder / f"result{rank}.pt", weights_only=True)
 
 
-def assert_same(one, two, where: str = "result") -> None:
-    """Equal to the bit, in whatever depth."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype, where
-        assert torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert list(one) == list(two), where
-        for name in one:
-            assert_same(one[name], two[name], f"{where}.{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for position, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{where}[{position}]")
-    else:
-        assert one == two, f"{where}: {one!r} {two!r}"
-
-
 def assert_same_end(whole: Path, folder: Path, ranks: int) -> None:
     """Weights, buffers, momentum, rows in memory and in files, and the checkpoints."""
     for rank in range(ranks):
@@ -107,7 +90,7 @@ def assert_same_end(whole: Path, folder: Path, ranks: int) -> None:
             assert [row["epoch"] for row in one["metrics"]] == [0, 1, 2, 3, 4, 5, 6]
         for each in (one, two):
             del each["calls"]
-        assert_same(one, two)
+        assert_identical(one, two)
     assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     rows = [read_rows(place / "pruning.csv") for place in (whole, folder)]
     assert len(rows[0]) == 5
@@ -116,8 +99,8 @@ def assert_same_end(whole: Path, folder: Path, ranks: int) -> None:
     assert rows[0] == rows[1]
     for name in ("best.ckpt", "last.ckpt", "unpruned.ckpt"):
         one, two = (torch.load(place / name, weights_only=True) for place in (whole, folder))
-        assert_same(one["state_dict"], two["state_dict"], name)
-        assert_same(one.get("optimizer_states"), two.get("optimizer_states"), name)
+        assert_identical(one["state_dict"], two["state_dict"], name)
+        assert_identical(one.get("optimizer_states"), two.get("optimizer_states"), name)
 
 
 def assert_all_readable(folder: Path) -> None:

@@ -9,72 +9,24 @@ import types
 import numpy as np
 import pytest
 import torch
+from comparisons import assert_identical
+from stateful_net import StatefulNet, state_around
 from torch import nn
 
 from gflow_pl.channels import trace_channels
 from gflow_pl.channels.forward_runner import ForwardRunner
 
 
-class Stateful(nn.Module):
-    """Caches its input, counts calls, draws random numbers from three generators, and optionally looks at values."""
-
-    def __init__(self, looks_at_values=False):
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
-        self.drop, self.looks_at_values = nn.Dropout(0.5), looks_at_values
-        self.calls, self.cache, self.seen, self.last = 0, {}, [], None
-        self.register_buffer("total", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        self.seen.append(tuple(x.shape))
-        self.cache["x"] = self.last = x
-        random.random(), np.random.rand()
-        self.total += 1
-        y = self.drop(self.norm(self.conv(x))).relu().mean((2, 3))
-        if self.looks_at_values and y.sum().item() > 1e9:
-            y = -y
-        return self.head(y + torch.randn(()))
-
-
-def state_of(model):
-    return (
-        {name: value.clone() for name, value in model.state_dict().items()},
-        {name: (id(p), p.grad.clone(), p._version) for name, p in model.named_parameters()},
-        torch.get_rng_state(),
-        random.getstate(),
-        str(np.random.get_state()),
-        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
-        [list(module._forward_hooks.items()) + list(module._forward_pre_hooks.items()) for module in model.modules()],
-        (model.calls, dict(model.cache), list(model.seen), model.last),
-        [id(buffer) for buffer in model.buffers()],
-        len(torch.nn.modules.module._global_forward_hooks) + len(torch.nn.modules.module._global_forward_pre_hooks),
-        torch.is_grad_enabled(),
-    )
-
-
-def are_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(are_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(are_equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 @pytest.mark.parametrize("looks_at_values", [False, True])
 def test_a_trace_changes_nothing(looks_at_values):
-    model = Stateful(looks_at_values).train()
+    model = StatefulNet(looks_at_values).train()
     model.norm.eval()
     model.conv.register_forward_hook(lambda module, args, out: None)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     x = torch.randn(2, 3, 8, 8)
-    before = state_of(model)
+    before = state_around(model)
     graph = trace_channels(model, x)
-    after = state_of(model)
-    for i, (a, b) in enumerate(zip(before, after, strict=True)):
-        assert are_equal(a, b), i
+    assert_identical(state_around(model), before)
     assert [group.name for group in graph.groups] == ["conv"]
 
 
@@ -386,7 +338,7 @@ def test_settings_are_checked(name, value):
 
 
 def test_graphs_are_deterministic_and_hold_no_tensor():
-    model = Stateful()
+    model = StatefulNet()
     first, second = (trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 8, 8)) for _ in range(2))
     assert str(first) == str(second)
     for a, b in zip(first.groups, second.groups, strict=True):

@@ -6,28 +6,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from masked_networks import compare_with_masked
+from residual_net import ResidualBlock, residual_net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gflow_pl.channels import trace_channels
-
-
-class Block(nn.Module):
-    """A residual block."""
-
-    def __init__(self):
-        super().__init__()
-        self.c1, self.n1 = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.c2, self.n2 = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return (x + self.n2(self.c2(self.n1(self.c1(x)).relu()))).relu()
-
-
-def plain():
-    torch.manual_seed(0)
-    stem = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
-    return nn.Sequential(*stem, Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
 class Checkpointed(nn.Module):
@@ -35,7 +18,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, reentrant):
         super().__init__()
-        self.net, self.reentrant = plain(), reentrant
+        self.net, self.reentrant = residual_net(), reentrant
 
     def forward(self, x):
         y = self.net[:3](x)
@@ -47,7 +30,7 @@ class Autocast(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = plain()
+        self.net = residual_net()
 
     def forward(self, x):
         with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", dtype=torch.bfloat16):
@@ -59,7 +42,7 @@ class Module(pl.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.net = plain()
+        self.net = residual_net()
 
     def forward(self, x):
         return self.net(x)
@@ -70,7 +53,7 @@ class Compiled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = plain()
+        self.net = residual_net()
         self.net[3].compile()
 
     def forward(self, x):
@@ -82,7 +65,7 @@ class Inference(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = plain()
+        self.net = residual_net()
 
     @torch.inference_mode()
     def forward(self, x):
@@ -99,7 +82,7 @@ def groups_of(graph):
 def expected_groups(prefix):
     return [
         (prefix + name, kind, size, {(prefix + tensor, dim) for tensor, dim in slices})
-        for name, kind, size, slices in groups_of(trace_channels(plain(), torch.zeros(2, 3, 6, 6)))
+        for name, kind, size, slices in groups_of(trace_channels(residual_net(), torch.zeros(2, 3, 6, 6)))
     ]
 
 
@@ -113,31 +96,31 @@ def test_wrapping_changes_no_group(build):
 
 
 def test_channels_last_changes_no_group():
-    model = plain().to(memory_format=torch.channels_last)
+    model = residual_net().to(memory_format=torch.channels_last)
     x = torch.zeros(2, 3, 6, 6).to(memory_format=torch.channels_last)
     assert groups_of(trace_channels(model, x)) == expected_groups("")
 
 
 def test_synchronized_batch_norms_change_no_group():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(plain())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(residual_net())
     assert groups_of(trace_channels(model, torch.zeros(2, 3, 6, 6))) == expected_groups("")
 
 
 def test_half_precision_changes_no_group():
     assert groups_of(
-        trace_channels(plain().bfloat16(), torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16))
+        trace_channels(residual_net().bfloat16(), torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16))
     ) == expected_groups("")
 
 
 def test_frozen_parameters_and_a_copy_change_no_group():
-    model = plain().requires_grad_(False)
+    model = residual_net().requires_grad_(False)
     assert groups_of(trace_channels(copy.deepcopy(model), torch.zeros(2, 3, 6, 6))) == expected_groups("")
     assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_layers_around_a_scripted_block_are_traced():
-    model = plain()
-    model[3] = torch.jit.script(Block())
+    model = residual_net()
+    model[3] = torch.jit.script(ResidualBlock())
     off, _, graph, _ = compare_with_masked(
         model, (torch.randn(2, 3, 6, 6),), only=lambda group: not group.name.startswith("3")
     )
@@ -146,7 +129,7 @@ def test_layers_around_a_scripted_block_are_traced():
 
 
 def test_graphs_of_a_pickled_copy_are_the_same(tmp_path):
-    model = plain()
+    model = residual_net()
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     x = torch.zeros(2, 3, 6, 6)
@@ -156,7 +139,7 @@ def test_graphs_of_a_pickled_copy_are_the_same(tmp_path):
 def test_tracing_inside_no_grad_or_inference_mode_works():
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert groups_of(trace_channels(plain(), torch.zeros(2, 3, 6, 6))) == expected_groups("")
+            assert groups_of(trace_channels(residual_net(), torch.zeros(2, 3, 6, 6))) == expected_groups("")
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d, nn.Linear])

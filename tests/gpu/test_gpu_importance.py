@@ -1,4 +1,4 @@
-"""Scores on the GPU: those of the CPU, without a wait for the host, in the same memory for any number of batches."""
+"""Scores on the GPU: they equal those of the CPU, and scoring neither synchronizes nor needs more memory for more batches."""
 
 from functools import cache
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from comparisons import assert_identical
 from golden_recipe import golden_images, load_golden_weights
 from gpu_device import DEVICE, ON_CUDA, distance, moved, only_cuda
 from importance_nets import class_batches, mixed
@@ -49,8 +50,8 @@ NETWORKS = {
 }
 
 
-def start_of(net):
-    """Other weights, which stand for those of before training."""
+def initial_weights(net):
+    """Weights that differ from those of the network, as weights before training do."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -60,19 +61,23 @@ def start_of(net):
 
 def assert_same_scores(ours, theirs, limit=1e-6):
     assert ours.keys() == theirs.keys()
-    apart = {layer: distance(ours[layer], vector) for layer, vector in theirs.items()}
-    worst = max(apart, key=apart.get)
-    assert apart[worst] < limit, f"scores of '{worst}' are {apart[worst]:.1e} of its largest value apart"
+    distances = {layer: distance(ours[layer], vector) for layer, vector in theirs.items()}
+    worst = max(distances, key=distances.get)
+    assert distances[worst] < limit, f"scores of '{worst}' differ by {distances[worst]:.1e} of the largest score"
+
+
+def generator_states():
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @BY_NAME
-def test_scores_are_those_of_the_cpu(measure, name):
+def test_scores_equal_those_of_the_cpu(measure, name):
     build, batches = NETWORKS[name]
     if name == "shufflenet_v2_x0_5" and measure not in HESSIAN:
-        pytest.skip("for the Hessian-gradient products through other operators")
+        pytest.skip("this network tests the operators of Hessian-gradient products")
     if measure == "random":
-        pytest.skip("numbers of another generator: tested below")
+        pytest.skip("the generator of the GPU gives other numbers; see the next test")
     theirs = score_filters(build(), measure, batches())
     ours = score_filters(build().to(DEVICE), measure, batches())
     assert {vector.device for vector in ours.values()} == {DEVICE}
@@ -80,41 +85,40 @@ def test_scores_are_those_of_the_cpu(measure, name):
     assert_same_scores(ours, theirs)
 
 
-def test_random_scores_repeat_and_touch_no_generator():
+def test_random_scores_are_repeatable_and_leave_the_global_generators_alone():
     net = mixed().to(DEVICE)
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
+    before = generator_states()
     first, second, other = (score_filters(net, "random", seed=seed) for seed in (0, 0, 1))
-    after = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
-    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert_identical(generator_states(), before)
     assert all(torch.equal(first[layer], second[layer]) for layer in first)
     assert any(not torch.equal(first[layer], other[layer]) for layer in first)
 
 
 @pytest.mark.parametrize("bias", ["none", "magnitude", "distance_from_init"])
 @pytest.mark.parametrize("measure", ["loss", "grasp"])
-def test_scores_with_a_bias_are_those_of_the_cpu(measure, bias):
-    net, start = mixed(), start_of(mixed())
+def test_scores_with_a_bias_equal_those_of_the_cpu(measure, bias):
+    net, start = mixed(), initial_weights(mixed())
     initial = start if bias == "distance_from_init" else None
     theirs = score_filters(net, measure, class_batches(), bias=bias, initial_state=initial)
-    # Initial weights may lie on the host.
+    # The initial weights stay on the CPU.
     ours = score_filters(net.to(DEVICE), measure, class_batches(), bias=bias, initial_state=initial)
     assert_same_scores(ours, theirs)
 
 
-def own_gradients(net, batch):
+def gradients_of(net, batch):
     loss = F.cross_entropy(net(batch[0]), batch[1])
     return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
 
 
 @BY_NAME
-def test_tracked_scores_are_those_of_the_cpu(measure):
+def test_tracked_scores_equal_those_of_the_cpu(measure):
     if measure == "random":
-        pytest.skip("numbers of another generator")
+        pytest.skip("the generator of the GPU gives other numbers")
     found = []
     for device in (torch.device("cpu"), DEVICE):
         net, tracker = mixed().to(device), Tracker(measure)
         for batch in moved(class_batches(), device):
-            tracker.update(net, own_gradients(net, batch), batch=batch)
+            tracker.update(net, gradients_of(net, batch), batch=batch)
         saved = {name: value.to(device) for name, value in tracker.state_dict().items()}
         again = Tracker(measure)
         again.load_state_dict(saved)
@@ -128,53 +132,57 @@ def test_tracked_scores_are_those_of_the_cpu(measure):
 # Hessian-gradient products
 
 
-def products(net, batches, way):
-    """The way that was taken, and the products over whole batches, temperature 1."""
+def products(net, batches, strategy):
+    """Compute Hessian-gradient products over whole batches at temperature 1.
+
+    Returns:
+        The name of the strategy that was used, and the products by parameter name.
+    """
     device = next(net.parameters()).device
     batches = moved(batches, device)
     with scoring_mode(net), second_order_kernels():
         layers = find_layers(net)
         refs = unique_refs(layers, "weight")
-        made = HessianProducts(net, layers, refs, loss_function(None, None, 1.0), batches[0], way)
-        return made.strategy, made.compute(batches, score.Ranks(None))
+        hessian = HessianProducts(net, layers, refs, loss_function(None, None, 1.0), batches[0], strategy)
+        return hessian.strategy, hessian.compute(batches, score.Ranks(None))
 
 
 @cache
-def products_of_the_cpu(name):
+def products_on_cpu(name):
     build, batches = NETWORKS[name]
     return products(build(), batches(), "double_backward")[1]
 
 
-@pytest.mark.parametrize("way", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_way_to_a_product_is_that_of_the_cpu(name, way):
+def test_products_by_every_strategy_equal_those_of_the_cpu(name, strategy):
     build, batches = NETWORKS[name]
-    taken, found = products(build().to(DEVICE), batches(), way)
-    assert taken == way, f"{way} is not open to {name} here: {taken} was taken"
-    assert_same_scores(found, products_of_the_cpu(name))
+    used, found = products(build().to(DEVICE), batches(), strategy)
+    assert used == strategy, f"{strategy} cannot be used for {name} here: {used} was used"
+    assert_same_scores(found, products_on_cpu(name))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_way_is_that_of_the_cpu(name):
-    """A GPU's batch norm is another operator with the same derivatives."""
+def test_the_default_strategy_is_that_of_the_cpu(name):
+    """The batch norm of a GPU is another operator, with the same derivatives."""
     build, batches = NETWORKS[name]
     ours, theirs = (products(build().to(device), batches()[:1], None)[0] for device in (DEVICE, torch.device("cpu")))
     assert ours == theirs
 
 
-@pytest.mark.parametrize("way", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("measure", HESSIAN)
-def test_scores_by_every_way_are_those_of_the_cpu(measure, way, monkeypatch):
+def test_scores_by_every_strategy_equal_those_of_the_cpu(measure, strategy, monkeypatch):
     theirs = score_filters(mixed(), measure, class_batches())
-    monkeypatch.setattr(score, "HessianProducts", lambda *arguments: HessianProducts(*arguments, strategy=way))
+    monkeypatch.setattr(score, "HessianProducts", lambda *arguments: HessianProducts(*arguments, strategy=strategy))
     assert_same_scores(score_filters(mixed().to(DEVICE), measure, class_batches()), theirs)
 
 
-# No wait for the host
+# Synchronization between the host and the device
 
 
 class Operators(TorchDispatchMode):
-    """Notes every operator and the devices of what it gives, while it is on."""
+    """Records every operator and the devices of its results, while `is_on`."""
 
     def __init__(self):
         super().__init__()
@@ -184,13 +192,19 @@ class Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.is_on:
             self.names.append(str(func))
-            if func is not torch.ops.aten._efficientzerotensor.default:  # a number without memory
+            if func is not torch.ops.aten._efficientzerotensor.default:  # it has no memory
                 self.devices |= {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
         return result
 
 
 class Guard:
-    """On from the first batch to the finished scores, whose one read (are they finite?) is the end of it."""
+    """Forbids synchronization from the first batch until the scores are complete.
+
+    The check that all scores are finite is the only one that reads values; it ends the guarded section.
+
+    Attributes:
+        events: True for each start of the section, False for each end.
+    """
 
     def __init__(self, monkeypatch, operators=None):
         self.events, self.operators = [], operators
@@ -228,11 +242,11 @@ def placed(batches, place):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "whole batches"])
 @BY_NAME
-def test_scoring_never_waits_for_the_device(measure, balanced, place, monkeypatch):
+def test_scoring_never_synchronizes(measure, balanced, place, monkeypatch):
     if not balanced and measure not in HESSIAN:
         pytest.skip("the same as balanced")
     net, data = small_resnet(), placed(images(dtype=torch.float32), place)
-    score_filters(net, measure, data, balanced=balanced)  # what is made once (handles, workspaces) is made
+    score_filters(net, measure, data, balanced=balanced)  # creates what is created only once: handles, workspaces
     guard = Guard(monkeypatch)
     if measure not in WITH_BATCHES:
         guard.switch(True)
@@ -242,7 +256,7 @@ def test_scoring_never_waits_for_the_device(measure, balanced, place, monkeypatc
 
 
 @pytest.mark.parametrize("measure", WITH_BATCHES)
-def test_scoring_reads_no_number_and_makes_nothing_elsewhere(measure, monkeypatch):
+def test_scoring_reads_no_value_and_allocates_on_no_other_device(measure, monkeypatch):
     net, data = mixed().to(DEVICE), moved(class_batches())
     with Operators() as operators:
         guard = Guard(monkeypatch, operators)
@@ -250,13 +264,13 @@ def test_scoring_reads_no_number_and_makes_nothing_elsewhere(measure, monkeypatc
     assert guard.events == [True, False]
     assert len(operators.names) > 50
     assert not [name for name in operators.names if "_local_scalar_dense" in name or "item" in name]
-    assert operators.devices - {"meta"} == {DEVICE.type}  # on "meta" lies nothing
+    assert operators.devices - {"meta"} == {DEVICE.type}  # a meta tensor has no memory
 
 
 @BY_NAME
-def test_tracking_never_waits_for_the_device(measure):
+def test_tracking_never_synchronizes(measure):
     net, batch = mixed().to(DEVICE), moved(class_batches())[0]
-    tracker, gradients = Tracker(measure), own_gradients(net, batch)
+    tracker, gradients = Tracker(measure), gradients_of(net, batch)
     tracker.update(net, gradients, batch=batch)
     if ON_CUDA:
         torch.cuda.set_sync_debug_mode("error")
@@ -267,14 +281,14 @@ def test_tracking_never_waits_for_the_device(measure):
 
 
 @only_cuda
-def test_the_mode_sees_a_wait():
+def test_the_debug_mode_detects_a_synchronization():
     x = torch.ones(3, device=DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchroniz"):
         x.sum().item()
 
 
-def test_a_training_step_of_the_classifier_never_waits_for_the_device():
+def test_a_training_step_of_the_classifier_never_synchronizes():
     classifier = ImageClassifier("resnet56", num_classes=10).to(DEVICE)
     batch = moved(images(dtype=torch.float32))[0]
     classifier.training_step(batch, 0).backward()
@@ -283,7 +297,7 @@ def test_a_training_step_of_the_classifier_never_waits_for_the_device():
     classifier.training_step(batch, 1).backward()
 
 
-# Memory, and nothing left behind
+# Memory and side effects
 
 
 @only_cuda
@@ -311,13 +325,13 @@ def test_memory_does_not_grow_with_the_number_of_batches(measure, place):
 
 
 @BY_NAME
-def test_scoring_leaves_the_model_and_the_generators_as_they_were(measure):
+def test_scoring_changes_neither_the_model_nor_the_generators(measure):
     net = nn.Sequential(mixed(), nn.Dropout(0.5)).to(DEVICE).train()
     batches = moved(class_batches())
     F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
     gradients = {name: (p.grad, p.grad.clone()) for name, p in net.named_parameters()}
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
+    generators = generator_states()
 
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]) + 0 * torch.rand((), device=DEVICE), batch[1])
@@ -327,16 +341,15 @@ def test_scoring_leaves_the_model_and_the_generators_as_they_were(measure):
     assert all(torch.equal(p.grad, gradients[name][1]) for name, p in net.named_parameters())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(module.training for module in net.modules())
-    after = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ON_CUDA else [])]
-    assert all(torch.equal(a, b) for a, b in zip(random, after, strict=True))
+    assert_identical(generator_states(), generators)
 
 
 @pytest.mark.parametrize("measure", ["loss", "fisher", "grad_preserve"])
 def test_half_precision_weights_give_scores_near_those_of_float32(measure):
     data = images(dtype=torch.float32)
     net = load_golden_weights(models.vgg13(10), "vgg13").float().to(DEVICE)
-    whole = score_filters(net, measure, data)
+    in_float32 = score_filters(net, measure, data)
     half = [map_tensors(batch, lambda t: t.bfloat16() if t.is_floating_point() else t) for batch in data]
     scores = score_filters(net.bfloat16(), measure, half)
     assert {vector.dtype for vector in scores.values()} == {torch.float32}
-    assert_same_scores(scores, whole, limit=0.9)
+    assert_same_scores(scores, in_float32, limit=0.9)

@@ -1,4 +1,4 @@
-"""Rewritten networks on the GPU: exact, in place, with their optimizers, and good for all that is done with networks."""
+"""Rewritten networks on the GPU: exactness, tensors, optimizers, copies, autocast, compilation, export."""
 
 import copy
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import torchvision
 from gpu_device import DEVICE, ON_CUDA, distance, inductor, on_device, only_cuda
 from masked_networks import compare_with_masked, masked_network, random_plan, randomize_parameters
-from small_nets import two_convs
 from torch import nn
+from two_convs import slice_tensor, sliced_optimizer, two_convs
 
 from gflow_pl import models
 from gflow_pl.channels import trace_channels
@@ -30,13 +30,13 @@ NETWORKS = {
 
 @pytest.mark.parametrize("residual", ["expand", "remove"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_rewritten_network_computes_what_the_masked_one_would(name, residual):
+def test_a_rewritten_network_equals_the_masked_network(name, residual):
     torch.manual_seed(0)
     build, side = NETWORKS[name]
     x = torch.randn(2, 3, side, side).to(DEVICE)
-    off, change, graph, small = compare_with_masked(build().to(DEVICE), (x,), residual=residual)
-    assert off < 1e-11, f"{name}, {residual}: {off:.1e} from its masked twin (1e-12 is the goal)"
-    assert change > 1e-4, f"{name}, {residual}: the plan changes it by {change:.1e} only"
+    error, change, graph, small = compare_with_masked(build().to(DEVICE), (x,), residual=residual)
+    assert error < 1e-11, f"{name}, {residual}: {error:.1e} from the masked network (goal: 1e-12)"
+    assert change > 1e-4, f"{name}, {residual}: the plan changes the output by only {change:.1e}"
     assert any(group.inexact is None for group in graph.groups)
     assert on_device(small)
 
@@ -69,10 +69,6 @@ def test_parameters_keep_identity_dtype_device_and_memory_format(dtype, channels
 # Training after a rewrite
 
 
-def build(a: int = 8, b: int = 6) -> nn.Sequential:
-    return two_convs(a, b).to(DEVICE, torch.float64)
-
-
 OPTIMIZERS = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, foreach=True),
@@ -88,41 +84,12 @@ CAPTURABLE = {
     "Adam capturable": lambda p: torch.optim.Adam(p, lr=0.01, capturable=True),
     "Adam capturable foreach": lambda p: torch.optim.Adam(p, lr=0.01, capturable=True, foreach=True),
     "AdamW capturable fused": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True, fused=True),
-    "AdamW capturable, rate on the device": lambda p: torch.optim.AdamW(
+    "AdamW capturable, learning rate on the device": lambda p: torch.optim.AdamW(
         p, lr=torch.tensor(0.01, device=DEVICE), capturable=True, foreach=True
     ),
 }
 MAKERS = {**OPTIMIZERS, **CAPTURABLE}
 FIRST, SECOND = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 2, 5])
-
-
-def cut(name, value):
-    """A tensor of `build`'s parameters, buffers or their optimizer state, sliced by hand."""
-    first, second = FIRST.to(value.device), SECOND.to(value.device)
-    if value.ndim == 0:
-        return value.clone()
-    if name.startswith(("0.", "1.")):
-        return value[first].clone()
-    if name == "3.weight":
-        return value[second][:, first].clone()
-    if name == "8.weight":
-        return value[:, second].clone()
-    return value.clone() if name == "8.bias" else value[second].clone()
-
-
-def from_scratch(model, optimizer, make):
-    """A new small network and a new optimizer that load hand-sliced state dicts."""
-    small = build(len(FIRST), len(SECOND))
-    small.load_state_dict({name: cut(name, value) for name, value in model.state_dict().items()})
-    names = [name for name, _ in model.named_parameters()]
-    state = copy.deepcopy(optimizer.state_dict())
-    for position, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                entries[key] = cut(names[position], value)
-    fresh = make(small.parameters())
-    fresh.load_state_dict(state)
-    return small, fresh
 
 
 def train(model, optimizer, start, steps=3):
@@ -136,12 +103,18 @@ def train(model, optimizer, start, steps=3):
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *(pytest.param(name, marks=only_cuda) for name in CAPTURABLE)])
-def test_training_on_equals_that_of_a_network_built_small(name, deterministic):
+def test_training_equals_that_of_a_network_built_small(name, deterministic):
     torch.manual_seed(0)
-    model, make = build(), MAKERS[name]
+    model, make = two_convs().to(DEVICE, torch.float64), MAKERS[name]
     optimizer = make(model.parameters())
     train(model, optimizer, 0)
-    small, fresh = from_scratch(model, optimizer, make)
+
+    # Reference: a new network and a new optimizer, loaded from state dicts that are sliced by hand.
+    small = two_convs(len(FIRST), len(SECOND)).to(DEVICE, torch.float64)
+    state = {name: slice_tensor(name, value, FIRST, SECOND) for name, value in model.state_dict().items()}
+    small.load_state_dict(state)
+    fresh = sliced_optimizer(optimizer, small, make, FIRST, SECOND)
+
     graph = trace_channels(model, torch.zeros(1, 3, 8, 8, device=DEVICE, dtype=torch.float64))
     keep = {
         "0": torch.zeros(8, dtype=torch.bool).index_fill(0, FIRST, True),
@@ -152,27 +125,26 @@ def test_training_on_equals_that_of_a_network_built_small(name, deterministic):
     train(model, optimizer, 3)
     train(small, fresh, 3)
 
-    differing = {}
+    distances = {}
     for (key, ours), theirs in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
-        differing[key] = distance(ours, theirs)
+        distances[key] = distance(ours, theirs)
     for number, (one, two) in enumerate(zip(model.parameters(), small.parameters(), strict=True)):
         assert optimizer.state[one].keys() == fresh.state[two].keys()
         assert len(optimizer.state[one]) > 0
         for key, value in optimizer.state[one].items():
             if isinstance(value, torch.Tensor):
-                assert value.device == devices[key], (key, "is on another device than before the rewrite")
-                differing[f"{number}/{key}"] = distance(value, fresh.state[two][key])
-    worst = max(differing, key=differing.get)
-    print(f"{name}: {sum(v > 0 for v in differing.values())} of {len(differing)} tensors differ, at most {worst}")
+                assert value.device == devices[key], f"the rewrite moved {key} to another device"
+                distances[f"{number}/{key}"] = distance(value, fresh.state[two][key])
+    worst = max(distances, key=distances.get)
     limit = 1e-9 if ON_CUDA else 0.0
-    assert differing[worst] <= limit, f"{name}: {worst} differs by {differing[worst]:.1e} of its largest value"
+    assert distances[worst] <= limit, f"{name}: {worst} differs by {distances[worst]:.1e} of its largest value"
 
 
-# What is done with a network that carries expansions and gathers
+# Networks with expansions and gathers
 
 
 class Depthwise(nn.Module):
-    """A depthwise convolution reads the stream: an expansion and a gather."""
+    """A block whose depthwise convolution reads the residual stream, which needs an expansion and a gather."""
 
     def __init__(self):
         super().__init__()
@@ -183,16 +155,17 @@ class Depthwise(nn.Module):
         return x + self.down(self.up(self.norm(self.dw(x))).relu())
 
 
-def network():
+def depthwise_net():
+    """A stem, two depthwise blocks and a head."""
     stem = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*stem, Depthwise(), Depthwise(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
 @pytest.fixture
 def expanded():
-    """A pruned network, its input, and what its masked twin computes."""
+    """A pruned network, its input, and the output of the masked network."""
     torch.manual_seed(0)
-    model, x = randomize_parameters(network()).to(DEVICE).eval(), torch.randn(4, 3, 6, 6).to(DEVICE)
+    model, x = randomize_parameters(depthwise_net()).to(DEVICE).eval(), torch.randn(4, 3, 6, 6).to(DEVICE)
     graph = trace_channels(model, x)
     plan = random_plan(graph)
     with torch.no_grad():
@@ -209,20 +182,20 @@ def test_an_expanded_network_survives_copies_and_moves(expanded):
         expected = model(x)
         assert distance(expected, masked) < 1e-5
         assert torch.equal(copy.deepcopy(model)(x), expected)
-        there = copy.deepcopy(model).cpu()
-        assert distance(there(x.cpu()), expected) < 1e-5
-        assert {b.device.type for b in there.buffers()} == {"cpu"}
-        back = there.to(DEVICE)
+        on_cpu = copy.deepcopy(model).cpu()
+        assert distance(on_cpu(x.cpu()), expected) < 1e-5
+        assert {b.device.type for b in on_cpu.buffers()} == {"cpu"}
+        back = on_cpu.to(DEVICE)
         assert on_device(back)
         assert torch.equal(back(x), expected)
-        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        assert distance(last(x.to(memory_format=torch.channels_last)), expected) < 1e-5
+        channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        assert distance(channels_last(x.to(memory_format=torch.channels_last)), expected) < 1e-5
 
 
-def test_a_structure_made_on_one_device_fits_the_other(expanded):
+def test_a_structure_from_one_device_applies_on_the_other(expanded):
     model, x, _ = expanded
     for device in (torch.device("cpu"), DEVICE):
-        fresh = network().to(device).eval()
+        fresh = depthwise_net().to(device).eval()
         apply_structure(fresh, structure_of(model).as_dict())
         fresh.load_state_dict(model.state_dict())
         assert {t.device for t in (*fresh.parameters(), *fresh.buffers())} == {device}
@@ -242,7 +215,7 @@ def test_an_expanded_network_trains_under_autocast(expanded, dtype):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
-def test_an_expanded_network_is_compiled_whole(expanded, backend):
+def test_an_expanded_network_compiles_without_graph_breaks(expanded, backend):
     model, x, _ = expanded
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -254,7 +227,7 @@ def test_an_expanded_network_is_compiled_whole(expanded, backend):
         assert distance(one.grad, two.grad) < 1e-3, name
 
 
-def test_an_expanded_network_is_exported(expanded):
+def test_an_expanded_network_can_be_exported(expanded):
     model, x, _ = expanded
     program = torch.export.export(model, (x,))
     assert distance(program.module()(x), model(x)) < 1e-5
