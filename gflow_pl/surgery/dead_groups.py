@@ -39,16 +39,7 @@ def find_dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, mask
         shared = _groups_in_shared_modules(candidates, graph, masks, modules)
         candidates = {name: readers for name, readers in candidates.items() if name not in shared}
         without_filters = emptied | _layers_emptied_by(set(candidates), graph, masks)
-        # Of these, a dead group has only readers without filters, and one of them is emptied or belongs to a dead group.
-        reached = set(emptied)
-        dead: dict[str, set[str]] = {}
-        while more := {
-            name: readers
-            for name, readers in candidates.items()
-            if name not in dead and readers <= without_filters and readers & reached
-        }:
-            dead |= more
-            reached |= {layer.layer for group in graph.groups if group.name in more for layer in group.layers}
+        dead = _reached_from_emptied(candidates, emptied, without_filters, graph)
         if dead.keys() == candidates.keys() and not _groups_in_shared_modules(dead, graph, masks, modules):
             return set(dead)
         candidates = dead
@@ -56,6 +47,7 @@ def find_dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, mask
 
 def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: PlanMasks) -> dict[str, set[str]]:
     """Return the groups that may be dead, with the names of the layers that read them."""
+    # Groups whose units an attribute of another module counts, such as the number of heads.
     counted = {
         group
         for attribute, rule in graph.patches.items()
@@ -71,8 +63,34 @@ def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: Pl
     }
 
 
+def _reached_from_emptied(
+    candidates: Mapping[str, set[str]], emptied: set[str], without_filters: set[str], graph: ChannelGraph
+) -> dict[str, set[str]]:
+    """Return the candidates that are dead because of an emptied layer, following the network backwards from these layers.
+
+    A candidate is dead if all layers that read it have no filters, and one of them is emptied or belongs to a group that is
+    dead. The second condition leaves out groups that only read each other.
+
+    Args:
+        candidates: Group name to the layers that read it.
+        emptied: Layers that the plan empties, or that are emptied already.
+        without_filters: Layers that have no filters left if all candidates are dead.
+        graph: The graph.
+    """
+    reached = set(emptied)
+    dead: dict[str, set[str]] = {}
+    while more := {
+        name: readers
+        for name, readers in candidates.items()
+        if name not in dead and readers <= without_filters and readers & reached
+    }:
+        dead |= more
+        reached |= {layer.layer for group in graph.groups if group.name in more for layer in group.layers}
+    return dead
+
+
 def _layers_emptied_by(dead: set[str], graph: ChannelGraph, masks: PlanMasks) -> set[str]:
-    """Return the layers that have no filters left if some groups are dead."""
+    """Return the layers that lose their last filters if some groups are dead."""
     stays: dict[str, np.ndarray] = {}
     for group in graph.groups:
         for part in group.layers if group.name in dead else ():
@@ -85,7 +103,10 @@ def _layers_emptied_by(dead: set[str], graph: ChannelGraph, masks: PlanMasks) ->
 def _groups_in_shared_modules(
     dead: Collection[str], graph: ChannelGraph, masks: PlanMasks, modules: Mapping[str, nn.Module]
 ) -> set[str]:
-    """Return those of the dead groups with a module, other than the layers that read them, that also has channels that stay."""
+    """Return those of the dead groups that share a module with channels that stay, layers that read them aside.
+
+    Such a module (a norm over concatenated layers) still runs, so it needs all of its channels.
+    """
     stays: dict[tuple[str, int], np.ndarray] = {}
     dims_of: dict[str, list[tuple[str, int]]] = {}
     for group in graph.groups:
