@@ -112,8 +112,11 @@ class ModuleSnapshot:
             else:
                 container.update(items)
         live = self._live_attributes
-        for name in [name for name in live if name not in self._attributes and name not in self._exclude]:
-            del live[name]
+        if self._exclude:
+            for name in [name for name in live if name not in self._attributes and name not in self._exclude]:
+                del live[name]
+        else:
+            live.clear()  # much faster than looking for added attributes, in a trace of a large network
         live.update(self._attributes)
         for set_state, state in self._generators:
             set_state(state)
