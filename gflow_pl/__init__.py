@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gflow_pl import data, importance, models
     from gflow_pl.callbacks import GradientFlowMonitor, PruningCallback
-    from gflow_pl.channels import trace_channels
+    from gflow_pl.channels import register_rule, trace_channels
     from gflow_pl.importance import Importance, score_filters
     from gflow_pl.selection import select_units
     from gflow_pl.surgery import StructureMixin, apply_structure, load_from_checkpoint, rewrite, structure_of
@@ -33,6 +33,7 @@ _HOME = {
     "StructureMixin": "surgery",
     "apply_structure": "surgery",
     "load_from_checkpoint": "surgery",
+    "register_rule": "channels",
     "rewrite": "surgery",
     "score_filters": "importance",
     "select_units": "selection",
@@ -57,6 +58,7 @@ __all__ = [
     "importance",
     "load_from_checkpoint",
     "models",
+    "register_rule",
     "rewrite",
     "score_filters",
     "select_units",

@@ -11,6 +11,7 @@ from gflow_pl.channels.layer_hooks import LayerHooks
 from gflow_pl.channels.operator_record import OperatorRecord
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.recorder import Recorder
+from gflow_pl.channels.rules.registry import RuleError
 from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["record_forward"]
@@ -47,6 +48,8 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
         with runner.placeholders_set(placeholders, training):
             try:
                 output = runner.run(recorder, hooks.before, hooks.after)
+            except RuleError:
+                raise
             except Exception as error:  # a forward may raise anything
                 record.errors[training] = error
             else:

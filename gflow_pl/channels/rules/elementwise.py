@@ -175,7 +175,7 @@ def unknown(op: OperatorCall) -> None:
     """No rule: what goes in stays as it is."""
     for tensor in op.operands:
         for label in op.info(tensor).labels:
-            op.freeze(label, f"no rule for the op '{op.name}'")
+            op.freeze(label, f"no rule for the operator '{op.name}'; gflow_pl.register_rule adds one")
     flat: list[Any] = list(op.output) if isinstance(op.output, (tuple, list)) else [op.output]
     for out in flat:
         if isinstance(out, Tensor) and not any(out is tensor for tensor in op.operands):
