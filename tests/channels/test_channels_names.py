@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from masked_networks import deviation
+from masked_networks import compare_with_masked
 from torch import nn
 
 from gflow_pl.channels import trace_channels
@@ -48,7 +48,7 @@ class Named(nn.Module):
 def test_names_with_separators_are_traced_pruned_and_reloaded(mark: str, residual: str, tmp_path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
-    off, change, graph, small = deviation(Named(mark), (x,), residual=residual)
+    off, change, graph, small = compare_with_masked(Named(mark), (x,), residual=residual)
     assert graph.coverage() == 1.0, str(graph)
     assert off < 1e-12 < 1e-3 < change
     assert small.splits != [3, 5]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from masked_networks import deviation
+from masked_networks import compare_with_masked
 from torch import Tensor, nn
 
 import gflow_pl
@@ -94,7 +94,7 @@ def test_without_a_rule_the_layers_around_an_operator_are_frozen(network) -> Non
 def test_with_a_rule_the_layers_around_an_operator_are_pruned_exactly(network, operator, rule) -> None:
     assert gflow_pl.register_rule(operator)(rule) is rule
     torch.manual_seed(0)
-    off, change, graph, _ = deviation(network(), (torch.randn(2, 3, 6, 6),))
+    off, change, graph, _ = compare_with_masked(network(), (torch.randn(2, 3, 6, 6),))
     assert graph.coverage() == 1.0, str(graph)
     assert all(group.inexact is None for group in graph.groups), str(graph)
     assert off < 1e-12 < 1e-3 < change
