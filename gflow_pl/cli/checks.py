@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 
-from gflow_pl.callbacks import PruningCallback
+from gflow_pl.callbacks import PruningCallback, pruning_state_in
 from gflow_pl.cli.run_output import given_callbacks
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.models import check_image_size
@@ -70,5 +70,5 @@ def _check_checkpoint(path: str, module: pl.LightningModule, *, resumes_without_
             f"'{path}' is of a network for {num_classes} classes, but the data has {module.hparams['num_classes']}: "
             "give the data that it was trained on."
         )
-    if resumes_without_pruning and "PruningCallback" in contents.get("callbacks", {}):
+    if resumes_without_pruning and pruning_state_in(contents) is not None:
         raise SettingsError(f"'{path}' is of a pruning run: resume it with gflow prune --ckpt_path {path}.")

@@ -15,7 +15,7 @@ from pytorch_lightning.cli import SaveConfigCallback
 from pytorch_lightning.loggers import Logger
 from typing_extensions import override
 
-from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, RunRecorder
+from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, RunRecorder, pruning_state_in
 from gflow_pl.cli.trainer import TRAINING_COMMANDS
 from gflow_pl.files import write_bytes
 from gflow_pl.tasks.pretrained import read_file
@@ -103,6 +103,7 @@ def copy_unpruned_network(ckpt_path: str, folder: Path) -> None:
         folder: Folder of the new run.
     """
     unpruned = Path(ckpt_path).with_name("unpruned.ckpt")
-    rounds = read_file(ckpt_path).get("callbacks", {}).get("PruningCallback", {}).get("rows", [])
+    state = pruning_state_in(read_file(ckpt_path))
+    rounds = [] if state is None else state["rows"]
     if rounds and unpruned.is_file() and read_file(unpruned).get("epoch") == rounds[0]["epoch"]:
         write_bytes(folder / unpruned.name, unpruned.read_bytes())
