@@ -6,9 +6,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeGuard
 
-from gflow_pl.common.checks import check_flag
+from gflow_pl.common.checks import check_flag, is_number
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.selection.rounding import floor_count
 
@@ -161,21 +160,16 @@ class PruningSchedule:
         return round_fraction(k, self.num_rounds, self.fraction)
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is an int or a float; True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check_fraction(name: str, fraction: object) -> None:
     """Raise unless a setting is a number in (0, 1)."""
-    if _is_number(fraction) and 0 < fraction < 1:
+    if is_number(fraction) and 0 < fraction < 1:
         return
     raise SettingsError(f"`{name}` must be in (0, 1), got {fraction!r}.{percent_hint(fraction)}")
 
 
 def percent_hint(fraction: object) -> str:
     """Return a sentence with the fraction to write, for a number that looks like a percentage; "" for any other value."""
-    if _is_number(fraction) and 1 < fraction <= 100:
+    if is_number(fraction) and 1 < fraction <= 100:
         return f" It is a fraction: for {fraction:g} % write {fraction / 100:g}."
     return ""
 

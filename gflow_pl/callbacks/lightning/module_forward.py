@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +17,7 @@ from gflow_pl.channels import trace_channels
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.values import ChannelGraph
+from gflow_pl.values.choices import Residual
 
 __all__ = ["is_compiled", "trace_module"]
 
@@ -28,7 +29,7 @@ def trace_module(
     batch: object,
     loss_fn: Callable[[pl.LightningModule, Any], Tensor],
     *,
-    residual: Literal["expand", "remove"] = "expand",
+    residual: Residual = "expand",
     exact_only: bool = False,
 ) -> ChannelGraph:
     """Trace the channels of a LightningModule, whose `forward` may take anything.
