@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint test-slow zoo clean
+.PHONY: demo test test-versions lint test-slow zoo clean
 
 demo: $(STAMP)
 	$(BIN)/gflow prune --config configs/demo.yaml --name $(RUN)
@@ -15,6 +15,17 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The suite on the oldest and the newest versions of torch and Lightning that pyproject.toml allows.
+test-versions: .venv-oldest/.installed .venv-newest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2
+
+.venv-%/.installed: pyproject.toml .ci/versions-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet --constraint .ci/versions-$*.txt --editable ".[dev]"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,4 +47,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
