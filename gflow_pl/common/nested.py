@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
@@ -57,10 +57,15 @@ def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
         if id(leaf) not in copies:
             copies[id(leaf)] = leaf
             if not isinstance(leaf, _OPAQUE) and next(iter_tensors(leaf), None) is not None:
-                copies[id(leaf)] = _copy(leaf)
-                for name, part in _attributes(leaf).items() if copies[id(leaf)] is not leaf else ():
+                duplicate = copies[id(leaf)] = _copy(leaf)
+                if duplicate is leaf:
+                    return leaf
+                for name, part in _attributes(leaf).items():
                     # Bypasses the class's own __setattr__, which a frozen data class makes raise.
-                    object.__setattr__(copies[id(leaf)], name, tree_map(map_leaf, part))
+                    object.__setattr__(duplicate, name, tree_map(map_leaf, part))
+                # pytree takes subclasses of dict and list for leaves.
+                for key, part in _items(leaf):
+                    duplicate[key] = tree_map(map_leaf, part)
         return copies[id(leaf)]
 
     return tree_map(map_leaf, value)
@@ -86,7 +91,14 @@ def exhaust_iterators(value: object) -> Any:
     return tree_map(exhaust, value)
 
 
-def _copy(value: object) -> object:
+def _items(value: object) -> Iterable[tuple[Any, object]]:
+    """Return the keys and items of a dict, or the positions and items of a list; nothing for other objects."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return enumerate(value) if isinstance(value, list) else ()
+
+
+def _copy(value: object) -> Any:
     """Return a shallow copy whose attributes can be set, or the value itself if there is no such copy."""
     try:
         duplicate = copy.copy(value)

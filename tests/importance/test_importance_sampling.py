@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -157,7 +158,15 @@ def test_only_a_copy_to_the_host_is_waited_for(start, end, waits):
     assert copies.waits == [waits, waits]
 
 
-def test_batches_of_any_nest_are_read():
+class Named(dict):
+    """A batch of a class of its own, as tokenizers return."""
+
+
+class Listed(list):
+    """A list of a class of its own."""
+
+
+def test_nested_batches_are_read():
     batch = {"a": [torch.ones(3), (torch.zeros(3, 2), "text")], "n": 4}
     assert batch_size(batch) == 3
     changed = map_tensors(batch, lambda t: t + 1)
@@ -166,3 +175,30 @@ def test_batches_of_any_nest_are_read():
     assert labels_of((torch.ones(3), torch.arange(2))) is None
     assert labels_of((torch.ones(3), torch.ones(3))) is None
     assert len(list(take_whole([(torch.ones(3),)] * 4, 4))) == 2
+
+
+def test_batches_of_subclasses_of_dict_and_list_are_moved_and_keep_their_class():
+    batch = Named(x=torch.ones(3), more=Listed([torch.zeros(3), "text"]))
+    moved = to_device(batch, torch.device("meta"))
+    assert (type(moved), type(moved["more"])) == (Named, Listed)
+    assert {moved["x"].device.type, moved["more"][0].device.type} == {"meta"}
+    assert batch["x"].device.type == batch["more"][0].device.type == "cpu"
+    assert moved["more"][1] == "text"
+
+
+@dataclass
+class Images:
+    pixels: torch.Tensor
+    scale: torch.Tensor
+
+
+def test_a_balanced_sample_of_objects_is_that_of_their_tensors():
+    """Tensors in the attributes of an object are selected and merged like any other."""
+    batches = class_batches(4)
+    objects = [(Images(images, torch.tensor(1.0)), labels) for images, labels in batches]
+    expected = balanced_sample(batches, 9, 3, Ranks(), torch.device("cpu"))
+    found = balanced_sample(objects, 9, 3, Ranks(), torch.device("cpu"))
+    assert [len(labels) for _, labels in found] == [6, 3]
+    for (image, labels), (pixels, same) in zip(found, expected, strict=True):
+        assert torch.equal(image.pixels, pixels)
+        assert torch.equal(labels, same)
