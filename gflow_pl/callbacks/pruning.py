@@ -51,8 +51,7 @@ class PruningCallback(PruningState):
     checkpoint carries the network's shape. Override `should_prune` or `select` to change when and what to prune.
 
     Args:
-        measure: Importance measure, by name or as an `Importance`: magnitude, loss, biased_loss, biased_loss_tracked,
-            grasp, grad_preserve, tfo, fisher, nvidia, l1, bn, random.
+        measure: Importance measure, by name (docs/measures.md) or as an `Importance`.
         fraction: Share of the filters to remove in all rounds together, in (0, 1). None: 0.75, unless `thresholds` is set.
         rounds: Number of rounds, at least 1. None: 1, unless `thresholds` is set. The first round removes the largest share
             (published schedule).

@@ -88,12 +88,12 @@ class RoundInputs:
         Args:
             trainer: The Trainer.
             module: The module.
-            batch: A training batch, which tells whether the module is a classifier. Only measures that need Hessian products
-                run the module on it.
+            batch: A training batch, which tells whether the module is a classifier. Only measures that need a pass of their
+                own (of Hessian products, of activations) run the module on it.
         """
         settings = self.scoring.settings
         loss_options: Mapping[str, Any] = {}
-        if settings.measure.needs_hessian:
+        if settings.measure.needs_own_pass:
             with without_side_effects(module) as effects:
                 loss_options = self.scoring.loss_options(module, batch, effects)
         return Tracker(
@@ -294,9 +294,9 @@ class TrackedScoring:
 
 @contextmanager
 def _isolated(module: pl.LightningModule, inputs: RoundInputs) -> Iterator[None]:
-    """Leave random generators alone, and undo side effects on the module, which only Hessian products run."""
+    """Leave random generators alone, and undo side effects on the module if the measure runs it."""
     settings = inputs.scoring.settings
-    runs_module = settings.measure.needs_hessian
+    runs_module = settings.measure.needs_own_pass
     with (
         isolated_rng(settings.seed, inputs.rounds_done),
         without_side_effects(module) if runs_module else nullcontext(),

@@ -33,6 +33,7 @@ from gflow_pl.cli.run_output import (
 from gflow_pl.cli.trainer import TRAINING_COMMANDS, GflowTrainer
 from gflow_pl.cli.training_summary import summarize_training
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.importance import measure_names
 from gflow_pl.reports import write_predictions
 from gflow_pl.tasks import load_pretrained
 
@@ -101,6 +102,7 @@ class GflowCLI(LightningCLI):
         parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
         if self._command == "prune":
             parser.add_lightning_class_args(PruningCallback, "pruning")
+            _list_measures(parser)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -267,6 +269,13 @@ class GflowCLI(LightningCLI):
             class_names = getattr(datamodule, "class_names", None)
             write_predictions(folder / "predictions.csv", probabilities, image_names, class_names)
             print(f"  predictions      {folder / 'predictions.csv'}")
+
+
+def _list_measures(parser: LightningArgumentParser) -> None:
+    """Add the names of all measures to the help of the option."""
+    for action in parser._actions:
+        if action.dest == "pruning.measure":
+            action.help = f"{action.help} Names: {', '.join(measure_names(aliases=True))}."
 
 
 def _num_classes(datamodule: pl.LightningDataModule) -> int:

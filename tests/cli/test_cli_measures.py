@@ -1,7 +1,8 @@
-"""Every measure goes through ``gflow prune`` as a whole."""
+"""``gflow prune`` with every measure."""
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gflow_pl.importance import measure_names, resolve_measure
 
 NAMES = measure_names(aliases=True)
 FILTERS = {"vgg13": 2944, "resnet56": 2128, "mobilenet_v1": 10944}
-"""Filters of the layers that can be pruned."""
+"""Number of filters of the layers that can be pruned."""
 OPTIONS = {
     "plain": [],
     "tracked": ["--pruning.track", "true", "--pruning.track_batches", "2"],
@@ -32,7 +33,7 @@ TINY += ["--trainer.enable_model_summary", "false", "--pruning.num_samples", "16
 
 
 def prune(name: str, *options: str) -> Path:
-    """Two rounds on the digits; the run's folder."""
+    """Prune in two rounds on the digits; return the folder of the run."""
     rounds = [] if "--pruning.thresholds" in options else ["--pruning.fraction", "0.5", "--pruning.rounds", "2"]
     assert main(["prune", *TINY, *rounds, *options, "--name", name]) == 0
     return Path("checkpoints") / name
@@ -47,7 +48,7 @@ def filters_in(module: ImageClassifier, layers: set[str]) -> int:
 
 
 def check(folder: Path, measure: str, network: str, kept: tuple[float, float]) -> None:
-    """Rows, counts, finite losses and the files of a run of two rounds."""
+    """Check rows, counts, losses and files of a run of two rounds."""
     rows, total = read_rows(folder / "pruning.csv"), FILTERS[network]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert {row["measure"] for row in rows} == {resolve_measure(measure).name}
@@ -110,6 +111,14 @@ def test_the_slice_touches_every_measure_network_and_option() -> None:
     assert {option for _, _, option in SLICE} == set(OPTIONS)
 
 
+def test_the_help_lists_every_measure(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    help_of_measure = text.rpartition("--pruning.measure MEASURE")[2].split("--pruning.fraction")[0]
+    assert all(re.search(rf"\b{name}[,.]", help_of_measure) for name in NAMES)
+
+
 def test_a_measure_and_its_alias_are_the_same_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = prune("one", "--model.network", "resnet56", "--pruning.measure", "loss")
@@ -119,10 +128,10 @@ def test_a_measure_and_its_alias_are_the_same_run(tmp_path, monkeypatch) -> None
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# The measure that brings its settings along
+# The measure with defaults of its own for other settings
 
 
-def test_a_tracked_measure_brings_its_settings_along_and_says_so(tmp_path, monkeypatch, caplog) -> None:
+def test_a_tracked_measure_changes_defaults_and_that_is_logged(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.INFO):
         folder = prune("run", "--model.network", "resnet56", "--pruning.measure", "biased_loss_tracked")
@@ -133,7 +142,7 @@ def test_a_tracked_measure_brings_its_settings_along_and_says_so(tmp_path, monke
     assert settings["alpha"] == 0.8
 
 
-def test_an_explicit_setting_wins_over_what_a_tracked_measure_brings(tmp_path, monkeypatch, caplog) -> None:
+def test_an_explicit_setting_wins_over_the_default_of_a_tracked_measure(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     explicit = ["--pruning.track", "false", "--pruning.bias", "none", "--pruning.keep_momentum", "false"]
     with caplog.at_level(logging.INFO):
@@ -145,9 +154,9 @@ def test_an_explicit_setting_wins_over_what_a_tracked_measure_brings(tmp_path, m
     assert settings["alpha"] == 0.5
 
 
-# Measures of a user's own
+# Custom measures
 
-MINE = '''
+CUSTOM = '''
 from gflow_pl.importance import Importance
 
 
@@ -176,12 +185,12 @@ class Vague(Nameless):
 
 @pytest.fixture
 def my_package(tmp_path, monkeypatch):
-    (tmp_path / "my_measures.py").write_text(MINE)
+    (tmp_path / "my_measures.py").write_text(CUSTOM)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_measure_of_a_users_own_runs_by_its_class_path(my_package) -> None:
+def test_a_custom_measure_runs_by_its_class_path(my_package) -> None:
     Path("mine.yaml").write_text(
         "pruning: {measure: {class_path: my_measures.Mine, init_args: {power: 2.0}}, track: true, bias: magnitude}\n"
     )
@@ -194,13 +203,13 @@ def test_a_measure_of_a_users_own_runs_by_its_class_path(my_package) -> None:
     last = torch.load(folder / "last.ckpt", weights_only=True)
     assert not any("measure" in name or "pruning" in name for name in last["hyper_parameters"])
 
-    # The settings that were kept are the run's: from them alone it is the same again.
+    # The saved settings alone repeat the run.
     assert main(["prune", "--config", str(folder / "config.yaml"), "--name", "again"]) == 0
     again = torch.load("checkpoints/again/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(again[name], value) for name, value in last["state_dict"].items())
 
 
-def test_a_users_measure_that_is_the_loss_measure_prunes_like_it(my_package) -> None:
+def test_a_custom_measure_with_the_formula_of_loss_prunes_like_it(my_package) -> None:
     options = ["--model.network", "resnet56"]
     mine = prune("mine", *options, "--pruning.measure", "my_measures.Mine", "--pruning.measure.power", "1.0")
     theirs = prune("loss", *options, "--pruning.measure", "loss")
@@ -217,12 +226,12 @@ def test_a_users_measure_that_is_the_loss_measure_prunes_like_it(my_package) -> 
         ("my_measures.Vague", "Measure 'vague': `statistic` must be one of weights, noise, gradient"),
     ],
 )
-def test_a_measure_that_does_not_exist_is_refused(value, sentence, my_package, capsys) -> None:
+def test_an_invalid_measure_is_refused(value, sentence, my_package, capsys) -> None:
     try:
         status = main(["prune", *TINY, "--model.network", "resnet56", "--pruning.measure", value])
     except SystemExit as stop:
         status = stop.code
     assert status == 2
-    told = capsys.readouterr().err
-    assert sentence in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert "Traceback" not in message
