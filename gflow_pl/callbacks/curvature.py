@@ -1,9 +1,6 @@
-"""theta . H g: how gradient flow changes the gradient along the parameters, on one batch."""
+"""theta . H g on one batch: how gradient flow changes the gradient along the parameters."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,33 +8,34 @@ from torch import Tensor
 
 from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.importance.batches import batch_size
+from gflow_pl.importance.gradients import LossFn
 from gflow_pl.importance.hessian import second_order_kernels
 from gflow_pl.importance.hessian_strategies import hessian_vector_product
-from gflow_pl.importance.reduction import Ranks
+from gflow_pl.importance.reduction import Ranks, Reduce
 from gflow_pl.importance.scoring_mode import cached_weights, scoring_mode
 
 __all__ = ["curvature_along_gradient"]
 
 
 def curvature_along_gradient(
-    module: pl.LightningModule,
-    batch: Any,
-    loss_fn: Callable[[Any, Any], Tensor],
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    module: pl.LightningModule, batch: object, loss_fn: LossFn, reduce: Reduce | None = None
 ) -> dict[str, Tensor]:
-    """Gives theta . H g of every parameter that is trained, by name; scalars on the device, none is read on the host.
+    """Return theta . H g of every trained parameter.
 
-    g is the gradient and H the Hessian of the mean loss with respect to these parameters, in evaluation mode; frozen
-    parameters, which gradient flow does not move, are constants. The module is afterwards as it was.
+    g is the gradient and H the Hessian of the mean loss with respect to the trained parameters, in evaluation mode. Frozen
+    parameters are constants, since gradient flow does not move them. Side effects on the module are undone.
 
     Args:
         module: The module.
         batch: A batch on the module's device.
-        loss_fn: ``loss_fn(module, batch)`` gives the scalar mean loss.
-        reduce: Averages a tensor over the ranks; g and H are then of the batches of all ranks.
+        loss_fn: ``loss_fn(module, batch)`` returns the scalar mean loss.
+        reduce: Averages a tensor over the ranks, so that g and H are of the batches of all ranks.
+
+    Returns:
+        A scalar on the module's device for each parameter name.
     """
-    moved = {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
-    names, parameters = list(moved), list(moved.values())
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+    names, parameters = list(trained), list(trained.values())
     ranks, count = Ranks(reduce), batch_size(batch)
     with without_side_effects(module), scoring_mode(module), second_order_kernels(), cached_weights():
         loss = loss_fn(module, batch)

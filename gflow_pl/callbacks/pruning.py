@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from gflow_pl.callbacks.lightning.best_checkpoints import last_saved_steps, reset_best_scores
+from gflow_pl.callbacks.lightning.best_checkpoints import BestAfterCuts
 from gflow_pl.callbacks.lightning.held_lr import HeldLearningRate
 from gflow_pl.callbacks.lightning.packages import callbacks_of
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.training_loss import training_step_returns_loss
 from gflow_pl.callbacks.lightning.unsupported import check_supported
 from gflow_pl.callbacks.pruning_settings import (
-    Batch,
     CutTimes,
     RoundSettings,
     ScoringSettings,
@@ -179,7 +176,7 @@ class PruningCallback(PruningState):
         )
 
         self._held_lr: HeldLearningRate | None = None
-        self._saved_steps_at_cut: dict[ModelCheckpoint, int] = {}
+        self._best_after_cuts = BestAfterCuts()
 
     # Methods to override
 
@@ -261,7 +258,7 @@ class PruningCallback(PruningState):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Begin to track the step of a batch, if scores are tracked."""
         self._tracked.end_batch()  # of a batch that was skipped
@@ -278,7 +275,7 @@ class PruningCallback(PruningState):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """In the order "published", track the weights after the step."""
         self._tracked.after_optimizer_step(pl_module)
@@ -287,12 +284,7 @@ class PruningCallback(PruningState):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of rounds that were never cut; let no file from before the last cut count as best."""
-        now = last_saved_steps(trainer)
-        for checkpoint, step in self._saved_steps_at_cut.items():
-            if now.get(checkpoint) == step:
-                _report_outdated(checkpoint.best_model_path)
-                checkpoint.best_model_path = ""
-        self._saved_steps_at_cut = {}
+        self._best_after_cuts.forget_outdated_files(trainer)
         if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
             rank_zero_warn(
                 f"PruningCallback: training ended in epoch {trainer.current_epoch} after {self.rounds_done} of "
@@ -333,16 +325,9 @@ class PruningCallback(PruningState):
         for logger in trainer.loggers:
             logger.log_metrics(row.numbers(), step=trainer.global_step)
         if settings.reset_best:
-            for path in reset_best_scores(trainer):
-                _report_outdated(path)
-            # A ModelCheckpoint that monitors nothing counts its newest file as best, until the next save replaces it.
-            self._saved_steps_at_cut = last_saved_steps(trainer)
+            self._best_after_cuts.reset(trainer)
 
 
 def find_pruning_callback(trainer: pl.Trainer) -> PruningCallback | None:
     """Return the `PruningCallback` of a Trainer, or the instance of a subclass; None if there is none."""
     return next(iter(callbacks_of(trainer, PruningCallback)), None)
-
-
-def _report_outdated(path: str) -> None:
-    rank_zero_info(f"'{os.path.basename(path)}' is of the network before the last cut and does not count as best.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Generic, TypeAlias, TypeVar, overload
 
 from gflow_pl.common.checks import (
     check_flag,
@@ -23,7 +23,6 @@ from gflow_pl.importance.gradients import LogitsFn, LossFn
 from gflow_pl.values.choices import Bias, Residual, Scope, Target, TrackOrder, UnitScore, check_choice
 
 __all__ = [
-    "Batch",
     "CutTimes",
     "PathLike",
     "RoundSettings",
@@ -33,9 +32,6 @@ __all__ = [
     "TraceSettings",
     "TrackingSettings",
 ]
-
-Batch: TypeAlias = Any
-"""A batch of a train loader, of any type."""
 
 PathLike: TypeAlias = str | os.PathLike[str]
 

@@ -18,7 +18,7 @@ from gflow_pl.callbacks.lightning.packages import averaged_models, callbacks_of
 from gflow_pl.callbacks.lightning.ranks import broadcast, broadcast_buffers, rebuild_ddp
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.silence import SideEffects, without_side_effects
-from gflow_pl.callbacks.pruning_settings import Batch, RoundSettings, SelectionSettings, TraceSettings
+from gflow_pl.callbacks.pruning_settings import RoundSettings, SelectionSettings, TraceSettings
 from gflow_pl.callbacks.round_row import RoundRow, count_removed
 from gflow_pl.callbacks.scoring import LossAndNorm
 from gflow_pl.callbacks.tracked_scoring import RoundInputs, TrackedScoring
@@ -92,7 +92,7 @@ def _stem_groups(graph: ChannelGraph) -> list[str]:
 
 
 def trace_prunable(
-    module: pl.LightningModule, batch: Batch, loss_fn: LossFn, settings: TraceSettings, ignore: list[str]
+    module: pl.LightningModule, batch: object, loss_fn: LossFn, settings: TraceSettings, ignore: list[str]
 ) -> ChannelGraph:
     """Trace a module, and raise if it cannot be pruned.
 

@@ -1,4 +1,4 @@
-"""A run's folder: one row an epoch in metrics.csv, the best and the last checkpoint."""
+"""The files of a run's folder: metrics.csv with one row for each epoch, the best and the last checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gflow_pl.files import write_bytes, write_rows
 
 __all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
 
-METRIC_COLUMNS = (
+_METRIC_COLUMNS = (
     "epoch",
     "phase",
     "train_loss",
@@ -31,26 +31,29 @@ METRIC_COLUMNS = (
 
 
 class RunRecorder(Callback):
-    """Keeps a row for every training epoch and writes them all to ``metrics.csv``, atomically, after each.
+    """Record one row for every training epoch, and write all rows to ``metrics.csv`` after each epoch.
 
-    A PruningCallback writes the rounds' rows into the same folder. The epochs' rows are in the recorder's state, so a resumed
-    run carries on with those of its parent. Test columns hold the metrics of the validation loader, which is the test set
-    unless the data module keeps a share of the training set for it.
+    A PruningCallback writes the rows of its rounds into the same folder. The rows of the epochs are in the recorder's state,
+    so a resumed run continues those of its parent. Test columns hold the metrics of the validation loader, which is the test
+    set unless the data module keeps a share of the training set for validation.
 
     Args:
         folder: The run's folder.
-        tells: Whether to print a line an epoch, for output that no progress bar can be drawn on.
+        prints_epochs: Whether to print a line for each epoch, for output that cannot show a progress bar.
+
+    Attributes:
+        rows: One row for each epoch, by column.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], tells: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], prints_epochs: bool = False) -> None:
         self.folder = Path(folder)
-        self.tells = tells
+        self.prints_epochs = prints_epochs
         self.rows: list[dict[str, Any]] = []
         self._lr: float | None = None
 
     @property
     def path(self) -> Path:
-        """Where the rows are written."""
+        """Path of metrics.csv."""
         return self.folder / "metrics.csv"
 
     @property
@@ -60,13 +63,13 @@ class RunRecorder(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the learning rate that the epoch is trained with."""
+        """Note the learning rate of the epoch."""
         groups = [group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups]
         self._lr = float(groups[0]["lr"]) if groups else None
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the epoch's row."""
+        """Add the row of the epoch, and write all rows."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         pruning = find_pruning_callback(trainer)
         row: dict[str, Any] = {
@@ -79,27 +82,27 @@ class RunRecorder(Callback):
             row[name.replace("val_", "test_", 1) if name.startswith("val_") else name] = value
         self.rows = [old for old in self.rows if old["epoch"] != row["epoch"]] + [row]
         if trainer.is_global_zero:
-            if self.tells:
+            if self.prints_epochs:
                 print(_line(row, trainer.max_epochs), flush=True)
-            write_rows(self.path, self.rows, METRIC_COLUMNS)
+            write_rows(self.path, self.rows, _METRIC_COLUMNS)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
+        """Return the rows so far."""
         return {"rows": [dict(row) for row in self.rows]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the rows of the run that is resumed."""
+        """Restore the rows of the run that is resumed."""
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the epoch with the best validation accuracy, among those after the last pruning round, as ``best.ckpt``.
+    """Save the epoch with the best validation accuracy, among those after the last pruning round, as ``best.ckpt``.
 
     Args:
         folder: The run's folder.
-        monitor: The metric, higher is better.
+        monitor: Name of the metric; higher = better.
     """
 
     def __init__(self, folder: str | os.PathLike[str], monitor: str = "val_accuracy") -> None:
@@ -109,21 +112,21 @@ class BestCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after validation, once the network has its final shape."""
+        """Save after validation, once the network has its final shape."""
         if _has_final_shape(trainer):
             super().on_validation_end(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves at the end of an epoch, once the network has its final shape."""
+        """Save at the end of an epoch, once the network has its final shape."""
         if _has_final_shape(trainer) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Carries on from the best epoch of the run that is resumed, whose file is copied into this run's folder.
+        """Continue with the best epoch of the run that is resumed, and copy its file into this run's folder.
 
-        If that file is gone, or of a later epoch than the checkpoint, the best epoch is chosen anew.
+        If that file is missing, or of a later epoch than the checkpoint, the best epoch is determined anew.
         """
         score, file = state_dict["best_model_score"], Path(state_dict["best_model_path"])
         if score is None or not self._is_file_of(file, score):
@@ -137,18 +140,18 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_k_models = {str(own): score}
 
     def _is_file_of(self, file: Path, score: Tensor) -> bool:
-        """Whether a checkpoint is there and was saved as the best, with this score."""
+        """Return whether a file exists and is the checkpoint that was saved as the best, with this score."""
         if not file.is_file():
             return False
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)["callbacks"][self.state_key]
             return bool(state["best_model_score"] == score.cpu())
-        except Exception:  # a damaged file fails in any way; whichever it is, it is not the best epoch's
+        except Exception:  # a damaged file may raise anything, and is not the best epoch's
             return False
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last finished epoch as ``last.ckpt``, whatever its metrics: the file that a run is resumed from.
+    """Save the last finished epoch as ``last.ckpt``, regardless of its metrics: the file to resume a run from.
 
     Args:
         folder: The run's folder.
@@ -166,12 +169,12 @@ class LastCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        """Its own, beside that of a monitored ModelCheckpoint."""
+        """Key of this callback's state in checkpoints, different from that of a ModelCheckpoint."""
         return "LastCheckpoint"
 
 
 def _line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """An epoch in a line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330 filters"."""
+    """Return an epoch in one line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330 filters"."""
     total = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
     parts = [
         f"{part} {row[f'{part}_accuracy']:.2%}" for part in ("train", "test") if row.get(f"{part}_accuracy") is not None

@@ -21,7 +21,7 @@ from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.scoring_batches import calibration_batches, validation_batches
 from gflow_pl.callbacks.lightning.silence import SideEffects
 from gflow_pl.callbacks.lightning.training_loss import default_logits, is_classifier, training_loss
-from gflow_pl.callbacks.pruning_settings import Batch, ScoringSettings
+from gflow_pl.callbacks.pruning_settings import ScoringSettings
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.importance import score_filters
 from gflow_pl.importance.gradients import LogitsFn, LossFn
@@ -65,7 +65,9 @@ class Scoring:
         """The loss to score by, run in the Trainer's precision: the user's, or that of the module's training step."""
         return self._loss_fn
 
-    def calibration_batches(self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int) -> Iterable[Batch]:
+    def calibration_batches(
+        self, trainer: pl.Trainer, module: pl.LightningModule, rounds_done: int
+    ) -> Iterable[object]:
         """Return the training batches of the next round; every iteration yields the same ones.
 
         Raises:
@@ -82,8 +84,8 @@ class Scoring:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        batches: Iterable[Batch],
-        first_batch: Batch,
+        batches: Iterable[object],
+        first_batch: object,
         graph: ChannelGraph,
         initial_state: Mapping[str, Tensor] | None,
         rounds_done: int,
@@ -122,7 +124,7 @@ class Scoring:
                 **options,
             )
 
-    def loss_options(self, module: pl.LightningModule, batch: Batch, effects: SideEffects) -> Mapping[str, Any]:
+    def loss_options(self, module: pl.LightningModule, batch: object, effects: SideEffects) -> Mapping[str, Any]:
         """Return the loss that gradients are taken of, as arguments of `score_filters` and `Tracker`.
 
         It is the cross-entropy of the module's logits at the measure's temperature, or else the training loss.
@@ -131,7 +133,7 @@ class Scoring:
             return {"logits_fn": self._logits_fn or default_logits, "temperature": self._settings.temperature}
         return {"loss_fn": self._loss_fn}
 
-    def _scores_by_logits(self, module: pl.LightningModule, batch: Batch, effects: SideEffects) -> bool:
+    def _scores_by_logits(self, module: pl.LightningModule, batch: object, effects: SideEffects) -> bool:
         # Only a temperature, or samples that are balanced over the classes, need logits and labels.
         measure = self._settings.measure
         has_temperature = self._settings.temperature is not None or measure.temperature not in (None, 1.0)
@@ -152,7 +154,7 @@ class Scoring:
         return self._module_is_classifier
 
     def loss_and_gradient_norm(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, rounds_done: int
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, rounds_done: int
     ) -> LossAndNorm:
         """Return the loss and the L2 norm of its gradient on one batch of each rank, averaged over the ranks.
 
@@ -239,7 +241,7 @@ class _OncePerMessage:
             logger.removeFilter(is_new)
 
 
-def _count_correct(module: pl.LightningModule, batches: Iterable[Batch], logits_fn: LogitsFn) -> Tensor:
+def _count_correct(module: pl.LightningModule, batches: Iterable[object], logits_fn: LogitsFn) -> Tensor:
     """Return (2,) the number of correct predictions and of examples; float64, on the module's device."""
     device = next(module.parameters()).device
     correct, total = torch.zeros((), device=device, dtype=torch.float64), 0

@@ -19,7 +19,7 @@ from gflow_pl.callbacks.lightning.precision import gradient_scale
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.silence import without_side_effects
-from gflow_pl.callbacks.pruning_settings import Batch, ScoringSettings, TrackingSettings
+from gflow_pl.callbacks.pruning_settings import ScoringSettings, TrackingSettings
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.importance import Tracker
 from gflow_pl.importance.derived_weights import DerivedWeightGradients
@@ -82,7 +82,7 @@ class RoundInputs:
     initial_state: dict[str, Tensor] | None
     rounds_done: int
 
-    def new_tracker(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> Tracker:
+    def new_tracker(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object) -> Tracker:
         """Return a tracker for the module in its present shape, whose average is still zero.
 
         Args:
@@ -140,7 +140,7 @@ class StepGradients:
         self,
         module: pl.LightningModule,
         optimizer: Optimizer,
-        batch: Batch,
+        batch: object,
         *,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
@@ -183,7 +183,7 @@ class StepGradients:
             copies = {name: gradient.detach().clone() for name, gradient in gradients.items()}
             self._gradients_before_step = {**(self._gradients_before_step or {}), **copies}
 
-    def after_step(self, module: pl.LightningModule, batch: Batch) -> None:
+    def after_step(self, module: pl.LightningModule, batch: object) -> None:
         """In the order "published", track the step's gradients with the weights after the step."""
         if self._gradients_before_step is not None:
             gradients, self._gradients_before_step = self._gradients_before_step, None
@@ -201,13 +201,13 @@ class TrackedScoring:
     def __init__(self) -> None:
         self._steps: StepGradients | None = None
         self._inputs: RoundInputs | None = None  # of the current step; None outside of a tracked step
-        self._batch: Batch = None
+        self._batch: object = None
         self._epoch: int | None = None
         self._restored: dict[str, Tensor] | None = None
         self._has_logged = False
 
     def begin_batch(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int, inputs: RoundInputs
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, batch_idx: int, inputs: RoundInputs
     ) -> None:
         """Track the step of a batch that is about to be trained on, if it is one of the last steps of the epoch.
 
@@ -250,7 +250,7 @@ class TrackedScoring:
             self._steps.stop_recording()
 
     def scores(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, inputs: RoundInputs
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, inputs: RoundInputs
     ) -> Scores | None:
         """Return the scores of the average, and discard it; None, with a warning, if no step was tracked.
 
@@ -281,7 +281,7 @@ class TrackedScoring:
         self._steps, self._restored, self._epoch = None, state["tracker"], state["epoch"]
 
     def _started_or_resumed(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, inputs: RoundInputs
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, inputs: RoundInputs
     ) -> StepGradients:
         tracker = inputs.new_tracker(trainer, module, batch)
         # Every epoch and every rank builds a tracker; only the first one of rank 0 logs.

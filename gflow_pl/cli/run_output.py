@@ -71,7 +71,7 @@ def output_callbacks(command: str, settings: Namespace, folder: Path) -> list[Ca
     if settings.get("enable_progress_bar") is not False and has_terminal:
         callbacks.append(RichProgressBar())
     if command in TRAINING_COMMANDS:
-        callbacks.append(RunRecorder(folder, tells=not has_terminal))
+        callbacks.append(RunRecorder(folder, prints_epochs=not has_terminal))
         if settings.get("enable_checkpointing") is not False:
             callbacks += [BestCheckpoint(folder), LastCheckpoint(folder)]
     return callbacks
