@@ -142,7 +142,7 @@ def test_a_pruned_fit_equals_a_loop_that_builds_everything_anew(optimizer, clip,
 
 
 @pytest.mark.parametrize("optimizer", ["SGD nesterov", "AdamW"])
-def test_a_graph_that_a_user_keeps_alive_changes_nothing(optimizer, tmp_path) -> None:
+def test_an_autograd_graph_that_the_module_stores_changes_nothing(optimizer, tmp_path) -> None:
     torch.manual_seed(3)
     start = two_convs()
     reference, wanted = bare_loop(copy.deepcopy(start), optimizer, "MultiStepLR", None)

@@ -54,7 +54,7 @@ def test_a_training_step_is_called_as_lightning_calls_it(step, tmp_path) -> None
     assert train(tmp_path, module(), shuffled()).finished
 
 
-def test_a_training_step_without_a_loss_is_told_what_to_do(tmp_path) -> None:
+def test_a_training_step_without_a_loss_raises_an_error_that_names_loss_fn(tmp_path) -> None:
     class Skips(SmallModule):
         def training_step(self, batch, batch_idx):
             return None
@@ -89,7 +89,7 @@ class OnlyEmbeds(OnlyStep):
 
 
 @pytest.mark.parametrize("cls", [OnlyStep, OnlyEmbeds])
-def test_a_module_whose_forward_runs_on_no_batch_is_traced_by_its_training_step(cls, tmp_path) -> None:
+def test_a_module_whose_forward_takes_no_batch_is_traced_by_its_training_step(cls, tmp_path) -> None:
     module = cls()
     callback = train(tmp_path, module, shuffled())
     assert callback.rows[-1]["filters_removed"] > 0
@@ -121,7 +121,7 @@ def test_batches_that_are_dicts(example, tmp_path) -> None:
     assert set(callback.graph.frozen) == {"net.9"}, "the logits stay"
 
 
-def test_a_module_of_which_nothing_runs_is_told_what_to_do(tmp_path) -> None:
+def test_a_module_that_runs_on_no_batch_raises_an_error_that_names_example_input_array(tmp_path) -> None:
     class Broken(SmallModule):
         def forward(self, x):
             raise RuntimeError("no such luck")
@@ -159,7 +159,7 @@ class Bundles(Dataset):
     ],
     ids=["batch sampler", "batches", "drop last"],
 )
-def test_batches_to_score_on_are_made_as_those_to_train_on(data, tmp_path) -> None:
+def test_calibration_batches_have_the_sizes_of_training_batches(data, tmp_path) -> None:
     sizes: dict[bool, set[int]] = {True: set(), False: set()}
 
     class Watches(SmallModule):
@@ -172,7 +172,7 @@ def test_batches_to_score_on_are_made_as_those_to_train_on(data, tmp_path) -> No
     assert sizes[False] == sizes[True]
 
 
-def test_workers_that_live_on_are_not_disturbed(tmp_path) -> None:
+def test_persistent_workers_are_not_restarted(tmp_path) -> None:
     """The train loader's own iterator, which would begin anew, is never asked for."""
 
     def weights(prunes: bool) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def test_workers_that_live_on_are_not_disturbed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("logged", [True, False])
-def test_metrics_of_training_are_those_of_training(logged, tmp_path) -> None:
+def test_scoring_does_not_update_the_metrics_of_training(logged, tmp_path) -> None:
     """Also in a collection whose members share their state."""
 
     class Counts(SmallModule):
@@ -253,7 +253,7 @@ class Remembers(SmallModule):
 
 
 @pytest.mark.parametrize("options", [{}, {"measure": "grasp"}, {"measure": "grasp", "track": True}], ids=str)
-def test_what_a_training_step_remembers_is_of_training_alone(options, tmp_path) -> None:
+def test_scoring_does_not_change_what_a_training_step_stores(options, tmp_path) -> None:
     one, two = Remembers(), Remembers()
     two.load_state_dict(one.state_dict())
     train(tmp_path, one, shuffled(), fraction=0.001, keep_momentum=True, **options)
@@ -264,7 +264,7 @@ def test_what_a_training_step_remembers_is_of_training_alone(options, tmp_path) 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 @pytest.mark.parametrize("options", [{}, {"loss_fn": True}, {"measure": "grasp", "temperature": 2.0}], ids=str)
-def test_new_tensors_are_of_the_precision_that_is_trained_in(options, precision, tmp_path) -> None:
+def test_new_tensors_have_the_precision_of_training(options, precision, tmp_path) -> None:
     """Noise that a step draws, and what a forward makes, have the default type."""
 
     class Draws(SmallModule):
@@ -283,7 +283,7 @@ def test_new_tensors_are_of_the_precision_that_is_trained_in(options, precision,
     assert callback.rows[0]["accuracy_after_cut"] >= 0
 
 
-def test_a_step_that_fails_in_evaluation_mode_is_told_why_it_ran_there(tmp_path) -> None:
+def test_an_error_in_evaluation_mode_explains_why_the_step_ran_there(tmp_path) -> None:
     class TwoOutputs(SmallModule):
         def forward(self, x):
             y = super().forward(x)

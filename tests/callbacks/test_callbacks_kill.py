@@ -151,18 +151,18 @@ def kill_and_resume(servers, folder: Path, moments: int, ranks: int, least_after
     return seen
 
 
-def test_a_killed_run_ends_like_one_that_never_was(servers, tmp_path) -> None:
+def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(servers, tmp_path) -> None:
     seen = kill_and_resume(servers, tmp_path, 3, 1, least_after=0.5)
     assert seen["killed"] >= 3
 
 
-def test_a_killed_run_of_two_ranks_ends_like_one_that_never_was(servers, tmp_path) -> None:
+def test_a_killed_and_resumed_run_of_two_ranks_ends_like_an_uninterrupted_one(servers, tmp_path) -> None:
     seen = kill_and_resume(servers, tmp_path, 1, 2, least_after=1)
     assert seen["after a checkpoint"] >= 1
 
 
 @pytest.mark.slow
-def test_forty_killed_runs_end_like_one_that_never_was(servers, tmp_path) -> None:
+def test_forty_killed_and_resumed_runs_end_like_an_uninterrupted_one(servers, tmp_path) -> None:
     seen = kill_and_resume(servers, tmp_path, 40, 1, least_after=0.75)
     print(dict(seen))
     assert seen["killed"] >= 40
@@ -171,7 +171,7 @@ def test_forty_killed_runs_end_like_one_that_never_was(servers, tmp_path) -> Non
 
 
 @pytest.mark.slow
-def test_ten_killed_runs_of_two_ranks_end_like_one_that_never_was(servers, tmp_path) -> None:
+def test_ten_killed_and_resumed_runs_of_two_ranks_end_like_an_uninterrupted_one(servers, tmp_path) -> None:
     seen = kill_and_resume(servers, tmp_path, 10, 2, least_after=0.6)
     print(dict(seen))
     assert seen["killed"] >= 10

@@ -60,7 +60,7 @@ def fit(folder, module, callbacks, data=None, **options) -> pl.Trainer:
     return run
 
 
-def test_rows_are_what_a_plain_loop_measures_at_the_last_step_of_each_epoch(tmp_path) -> None:
+def test_rows_equal_the_measurements_of_a_plain_loop_at_the_last_step_of_each_epoch(tmp_path) -> None:
     monitor = GradientFlowMonitor()
     fit(tmp_path, plain(), [monitor], max_epochs=3)
 
@@ -98,7 +98,7 @@ def test_rows_are_what_a_plain_loop_measures_at_the_last_step_of_each_epoch(tmp_
             assert row[key] == (pytest.approx(value, rel=1e-12, abs=1e-15) if isinstance(value, float) else value), key
 
 
-def test_theta_g_is_how_fast_gradient_descent_changes_the_norm(tmp_path) -> None:
+def test_theta_g_is_the_rate_at_which_gradient_descent_changes_the_norm(tmp_path) -> None:
     # One full batch an epoch: |theta'|^2 = |theta|^2 - 2 lr theta.g + lr^2 |g|^2, exactly, whatever the network.
     monitor = GradientFlowMonitor(per_layer=False)
     fit(tmp_path, plain(), [monitor], DataLoader(points(), batch_size=12), max_epochs=6)
@@ -110,7 +110,7 @@ def test_theta_g_is_how_fast_gradient_descent_changes_the_norm(tmp_path) -> None
     assert monitor.rows[1]["distance_from_init"] == pytest.approx(LR * monitor.rows[0]["gradient_norm"], rel=1e-10)
 
 
-def test_theta_h_g_is_that_of_the_dense_hessian(tmp_path) -> None:
+def test_theta_h_g_equals_that_of_the_dense_hessian(tmp_path) -> None:
     monitor = GradientFlowMonitor(hessian=True)
     module = plain()
     module.first.bias.requires_grad_(False)
@@ -136,7 +136,7 @@ def test_theta_h_g_is_that_of_the_dense_hessian(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("hessian", [False, True])
-def test_training_is_the_same_with_and_without_it(hessian, tmp_path) -> None:
+def test_the_monitor_does_not_change_training(hessian, tmp_path) -> None:
     def run(callbacks) -> dict:
         pl.seed_everything(1)
         module = SmallModule(dropout=0.3)
@@ -176,7 +176,7 @@ def test_scaled_gradients_are_unscaled(fused, tmp_path) -> None:
     assert scaler.get_scale() == 1024
 
 
-def test_a_step_that_overflows_counts_for_nothing(tmp_path) -> None:
+def test_a_step_that_overflows_is_left_out(tmp_path) -> None:
     class Overflowing(Plain):
         def on_after_backward(self):
             if self.trainer.global_step in overflows:
@@ -195,7 +195,7 @@ def test_a_step_that_overflows_counts_for_nothing(tmp_path) -> None:
     assert math.isfinite(run(1)["gradient_norm"])
 
 
-def test_several_batches_are_averaged_over(tmp_path) -> None:
+def test_measurements_are_averaged_over_several_batches(tmp_path) -> None:
     class Still(Plain):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -233,7 +233,7 @@ def test_the_last_step_is_found_however_an_epoch_ends(options, steps, tmp_path) 
     assert row["theta_h_g"] is not None
 
 
-def test_an_epoch_that_is_broken_off_keeps_what_is_known(tmp_path) -> None:
+def test_an_interrupted_epoch_keeps_what_is_known(tmp_path) -> None:
     class Stops(Plain):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if batch_idx == 1 else None
@@ -264,7 +264,7 @@ class TwoOptimizers(Plain):
         return torch.optim.SGD(self.first.parameters(), 0.0), torch.optim.SGD(self.second.parameters(), 0.0)
 
 
-def test_with_several_optimizers_a_parameter_is_measured_in_its_own_ones_step(tmp_path) -> None:
+def test_with_several_optimizers_a_parameter_is_measured_at_the_step_of_its_own(tmp_path) -> None:
     torch.manual_seed(0)
     monitor, reference = GradientFlowMonitor(), GradientFlowMonitor()
     fit(tmp_path, TwoOptimizers(), [monitor], DataLoader(points(), batch_size=12), max_epochs=1)
@@ -285,7 +285,7 @@ def test_manual_optimization_needs_a_loss_for_the_hessian(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_a_curvature_that_is_not_finite_is_none_and_training_goes_on(factor, tmp_path) -> None:
+def test_a_curvature_that_is_not_finite_is_none_and_training_continues(factor, tmp_path) -> None:
     def loss_fn(module, batch):
         return factor * module(batch[0]).square().mean() + module.second(torch.tanh(module.first(batch[0]))).sum()
 
@@ -314,7 +314,7 @@ def test_the_initial_parameters_shrink_with_the_network(tmp_path) -> None:
     assert [row["epoch"] for row in whole(monitor)] == [0, 1, 2, 3]
 
 
-def test_a_rewrite_that_leaves_the_initial_parameters_behind_is_refused(tmp_path) -> None:
+def test_a_rewrite_that_does_not_cut_the_initial_parameters_raises(tmp_path) -> None:
     class Shrinks(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             with torch.no_grad():
@@ -343,7 +343,7 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path) -> None:
     assert len(whole(resumed)) == 4
 
 
-def test_every_logger_gets_the_numbers(tmp_path) -> None:
+def test_every_logger_receives_the_statistics(tmp_path) -> None:
     loggers = [CSVLogger(tmp_path, name="a"), CSVLogger(tmp_path, name="b")]
     monitor = GradientFlowMonitor()
     fit(tmp_path, plain(), [monitor], max_epochs=2, logger=loggers)
@@ -354,7 +354,7 @@ def test_every_logger_gets_the_numbers(tmp_path) -> None:
         assert float(rows[1]["gradient_flow/gradient_norm/second"]) == whole(monitor, "second")[1]["gradient_norm"]
 
 
-def test_it_measures_every_nth_epoch_and_leaves_out_what_is_not_asked_for(tmp_path) -> None:
+def test_every_n_epochs_and_unset_statistics(tmp_path) -> None:
     monitor = GradientFlowMonitor(every_n_epochs=2, distance=False, per_layer=False)
     fit(tmp_path, plain(), [monitor], max_epochs=5)
     assert [row["epoch"] for row in monitor.rows] == [0, 2, 4]
@@ -377,7 +377,7 @@ def test_initial_parameters_of_another_network_are_dropped_with_a_warning(tmp_pa
         ({"loss_fn": "mse"}, "`loss_fn` must be a function (module, batch), got 'mse'."),
     ],
 )
-def test_bad_options_are_one_sentence(arguments, sentence) -> None:
+def test_wrong_options_raise_an_error_of_one_sentence(arguments, sentence) -> None:
     with pytest.raises(ValueError) as error:
         GradientFlowMonitor(**arguments)
     assert sentence in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 
-def test_rows_of_two_ranks_are_those_of_one_process_on_the_global_batches(tmp_path) -> None:
+def test_rows_of_two_ranks_equal_those_of_one_process_on_the_global_batches(tmp_path) -> None:
     script = Path(__file__).parent / "monitor_ranks.py"
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)

@@ -26,6 +26,9 @@ from small_nets import SmallModule, images, loader, trainer
 
 import gflow_pl
 from gflow_pl import PruningCallback
+from gflow_pl.callbacks import find_pruning_callback, pruning_state_in
+from gflow_pl.callbacks.lightning import silence
+from gflow_pl.callbacks.lightning.silence import SideEffects
 from gflow_pl.callbacks.lightning.unsupported import check_supported
 
 
@@ -75,14 +78,14 @@ def test_rounds_are_cut_on_time_and_reach_the_fraction_exactly(tmp_path) -> None
                 assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
 
 
-def test_the_stem_of_a_residual_stream_stays_whole_unless_asked(tmp_path) -> None:
+def test_protect_stem_keeps_the_stem_of_a_residual_stream_whole(tmp_path) -> None:
     module, _, _ = fit(tmp_path)
     assert module.net[0].out_channels == 8
     module, _, _ = fit(tmp_path, pruning=callback(protect_stem=False, measure="random", fraction=0.8))
     assert module.net[0].out_channels < 8
 
 
-def test_a_cut_that_takes_nothing_disturbs_nothing(tmp_path) -> None:
+def test_a_cut_that_removes_nothing_changes_nothing(tmp_path) -> None:
     """Scoring, tracing and measuring leave weights, statistics and random numbers as they were."""
     one, pruning, _ = fit(tmp_path, pruning=callback(fraction=0.001, rounds=2, keep_momentum=True), val=shuffled(32))
     assert [row["filters_removed"] for row in pruning.rows] == [0, 0]
@@ -107,7 +110,7 @@ def test_momentum_is_dropped_unless_it_is_kept(tmp_path) -> None:
     assert seen[2] > 0
 
 
-def test_a_subclass_decides_when_and_who(tmp_path) -> None:
+def test_a_subclass_may_override_when_and_what_to_prune(tmp_path) -> None:
     class Mine(PruningCallback):
         def should_prune(self, epoch):
             return epoch == 2 and self.rounds_done == 0
@@ -124,7 +127,7 @@ def test_a_subclass_decides_when_and_who(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_a_schedule_that_would_not_fit_is_no_obstacle_where_should_prune_decides(how, tmp_path) -> None:
+def test_a_schedule_that_does_not_fit_is_accepted_if_should_prune_is_overridden(how, tmp_path) -> None:
     class Mine(PruningCallback):
         def should_prune(self, epoch):
             return epoch in (1, 2)
@@ -137,7 +140,7 @@ def test_a_schedule_that_would_not_fit_is_no_obstacle_where_should_prune_decides
     assert [row["epoch"] for row in pruning.rows] == [1, 2]
 
 
-def test_a_subclass_is_asked_once_an_epoch_until_all_rounds_are_done(tmp_path) -> None:
+def test_should_prune_is_called_once_per_epoch_until_all_rounds_are_done(tmp_path) -> None:
     asked = []
 
     class Mine(PruningCallback):
@@ -160,6 +163,21 @@ def test_a_target_in_parameters_or_multiply_accumulates_is_reached(target, tmp_p
 def test_cuts_at_given_epochs_may_begin_before_the_first_step(tmp_path) -> None:
     _, pruning, _ = fit(tmp_path, pruning=callback(epochs=[0, 2]))
     assert [row["epoch"] for row in pruning.rows] == [0, 2]
+
+
+def test_a_round_takes_two_snapshots_of_the_module(tmp_path, monkeypatch) -> None:
+    """One before the cut and one after it, whatever is measured."""
+    taken = []
+
+    class Counted(SideEffects):
+        def __init__(self, module):
+            super().__init__(module)
+            taken.append(module)
+
+    monkeypatch.setattr(silence, "SideEffects", Counted)
+    _, pruning, _ = fit(tmp_path, pruning=callback(measure="grasp", rounds=2), val=shuffled(16))
+    assert all(isinstance(row["accuracy_after_cut"], float) for row in pruning.rows)
+    assert len(taken) == 2 * 2 + 1, "of the trace as well"
 
 
 # Resuming
@@ -203,7 +221,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(options, optimize
     assert compared > 0
 
 
-def test_a_schedule_that_contradicts_the_rounds_done_is_refused_and_a_changed_one_reported(tmp_path) -> None:
+def test_a_schedule_that_contradicts_the_rounds_done_raises_and_a_changed_one_warns(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path, callbacks=[keep])
     file = tmp_path / "epoch=1.ckpt"
@@ -214,7 +232,7 @@ def test_a_schedule_that_contradicts_the_rounds_done_is_refused_and_a_changed_on
     assert [row["measure"] for row in pruning.rows] == ["loss", "magnitude"]
 
 
-def test_random_numbers_of_another_number_of_processes_are_not_restored_and_that_is_said(tmp_path) -> None:
+def test_random_states_of_another_number_of_processes_are_not_restored_with_a_warning(tmp_path) -> None:
     _, _, run = fit(tmp_path, max_epochs=3)
     run.save_checkpoint(tmp_path / "one.ckpt")
     contents = torch.load(tmp_path / "one.ckpt", weights_only=True)
@@ -224,8 +242,26 @@ def test_random_numbers_of_another_number_of_processes_are_not_restored_and_that
         fit(tmp_path, ckpt_path=tmp_path / "two.ckpt")
 
 
+def test_a_run_of_a_subclass_is_continued_by_another_class(tmp_path) -> None:
+    """Lightning stores the states of callbacks under the names of their classes."""
+
+    class Own(PruningCallback):
+        pass
+
+    pruning = Own("magnitude", fraction=0.5, rounds=2)
+    _, _, run = fit(tmp_path, pruning=pruning, max_epochs=2)
+    assert find_pruning_callback(run) is pruning
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    state = pruning_state_in(torch.load(tmp_path / "own.ckpt", weights_only=True))
+    assert state is not None
+    assert state["rows"] == pruning.rows
+    _, again, _ = fit(tmp_path, pruning=callback(measure="magnitude"), ckpt_path=tmp_path / "own.ckpt")
+    assert [row["epoch"] for row in again.rows] == [1, 2]
+    assert again.rows[0] == pruning.rows[0]
+
+
 @pytest.mark.parametrize("name", ["OneCycleLR", "ReduceLROnPlateau", "CosineAnnealingWarmRestarts", "LambdaLR"])
-def test_a_schedule_goes_on_as_if_no_rate_had_been_held_and_so_does_a_resumed_one(name, tmp_path) -> None:
+def test_a_held_learning_rate_does_not_affect_schedulers_also_after_resuming(name, tmp_path) -> None:
     class Module(SmallModule):
         rates: list
 
@@ -294,7 +330,7 @@ def test_every_file_loads_in_a_fresh_process(weights_only, tmp_path) -> None:
         assert torch.equal(module.eval()(x), torch.load(outputs, weights_only=True))
 
 
-def test_best_is_never_the_unpruned_network(tmp_path) -> None:
+def test_the_best_checkpoint_is_never_of_the_unpruned_network(tmp_path) -> None:
     class Worse(SmallModule):
         """Its validation metric says that the first epoch was the best."""
 
@@ -311,7 +347,9 @@ def test_best_is_never_the_unpruned_network(tmp_path) -> None:
 
 @pytest.mark.parametrize(("every_n_epochs", "is_pruned"), [(1, True), (2, False)])
 @pytest.mark.parametrize("name", ["{epoch}", "same"])
-def test_the_newest_file_is_not_best_if_it_is_of_before_the_last_cut(name, every_n_epochs, is_pruned, tmp_path) -> None:
+def test_the_newest_file_is_not_best_if_it_is_from_before_the_last_cut(
+    name, every_n_epochs, is_pruned, tmp_path
+) -> None:
     """Of a ModelCheckpoint that monitors nothing, and whose turn may not come again between the cut and the end."""
     newest = ModelCheckpoint(tmp_path, name, every_n_epochs=every_n_epochs, enable_version_counter=False)
     module, pruning, run = fit(tmp_path, pruning=callback(epochs=[2], rounds=1), callbacks=[newest], max_epochs=3)
@@ -324,7 +362,7 @@ def test_the_newest_file_is_not_best_if_it_is_of_before_the_last_cut(name, every
             run.test(module, shuffled(16), ckpt_path="best", verbose=False, weights_only=True)
 
 
-def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_path) -> None:
+def test_larger_and_smaller_checkpoints_than_the_current_network_can_be_tested(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     module, _, _ = fit(tmp_path, callbacks=[keep])
     small = sum(p.numel() for p in module.parameters())
@@ -336,7 +374,7 @@ def test_a_bigger_and_a_smaller_file_than_the_network_in_hand_can_be_tested(tmp_
     assert sum(p.numel() for p in module.parameters()) == small
 
 
-def test_a_file_that_is_only_tested_leaves_the_rows_of_the_run_alone(tmp_path) -> None:
+def test_testing_a_checkpoint_does_not_change_the_rows_of_the_run(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     module, pruning, run = fit(tmp_path, callbacks=[keep])
     rows, filters = copy.deepcopy(pruning.rows), pruning.num_filters
@@ -350,7 +388,7 @@ def test_a_file_that_is_only_tested_leaves_the_rows_of_the_run_alone(tmp_path) -
     assert pruning.rows == rows
 
 
-def test_a_network_that_was_used_from_a_bigger_file_trains_on_from_there(tmp_path) -> None:
+def test_training_continues_from_a_larger_checkpoint_that_was_loaded(tmp_path) -> None:
     """Tensors of a shape taken in `test` or `predict` are no inference tensors."""
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     module, _, run = fit(tmp_path, callbacks=[keep])
@@ -368,7 +406,7 @@ def test_a_network_that_was_used_from_a_bigger_file_trains_on_from_there(tmp_pat
     )
 
 
-def test_a_file_that_is_saved_on_an_exception_carries_the_shape(tmp_path) -> None:
+def test_a_checkpoint_that_is_saved_on_an_exception_carries_the_shape(tmp_path) -> None:
     class Fails(SmallModule):
         def training_step(self, batch, batch_idx):
             if self.current_epoch == 2 and batch_idx == 1:
@@ -383,7 +421,7 @@ def test_a_file_that_is_saved_on_an_exception_carries_the_shape(tmp_path) -> Non
     assert_equal(state_of(module), state_of(again))
 
 
-def test_a_file_that_is_saved_on_an_exception_holds_the_modules_own_rate(tmp_path) -> None:
+def test_a_checkpoint_that_is_saved_on_an_exception_has_the_modules_own_learning_rate(tmp_path) -> None:
     """Lightning runs the training step within the optimizer's, where the rate is held."""
 
     class Fails(SmallModule):
@@ -399,7 +437,7 @@ def test_a_file_that_is_saved_on_an_exception_holds_the_modules_own_rate(tmp_pat
     assert [group["lr"] for group in saved["param_groups"]] == [0.05]
 
 
-def test_nothing_but_the_checkpoint_hooks_is_left_on_the_module(tmp_path) -> None:
+def test_only_the_checkpoint_hooks_stay_on_the_module(tmp_path) -> None:
     before = set(vars(SmallModule()))
     module, _, run = fit(tmp_path, pruning=callback(prune_lr=0.01))
     left = {name for name in set(vars(module)) - before if not name.startswith("_")}
@@ -409,7 +447,7 @@ def test_nothing_but_the_checkpoint_hooks_is_left_on_the_module(tmp_path) -> Non
     assert_equal(state_of(module), state_of(again))
 
 
-def test_the_unpruned_network_is_kept_as_it_was_before_the_first_cut(tmp_path) -> None:
+def test_the_unpruned_network_is_saved_just_before_the_first_cut(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path, pruning=callback(unpruned_path=str(tmp_path / "unpruned.ckpt")), callbacks=[keep])
     unpruned = torch.load(tmp_path / "unpruned.ckpt", weights_only=True)["state_dict"]
@@ -420,7 +458,7 @@ def test_the_unpruned_network_is_kept_as_it_was_before_the_first_cut(tmp_path) -
 
 
 @pytest.mark.parametrize("first", ["pruning", "average"])
-def test_an_averaged_model_is_pruned_alike(first, tmp_path) -> None:
+def test_an_averaged_model_is_pruned_like_the_module(first, tmp_path) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging
 
     pl.seed_everything(0)
@@ -464,7 +502,7 @@ def test_precision_clipping_and_accumulation(options, accumulate, tmp_path) -> N
 
 
 @pytest.mark.parametrize("residual", ["expand", "remove"])
-def test_a_channels_last_network_stays_so_and_is_pruned_like_any_other(residual, tmp_path) -> None:
+def test_a_channels_last_network_keeps_its_memory_format_and_is_pruned_like_any_other(residual, tmp_path) -> None:
     same = SmallModule()
     start = state_of(same)
 
@@ -516,7 +554,7 @@ def test_fast_dev_run(tmp_path) -> None:
     assert pruning.rounds_done == 1
 
 
-def test_a_repeated_fit_on_one_trainer_carries_on(tmp_path) -> None:
+def test_a_repeated_fit_on_one_trainer_continues(tmp_path) -> None:
     module, pruning, run = fit(tmp_path, pruning=callback(rounds=2, epochs=[1, 3]), max_epochs=4)
     run.fit_loop.max_epochs = 6
     run.fit(module, shuffled())
@@ -524,7 +562,7 @@ def test_a_repeated_fit_on_one_trainer_carries_on(tmp_path) -> None:
     assert run.current_epoch == 6
 
 
-def test_rounds_that_early_stopping_left_undone_are_a_warning(tmp_path) -> None:
+def test_rounds_that_early_stopping_prevents_are_reported_by_a_warning(tmp_path) -> None:
     class Flat(SmallModule):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", 1.0)
@@ -535,7 +573,7 @@ def test_rounds_that_early_stopping_left_undone_are_a_warning(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_early_stopping_starts_anew_at_each_round_unless_asked_not_to(reset, tmp_path) -> None:
+def test_reset_best_resets_early_stopping_at_each_round(reset, tmp_path) -> None:
     """What a pruned network does is not measured by the best that the unpruned one did."""
 
     class Worse(SmallModule):
@@ -588,14 +626,14 @@ def test_data_without_a_length_needs_batches(tmp_path) -> None:
     assert pruning.finished
 
 
-def test_a_learning_rate_finder_tries_without_rounds(tmp_path) -> None:
+def test_the_trials_of_a_learning_rate_finder_have_no_rounds(tmp_path) -> None:
     finder = LearningRateFinder(num_training_steps=5)
     module = SmallModule()
     _, pruning, _ = fit(tmp_path, module, callback(epochs=[0, 2]), callbacks=[finder])
     assert [row["epoch"] for row in pruning.rows] == [0, 2]
 
 
-def test_a_batch_size_finder_tries_without_rounds(tmp_path) -> None:
+def test_the_trials_of_a_batch_size_finder_have_no_rounds(tmp_path) -> None:
     class Data(pl.LightningDataModule):
         batch_size = 4
 
@@ -647,7 +685,7 @@ def refused(tmp_path, *, module=None, **options) -> str:
     return str(error.value)
 
 
-def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path) -> None:
+def test_unsupported_configurations_raise_an_error_with_a_remedy(tmp_path) -> None:
     assert "WeightAveraging" in refused(tmp_path, callbacks=[StochasticWeightAveraging(0.1)])
     assert "two of these callbacks in the Trainer: keep one" in refused(tmp_path, callbacks=[callback()])
     for strategy in ("ddp_spawn", "ddp_fork"):
@@ -692,7 +730,7 @@ def test_what_cannot_work_is_refused_in_a_sentence_that_says_what_to_do(tmp_path
         type("DeepSpeed", (pl.strategies.DeepSpeedStrategy,), {"__init__": pl.strategies.DDPStrategy.__init__}),
     ],
 )
-def test_sharded_parameters_are_refused(strategy, tmp_path) -> None:
+def test_strategies_that_shard_parameters_raise(strategy, tmp_path) -> None:
     run = trainer(tmp_path)
     run._accelerator_connector.strategy = strategy()
     told = f"{strategy.__name__} shards parameters.*use strategy='ddp'"
@@ -701,7 +739,7 @@ def test_sharded_parameters_are_refused(strategy, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("max_steps", [6, -1], ids=["between rounds", "finished"])
-def test_a_callback_is_not_used_again_for_another_network(max_steps, tmp_path) -> None:
+def test_a_callback_cannot_be_used_again_for_another_network(max_steps, tmp_path) -> None:
     pruning = callback()
     fit(tmp_path, pruning=pruning, max_steps=max_steps)
     assert "make a new PruningCallback for every network" in refused(tmp_path, pruning=pruning)
@@ -758,7 +796,7 @@ def test_every_argument_is_checked_at_construction(options, told) -> None:
     assert told in str(error.value)
 
 
-def test_a_module_without_logits_is_scored_by_its_own_loss_and_that_is_said_once(tmp_path, caplog) -> None:
+def test_a_module_without_logits_is_scored_by_its_own_loss_with_one_message(tmp_path, caplog) -> None:
     class Autoencoder(SmallModule):
         def training_step(self, batch, batch_idx):
             return (self(batch[0]).sum(1) - batch[0].mean(dim=(1, 2, 3))).square().mean()

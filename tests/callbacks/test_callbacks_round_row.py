@@ -42,7 +42,7 @@ def plain(rows) -> list[dict]:
     return [{name: None if value == "" else value for name, value in row.items()} for row in rows]
 
 
-def test_the_rows_lie_beside_the_run(tmp_path) -> None:
+def test_rows_are_written_into_the_folder_of_the_run(tmp_path) -> None:
     pruning = prune(tmp_path / "without")
     assert read_rows(tmp_path / "without" / "pruning.csv") == plain(pruning.rows)
     assert len(pruning.rows) == 2
@@ -87,7 +87,7 @@ def test_a_logger_without_a_local_folder(tmp_path) -> None:
     assert os.listdir(tmp_path / "working") == []
 
 
-def test_trials_write_no_rows(tmp_path) -> None:
+def test_trials_of_a_finder_write_no_rows(tmp_path) -> None:
     pruning = PruningCallback("magnitude", fraction=0.5, rounds=1, epochs=[0])
     run = trainer(tmp_path, callbacks=[pruning], fast_dev_run=True)
     run.fit(SmallModule(), DataLoader(images(32), batch_size=16))
@@ -106,7 +106,7 @@ def test_trials_write_no_rows(tmp_path) -> None:
     assert tables(tmp_path) == ["pruning.csv"]
 
 
-def test_a_resumed_run_writes_the_rows_of_its_checkpoint_anew(tmp_path) -> None:
+def test_a_resumed_run_rewrites_the_rows_of_its_checkpoint(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     whole = prune(tmp_path / "whole", more=[keep])
     at_start = []
@@ -131,7 +131,7 @@ def test_a_resumed_run_writes_the_rows_of_its_checkpoint_anew(tmp_path) -> None:
     assert len(read_rows(tmp_path / "late" / "pruning.csv")) == 2
 
 
-def test_the_rows_of_another_run_stay(tmp_path) -> None:
+def test_the_rows_of_another_run_are_never_replaced(tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
     (tmp_path / "pruning.csv").write_text("my,own,table\n")
     one = prune(tmp_path, more=[keep])
@@ -149,7 +149,7 @@ def test_the_rows_of_another_run_stay(tmp_path) -> None:
     assert read_rows(tmp_path / "pruning-v2.csv") == plain(two.rows)
 
 
-def test_a_place_that_cannot_be_written_to_is_said_once_and_training_goes_on(tmp_path) -> None:
+def test_rows_that_cannot_be_written_warn_once_and_training_continues(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"rows cannot be written to '.*/file/pruning.csv' \(") as said:
         pruning = prune(tmp_path / "file", enable_checkpointing=False)
@@ -160,7 +160,7 @@ def test_a_place_that_cannot_be_written_to_is_said_once_and_training_goes_on(tmp
 @pytest.mark.parametrize(
     ("path", "reason"), [("folder", "it is a folder"), ("folder/file/mine.csv", "'.*/folder/file' is not a folder")]
 )
-def test_a_path_that_cannot_be_a_file_is_refused_at_the_start(path, reason, tmp_path) -> None:
+def test_a_rows_path_that_cannot_be_written_raises_at_the_start(path, reason, tmp_path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
     with pytest.raises(
@@ -169,13 +169,13 @@ def test_a_path_that_cannot_be_a_file_is_refused_at_the_start(path, reason, tmp_
         prune(tmp_path, rows_path=tmp_path / path)
 
 
-def test_a_recorder_has_them_written_into_its_folder_and_nowhere_else(tmp_path) -> None:
+def test_rows_are_written_only_into_the_folder_of_a_recorder(tmp_path) -> None:
     pruning = prune(tmp_path / "root", more=[RunRecorder(tmp_path / "run")])
     assert tables(tmp_path) == ["run/pruning.csv"]
     assert read_rows(tmp_path / "run" / "pruning.csv") == plain(pruning.rows)
 
 
-def test_a_callback_follows_the_recorder_that_it_is_used_with(tmp_path) -> None:
+def test_rows_are_written_into_the_folder_of_the_current_recorder(tmp_path) -> None:
     pruning = PruningCallback("magnitude", thresholds=[0.2, 0.5], epochs=[1, 2])
     module, data = SmallModule(), DataLoader(images(32), batch_size=16)
     for name in ("one", "two"):
@@ -186,7 +186,7 @@ def test_a_callback_follows_the_recorder_that_it_is_used_with(tmp_path) -> None:
     assert tables(tmp_path) == ["one/pruning.csv", "root/pruning.csv", "two/pruning.csv"]
 
 
-def test_a_row_and_a_line_say_how_many_units_and_filters_each_layer_lost(tmp_path, caplog) -> None:
+def test_the_row_and_the_line_count_the_units_and_filters_that_each_layer_lost(tmp_path, caplog) -> None:
     """A unit of a coupled stream is one unit and a filter of each of its layers."""
     pl.seed_everything(0)
     module = SmallModule()

@@ -17,7 +17,7 @@ from gflow_pl.callbacks.pruning_settings import (
     TrackingSettings,
 )
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.importance import Magnitude
+from gflow_pl.importance import Magnitude, measure_names
 
 ARGUMENTS = [name for name in inspect.signature(PruningCallback.__init__).parameters if name != "self"]
 ATTRIBUTES = [name for name in vars(SettingAttributes) if not name.startswith("_")]
@@ -60,6 +60,13 @@ def test_an_attribute_that_is_set_anew_is_used_and_the_others_stay() -> None:
     assert isinstance(callback.measure, Magnitude)
 
 
+def test_the_documentation_names_every_measure_and_every_argument() -> None:
+    text = inspect.getdoc(PruningCallback) or ""
+    assert f"Names: {', '.join(measure_names())}." in text
+    for name in ARGUMENTS:
+        assert f"\n    {name}: " in text
+
+
 def test_the_callers_list_is_copied() -> None:
     names = ["net.0"]
     callback = PruningCallback(ignore=names)
@@ -95,3 +102,36 @@ def test_settings_objects_are_frozen(settings) -> None:
     name = next(iter(vars(settings)))
     with pytest.raises(AttributeError):
         setattr(settings, name, None)
+
+
+def test_round_k_is_cut_at_the_start_of_epoch_warmup_plus_k() -> None:
+    assert CutTimes(3).epochs == (1, 2, 3)
+    assert CutTimes(3, warmup_epochs=2).epochs == (3, 4, 5)
+    assert CutTimes(2, warmup_epochs=1, every_n_epochs=3).epochs == (4, 7)
+    assert CutTimes(3, epochs=[0, 3, 9]).epochs == (0, 3, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"warmup_epochs": -1}, "`warmup_epochs` must be a whole number >= 0, got -1."),
+        ({"every_n_epochs": 0}, "`every_n_epochs` must be a whole number >= 1, got 0."),
+        ({"epochs": [1]}, "`epochs` names 1 cuts, but there are 2 rounds"),
+        ({"epochs": [3, 1]}, "`epochs` must ascend"),
+        ({"epochs": [-1, 1]}, "whole numbers >= 0"),
+        ({"epochs": [1, 2], "warmup_epochs": 1}, "leave `warmup_epochs`"),
+    ],
+)
+def test_wrong_times_raise_an_error_of_one_sentence(arguments, sentence) -> None:
+    with pytest.raises(ValueError) as error:
+        CutTimes(2, **arguments)
+    assert sentence in str(error.value)
+
+
+def test_a_last_cut_that_no_epoch_follows_raises() -> None:
+    times = CutTimes(2, warmup_epochs=1)  # cuts at 2 and 3
+    times.check_fits(4)
+    times.check_fits(None)
+    times.check_fits(-1)
+    with pytest.raises(ValueError, match="set max_epochs to at least 4"):
+        times.check_fits(3)

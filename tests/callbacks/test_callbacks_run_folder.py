@@ -51,7 +51,7 @@ def steps_of(file: Path) -> float:
 
 
 @pytest.mark.parametrize(("epochs", "best_epoch"), [(4, 1), (5, 4)], ids=["before", "after"])
-def test_the_best_epoch_may_lie_on_either_side_of_an_interruption(epochs, best_epoch, tmp_path) -> None:
+def test_the_best_epoch_may_be_before_or_after_an_interruption(epochs, best_epoch, tmp_path) -> None:
     train(tmp_path / "first", 3)
     assert steps_of(tmp_path / "first" / "best.ckpt") == 2
     best = train(tmp_path / "second", epochs, tmp_path / "first" / "last.ckpt")
@@ -61,7 +61,7 @@ def test_the_best_epoch_may_lie_on_either_side_of_an_interruption(epochs, best_e
     assert steps_of(tmp_path / "first" / "best.ckpt") == 2, "the first run's file stays as it is"
 
 
-def test_a_best_file_of_a_later_epoch_than_the_checkpoint_is_not_taken_over(tmp_path) -> None:
+def test_a_best_file_of_a_later_epoch_than_the_checkpoint_is_not_copied(tmp_path) -> None:
     train(tmp_path / "first", 1)
     early = tmp_path / "early.ckpt"
     early.write_bytes((tmp_path / "first" / "last.ckpt").read_bytes())
@@ -73,7 +73,7 @@ def test_a_best_file_of_a_later_epoch_than_the_checkpoint_is_not_taken_over(tmp_
     assert best.best_model_path == "", "nothing was trained, and the file is not of this epoch"
 
 
-def test_a_best_file_that_is_gone_is_chosen_anew(tmp_path) -> None:
+def test_a_missing_best_file_is_determined_anew(tmp_path) -> None:
     train(tmp_path / "first", 3)
     (tmp_path / "first" / "best.ckpt").unlink()
     train(tmp_path / "second", 4, tmp_path / "first" / "last.ckpt")

@@ -157,7 +157,7 @@ def test_gradients_are_unscaled_and_a_step_that_the_scaler_skips_is_not_tracked(
 
 
 @pytest.mark.parametrize("order", ["formula", "published"])
-def test_gradients_that_a_fused_optimizer_unscales_by_itself_are_tracked_unscaled(order, tmp_path) -> None:
+def test_gradients_that_a_fused_optimizer_unscales_in_its_step_are_tracked_unscaled(order, tmp_path) -> None:
     class Fused(SmallModule):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9, fused=True)
@@ -175,7 +175,7 @@ def test_gradients_that_a_fused_optimizer_unscales_by_itself_are_tracked_unscale
         assert (seen[1][name] - vector).abs().max() <= 1e-4 * vector.abs().max(), name
 
 
-def test_the_window_is_the_last_steps_of_the_epoch() -> None:
+def test_only_the_last_steps_of_the_epoch_are_tracked() -> None:
     def window(batches: float, accumulate: int, steps: int) -> list[int]:
         fake = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=accumulate)
         return [i for i in range(6) if is_tracked_batch(fake, i, steps)]
@@ -209,7 +209,7 @@ def test_the_steps_of_several_optimizers_are_all_tracked(order) -> None:
         assert torch.allclose(vector, (weight * weight.grad).abs().flatten(1).sum(1), rtol=1e-12)
 
 
-def test_a_measure_brings_its_own_share_of_the_newest_step_and_an_explicit_one_wins() -> None:
+def test_alpha_is_the_measures_own_unless_it_is_set() -> None:
     mine = TrackedBiasedLoss(alpha=0.3)
     assert PruningCallback(mine).alpha == 0.3
     callback = PruningCallback(mine, alpha=0.6, track=False)
@@ -218,7 +218,7 @@ def test_a_measure_brings_its_own_share_of_the_newest_step_and_an_explicit_one_w
     assert PruningCallback("loss").alpha == 0.8
 
 
-def test_an_average_that_a_checkpoint_cut_in_two_goes_on(tmp_path) -> None:
+def test_an_average_continues_from_a_checkpoint(tmp_path) -> None:
     class Count(PruningCallback):
         updates = None
 
@@ -239,7 +239,7 @@ def test_an_average_that_a_checkpoint_cut_in_two_goes_on(tmp_path) -> None:
     assert fit(tmp_path / "step=8.ckpt") == 5, "three before the checkpoint, two after it"
 
 
-def test_a_batch_that_was_skipped_is_watched_no_longer_after_the_cut(tmp_path) -> None:
+def test_a_skipped_batch_leaves_no_hooks_after_the_cut(tmp_path) -> None:
     """`on_train_batch_start` of a module may end the epoch, with no end of a batch."""
     watched = []
 
@@ -273,7 +273,7 @@ def test_loading_a_checkpoint_ends_the_tracked_step_and_removes_its_hooks() -> N
     assert tracked.state_dict() == {"tracker": None, "epoch": 1}
 
 
-def test_a_temperature_that_tracking_cannot_follow_is_said(tmp_path) -> None:
+def test_a_temperature_that_has_no_effect_on_tracking_warns(tmp_path) -> None:
     pruning = PruningCallback("loss", fraction=0.5, track=True, temperature=5.0)
     with pytest.warns(UserWarning, match="the temperature 5 has no effect"):
         trainer(tmp_path, callbacks=[pruning], max_epochs=2).fit(SmallModule(), loader(images(32)))
