@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_nets import SmallModule, images, trainer
 
 from gflow_pl import PruningCallback
-from gflow_pl.callbacks.lightning.best_checkpoints import reset_best_scores
+from gflow_pl.callbacks.lightning.best_checkpoints import BestAfterCuts
 from gflow_pl.callbacks.lightning.carries_structure import AtomicCheckpointIO
 from gflow_pl.callbacks.lightning.packages import both_packages, callbacks_of
 from gflow_pl.callbacks.lightning.unsupported import check_supported
@@ -38,14 +38,16 @@ def test_a_strategy_with_the_name_of_an_unsupported_one_is_supported(tmp_path) -
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_subclasses_of_either_package_are_recognized(package, tmp_path) -> None:
+def test_subclasses_of_either_package_are_recognized(package, caplog) -> None:
     package = pytest.importorskip(package)
     stopping = type("Mine", (package.callbacks.EarlyStopping,), {})("val_loss", mode="max")
     checkpoint = type("Saves", (package.callbacks.ModelCheckpoint,), {})(tmp_path, monitor="val_loss")
     stopping.wait_count, stopping.best_score = 3, torch.tensor(0.5)
     checkpoint.best_model_path, checkpoint.best_model_score = "best.ckpt", torch.tensor(0.5)
     run = package.Trainer(callbacks=[stopping, checkpoint], logger=False, accelerator="cpu", enable_progress_bar=False)
-    assert reset_best_scores(run) == ["best.ckpt"]
+    with caplog.at_level("INFO"):
+        BestAfterCuts().reset(run)
+    assert "'best.ckpt' is of the network before the last cut" in caplog.text
     assert (stopping.wait_count, float(stopping.best_score)) == (0, -torch.inf)
     assert (checkpoint.best_model_path, checkpoint.best_model_score) == ("", None)
     assert callbacks_of(run, pl.callbacks.EarlyStopping) == [stopping]
