@@ -38,7 +38,7 @@ def test_a_strategy_with_the_name_of_an_unsupported_one_is_supported(tmp_path) -
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_subclasses_of_either_package_are_recognized(package, caplog) -> None:
+def test_subclasses_of_either_package_are_recognized(package, tmp_path, caplog) -> None:
     package = pytest.importorskip(package)
     stopping = type("Mine", (package.callbacks.EarlyStopping,), {})("val_loss", mode="max")
     checkpoint = type("Saves", (package.callbacks.ModelCheckpoint,), {})(tmp_path, monitor="val_loss")
