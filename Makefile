@@ -1,4 +1,4 @@
-# Each command does all its own set-up: it makes .venv once, then again only when pyproject.toml changes.
+# Every command creates .venv if it is missing, and updates it when pyproject.toml has changed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,7 +35,7 @@ lint: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/channels/test_channels_zoo.py
 
-# Every network of docs/coverage.md; hours.
+# All networks of docs/coverage.md; takes hours.
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/channels/test_channels_zoo.py
 

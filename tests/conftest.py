@@ -1,4 +1,4 @@
-"""Settings for every test: shared helpers importable, one thread, a neutral command line."""
+"""Settings for all tests: an import path for shared helpers, one thread, no command-line arguments."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# Helper modules of the tests (golden_recipe, real_images, ...) lie in this folder.
+# This folder contains the helper modules that several test folders share: golden_recipe, real_images, ...
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def neutral_argv(monkeypatch):
-    """LightningCLI warns when it gets `args=` while sys.argv holds pytest's own arguments."""
+def no_command_line_arguments(monkeypatch):
+    """Hide pytest's arguments: LightningCLI warns about arguments in `sys.argv` if it is called with `args`."""
     monkeypatch.setattr(sys, "argv", ["gflow"])

@@ -1,7 +1,7 @@
-"""The recipe that made the golden numbers: weights, images and labels drawn from seeded generators.
+"""Weights, images and labels of the golden files, drawn from seeded generators.
 
-The golden files hold numbers computed once with the published code on these weights and images. The
-weights themselves are drawn again here, tensor by tensor in state-dict order, and checked by their sums.
+The golden files contain numbers that the published code computed once on these weights and images. They do not contain
+the weights: this module draws them again, tensor by tensor in state-dict order, and checks their sums.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Our name of a network -> name in the golden files.
+# Name of a network in the package -> name in the golden files.
 GOLDEN_NAMES = {"vgg13": "vgg", "resnet56": "resnet-56"}
 
 
 @cache
 def golden(file: str) -> dict[str, np.ndarray]:
-    """All arrays of tests/golden/<file>.npz."""
+    """Return all arrays of tests/golden/<file>.npz by name."""
     with np.load(GOLDEN / f"{file}.npz", allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
 
@@ -45,11 +45,11 @@ def _draw(rng: np.random.Generator, kind: str, shape: tuple[int, ...], conv_gain
 
 
 def golden_weights(model_name: str, *, init: bool = False) -> dict[str, np.ndarray]:
-    """Tensors of the recipe by state-dict name, float32, in the recorded order.
+    """Return the weights as float32 arrays by state-dict name, in the recorded order.
 
     Args:
-        model_name: "vgg13" or "resnet56" (the golden files' own names do as well).
-        init: The second set, which stands for the weights at initialisation.
+        model_name: "vgg13" or "resnet56", or its name in the golden files.
+        init: Whether to return the second set of weights, which serves as the weights at initialization.
     """
     record = golden(f"model_{GOLDEN_NAMES.get(model_name, model_name)}")
     rng = np.random.default_rng(int(record["seed_init" if init else "seed"]))
@@ -60,7 +60,7 @@ def golden_weights(model_name: str, *, init: bool = False) -> dict[str, np.ndarr
         kind = str(record["tensor_kinds"][i])
         value = _draw(rng, kind, shape, float(record["conv_gain"])).astype(np.float32)
         exact = value.astype(np.float64)
-        # A numpy that changed its random streams shows here, before anything else is compared.
+        # A NumPy release with other random streams fails here, before any score is compared.
         np.testing.assert_allclose(exact.sum(), record[f"{prefix}tensor_sum"][i], rtol=1e-12, atol=1e-12, err_msg=name)
         np.testing.assert_allclose((exact**2).sum(), record[f"{prefix}tensor_sumsq"][i], rtol=1e-12, err_msg=name)
         tensors[name] = value
@@ -68,25 +68,25 @@ def golden_weights(model_name: str, *, init: bool = False) -> dict[str, np.ndarr
 
 
 def load_golden_weights(net: nn.Module, model_name: str, init: bool = False) -> nn.Module:
-    """Cast a network to float64 and fill it with the recipe's weights; names, order and shapes must agree.
+    """Cast a network to float64 and load the golden weights; names, order and shapes must agree.
 
     Args:
         net: A network with 10 classes.
         model_name: "vgg13" or "resnet56".
-        init: The second set of weights.
+        init: Whether to load the second set of weights.
 
     Returns:
         The same network, in evaluation mode.
     """
     tensors = golden_weights(model_name, init=init)
-    assert list(net.state_dict()) == list(tensors), "tensor names or their order differ from the golden record"
+    assert list(net.state_dict()) == list(tensors), "tensor names or their order differ from the golden files"
     net.double().eval()
     net.load_state_dict({name: torch.from_numpy(value).double() for name, value in tensors.items()}, strict=True)
     return net
 
 
 def x_fixed() -> Tensor:
-    """The fixed batch of the golden logits, (8, 3, 32, 32), float64 (values of float32)."""
+    """Return the batch of the golden logits, (8, 3, 32, 32), float64 (with values of float32 precision)."""
     return torch.from_numpy(np.random.default_rng(11).normal(0, 1, size=(8, 3, 32, 32)).astype(np.float32)).double()
 
 
@@ -100,10 +100,10 @@ def _image_set() -> tuple[Tensor, Tensor]:
 
 
 def golden_images() -> Tensor:
-    """The image set, (160, 3, 32, 32), float64 (values of float32); batches of 16 in order."""
+    """Return the images, (160, 3, 32, 32), float64 (with values of float32 precision); batches are 16 consecutive ones."""
     return _image_set()[0].clone()
 
 
 def golden_labels() -> Tensor:
-    """Labels of the image set, (160,) int64; 0..79 hold 8 of each class, 80..159 as well."""
+    """Return the labels of the images, (160,) int64; each half contains 8 images of every class."""
     return _image_set()[1].clone()

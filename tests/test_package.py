@@ -1,4 +1,4 @@
-"""The package as a whole: lazy names, a version from one source, quick answers."""
+"""The package as a whole: lazy imports, fast answers of the command, one source for the version."""
 
 import subprocess
 import sys
@@ -13,19 +13,19 @@ from gflow_pl.__main__ import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_promised_name_is_there() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in gflow_pl.__all__:
         assert getattr(gflow_pl, name) is not None
     assert set(gflow_pl.__all__) <= set(dir(gflow_pl))
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = gflow_pl.no_such_name
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["prunee"]])
-def test_top_level_answers_come_without_torch(arguments: list[str]) -> None:
+def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; from gflow_pl.__main__ import main; status = main({arguments!r}); "
         "assert 'torch' not in sys.modules and 'pytorch_lightning' not in sys.modules; sys.exit(status)"
@@ -34,7 +34,7 @@ def test_top_level_answers_come_without_torch(arguments: list[str]) -> None:
     assert done.returncode == (2 if arguments == ["prunee"] else 0), done.stderr
 
 
-def test_importing_the_package_imports_no_torch() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, gflow_pl; assert not {'torch', 'numpy', 'pytorch_lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -42,12 +42,14 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command, what in COMMANDS.items():
+    for command, summary in COMMANDS.items():
         assert command in text
-        assert what in text
+        assert summary in text
 
 
-def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_reported_in_one_sentence_with_the_closest_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["prun", "--config", "x"]) == 2
     assert capsys.readouterr().err == (
         "gflow: unknown command 'prun'. Known: fit, prune, finetune, validate, test, predict. Did you mean 'prune'?\n"

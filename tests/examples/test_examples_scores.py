@@ -1,4 +1,4 @@
-"""What filters of somebody else's module are scored by: the formulas, worked out here by torch.autograd in float64."""
+"""Scores of the filters of a user's module, compared with the formulas in float64, computed with torch.autograd."""
 
 import importlib
 from pathlib import Path
@@ -17,27 +17,27 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def photographs(number: int = 40) -> TensorDataset:
-    """Photographs of CIFAR-100 in ten classes, at half their size."""
+    """Return photographs of ten classes of CIFAR-100 at half their size, with labels."""
     images, labels = shuffled("train")
     inputs = torch.from_numpy(images[:number]).permute(0, 3, 1, 2).double() / 127.5 - 1
     return TensorDataset(F.avg_pool2d(inputs, 2), torch.from_numpy(labels[:number]))
 
 
-class Watched(gflow_pl.PruningCallback):
-    """Keeps the scores that each round is decided by, and the weights that they are of."""
+class RecordingCallback(gflow_pl.PruningCallback):
+    """Records the scores of every round, and the weights and buffers that they were computed from."""
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        self.seen = []
+        self.recorded = []
 
     def setup(self, trainer, pl_module, stage) -> None:
         super().setup(trainer, pl_module, stage)
-        self.watched = pl_module
+        self.scored_module = pl_module
 
     def select(self, graph, scores):
-        weights = {name: p.detach().clone() for name, p in self.watched.named_parameters()}
-        buffers = {name: b.detach().clone() for name, b in self.watched.named_buffers()}
-        self.seen.append((dict(scores), {**weights, **buffers}))
+        weights = {name: p.detach().clone() for name, p in self.scored_module.named_parameters()}
+        buffers = {name: b.detach().clone() for name, b in self.scored_module.named_buffers()}
+        self.recorded.append((dict(scores), {**weights, **buffers}))
         return super().select(graph, scores)
 
 
@@ -56,34 +56,39 @@ def prune(folder, module, callback, **options) -> None:
     trainer.fit(module, DataLoader(photographs(), batch_size=20, shuffle=True))
 
 
-def filters(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The weight as rows, a row an output channel."""
+def filter_rows(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Reshape a weight to (output channels, weights of one channel)."""
     transposed = isinstance(layer, nn.ConvTranspose2d)
     return (weight.transpose(0, 1) if transposed else weight).flatten(1)
 
 
 @pytest.mark.parametrize("measure", ["grasp", "grad_preserve", "loss", "biased_loss", "tfo"])
-def test_an_autoencoders_scores_are_the_formulas_of_its_own_loss(measure, tmp_path, monkeypatch) -> None:
+def test_scores_of_an_autoencoder_follow_the_formulas_for_its_own_loss(measure, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     module = importlib.import_module("autoencoder").Autoencoder(width=4, code=6)
-    callback = Watched(measure, fraction=0.4, rounds=2, num_samples=40)
+    callback = RecordingCallback(measure, fraction=0.4, rounds=2, num_samples=40)
     prune(tmp_path, module, callback)
 
-    # The first round is cut before the network has another shape; its weights go into a network as it was built.
-    scores, weights = callback.seen[0]
+    # The first round scores the network in its original shape, so its weights fit a newly built network.
+    scores, weights = callback.recorded[0]
     built = type(module)(width=4, code=6).double().eval()
     parameters = {name: weights[name].requires_grad_(True) for name, _ in built.named_parameters()}
+
+    # Compute the gradients g and the Hessian-gradient products Hg of its loss.
     images = photographs().tensors[0]
     loss = F.mse_loss(torch.func.functional_call(built, parameters, images), images)
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-    speed = sum((gradient.detach() * gradient).sum() for gradient in gradients)
-    products = dict(zip(parameters, torch.autograd.grad(speed, list(parameters.values())), strict=True))
-    flow = dict(zip(parameters, (gradient.detach() for gradient in gradients), strict=True))
+    inner_product = sum((gradient.detach() * gradient).sum() for gradient in gradients)
+    products = dict(zip(parameters, torch.autograd.grad(inner_product, list(parameters.values())), strict=True))
+    detached = dict(zip(parameters, (gradient.detach() for gradient in gradients), strict=True))
 
+    # Compare with the formulas, layer by layer.
     layers = {name: m for name, m in built.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))}
     assert set(scores) == set(layers)
     for name, layer in layers.items():
-        theta, g, hg = (filters(layer, table[f"{name}.weight"].detach()) for table in (parameters, flow, products))
+        theta, g, hg = (
+            filter_rows(layer, table[f"{name}.weight"].detach()) for table in (parameters, detached, products)
+        )
         expected = {
             "grasp": (theta * hg).sum(1),
             "grad_preserve": (theta * hg).sum(1).abs(),
@@ -96,7 +101,7 @@ def test_an_autoencoders_scores_are_the_formulas_of_its_own_loss(measure, tmp_pa
 
 
 class OwnLoss(pl.LightningModule):
-    """Gives logits, but trains on a loss that is not their cross-entropy."""
+    """A classifier whose training loss is not the cross-entropy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,10 +119,10 @@ class OwnLoss(pl.LightningModule):
 
 
 @pytest.mark.parametrize("temperature", [None, 5.0])
-def test_a_classifier_is_scored_by_its_own_loss_unless_a_temperature_is_named(temperature, tmp_path) -> None:
-    callback = Watched("loss", fraction=0.3, rounds=1, num_samples=40, temperature=temperature)
+def test_a_classifier_is_scored_with_its_own_loss_unless_a_temperature_is_set(temperature, tmp_path) -> None:
+    callback = RecordingCallback("loss", fraction=0.3, rounds=1, num_samples=40, temperature=temperature)
     prune(tmp_path, OwnLoss(), callback)
-    scores, weights = callback.seen[0]
+    scores, weights = callback.recorded[0]
     images, labels = photographs().tensors
     built = OwnLoss().double()
     built.load_state_dict(weights)
