@@ -5,12 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from gflow_pl.importance.layers import Reads
 from gflow_pl.values.choices import Bias
 
-__all__ = ["ActivationImportance", "Bias", "Importance", "Statistic"]
+__all__ = [
+    "ActivationImportance",
+    "Activations",
+    "Bias",
+    "FilterVector",
+    "Importance",
+    "Statistic",
+    "StatisticRows",
+    "TermRows",
+    "WeightRows",
+]
+
+# Shapes, which the tests check whenever a measure is called.
+WeightRows = Float[Tensor, "filters weights"]
+StatisticRows = Float[Tensor, "filters #weights"]
+TermRows = Float[Tensor, "filters _"]
+FilterVector = Float[Tensor, " filters"]
+Activations = Float[Tensor, "examples filters ..."]
 
 Statistic = Literal["weights", "noise", "gradient", "squared_gradient", "hessian_product", "activation"]
 
@@ -72,7 +90,7 @@ class Importance(ABC):
         cls.needs_batches = cls.needs_gradients or cls.needs_own_pass
 
     @abstractmethod
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:
         """Return the contribution of each weight to the score of its filter.
 
         Args:
@@ -83,7 +101,7 @@ class Importance(ABC):
             The contributions, of the shape of `flow`.
         """
 
-    def finish(self, total: Tensor) -> Tensor:
+    def finish(self, total: FilterVector) -> FilterVector:
         """Return the scores, (filters,), computed from the sums of the contributions, (filters,); here the sums themselves."""
         return total
 
@@ -104,7 +122,7 @@ class ActivationImportance(Importance):
     statistic = "activation"
 
     @abstractmethod
-    def score_activations(self, activations: Tensor) -> Tensor:
+    def score_activations(self, activations: Activations) -> FilterVector:
         """Return one number for every filter of a layer: the mean over the examples of a batch.
 
         Args:
@@ -116,6 +134,6 @@ class ActivationImportance(Importance):
             The numbers, (filters,).
         """
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:
         """Return the mean of `score_activations`, (filters, 1), unchanged."""
         return flow

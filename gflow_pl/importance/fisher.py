@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from gflow_pl.importance.base import Importance
+from gflow_pl.importance.base import Importance, StatisticRows, TermRows, WeightRows
 
 __all__ = ["Fisher", "NvidiaTaylor"]
 
@@ -21,7 +19,7 @@ class Fisher(Importance):
     name = "fisher"
     statistic = "squared_gradient"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta.square() * flow
 
 

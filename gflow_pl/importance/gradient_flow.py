@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from gflow_pl.importance.base import Importance
+from gflow_pl.importance.base import FilterVector, Importance, StatisticRows, TermRows, WeightRows
 
 __all__ = ["GradientPreservation", "Grasp"]
 
@@ -22,7 +20,7 @@ class Grasp(Importance):
     is_signed = True
     temperature = 200.0
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta * flow
 
 
@@ -36,5 +34,5 @@ class GradientPreservation(Grasp):
     is_signed = False
     temperature = 1.0
 
-    def finish(self, total: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, total: FilterVector) -> FilterVector:  # noqa: D102
         return total.abs()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.importance.base import Importance
+from gflow_pl.importance.base import FilterVector, Importance, StatisticRows, TermRows, WeightRows
 
 __all__ = ["BiasedLoss", "LossPreservation", "TaylorFirstOrder", "TrackedBiasedLoss"]
 
@@ -22,7 +20,7 @@ class LossPreservation(Importance):
     aliases: ClassVar[tuple[str, ...]] = ("loss_based",)
     statistic = "gradient"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return (theta * flow).abs()
 
 
@@ -77,8 +75,8 @@ class TaylorFirstOrder(Importance):
     name = "tfo"
     statistic = "gradient"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta * flow
 
-    def finish(self, total: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, total: FilterVector) -> FilterVector:  # noqa: D102
         return total.abs()

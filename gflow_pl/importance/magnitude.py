@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from gflow_pl.importance.base import Importance
+from gflow_pl.importance.base import FilterVector, Importance, StatisticRows, TermRows, WeightRows
 
 __all__ = ["BatchNormScale", "L1Norm", "Magnitude", "Random"]
 
@@ -19,10 +17,10 @@ class Magnitude(Importance):
     aliases = ("mag_based",)
     statistic = "weights"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta.square()
 
-    def finish(self, total: Tensor) -> Tensor:  # noqa: D102
+    def finish(self, total: FilterVector) -> FilterVector:  # noqa: D102
         return total.sqrt()
 
 
@@ -35,7 +33,7 @@ class L1Norm(Importance):
     name = "l1"
     statistic = "weights"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta.abs()
 
 
@@ -49,7 +47,7 @@ class BatchNormScale(Importance):
     statistic = "weights"
     reads = "norm"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return theta[:, :1].abs()
 
 
@@ -59,5 +57,5 @@ class Random(Importance):
     name = "random"
     statistic = "noise"
 
-    def summand(self, theta: Tensor, flow: Tensor) -> Tensor:  # noqa: D102
+    def summand(self, theta: WeightRows, flow: StatisticRows) -> TermRows:  # noqa: D102
         return flow

@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from importance_nets import class_batches, mixed
@@ -233,3 +234,11 @@ def test_an_unknown_name_is_refused_with_those_that_exist():
         resolve_measure("grasp2")
     with pytest.raises(ValueError, match="must be a name or an Importance object"):
         resolve_measure(3)
+
+
+def test_the_shapes_in_the_signatures_of_measures_are_checked() -> None:
+    """pyproject.toml turns the check on for tests; users do without it."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        resolve_measure("magnitude").finish(torch.ones(2, 2))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        resolve_measure("fisher").summand(torch.ones(2, 3), torch.ones(3, 3))
