@@ -37,9 +37,13 @@ class PrunedForward:
     def __init__(self, runner: ForwardRunner, record: Record, expansions: Expansions, removed: Labels) -> None:
         self._runner, self._record, self._expansions, self._removed = runner, record, expansions, removed
         kept: dict[str, dict[int, Labels]] = {}
+        self._sizes: list[tuple[SizeAttribute, int]] = []  # numbers that the trace found to count labels
         for source, start, stop in record.constraints.ranges():
-            if isinstance(source, TensorDim) and removed[start:stop].any():
-                kept.setdefault(source.tensor, {})[source.dim] = np.flatnonzero(~removed[start:stop])
+            if isinstance(source, TensorDim):
+                if removed[start:stop].any():
+                    kept.setdefault(source.tensor, {})[source.dim] = np.flatnonzero(~removed[start:stop])
+            elif isinstance(source, SizeAttribute):
+                self._sizes.append((source, stop - start - int(removed[start:stop].sum())))
         self.placeholders = runner.placeholders(kept)
 
     @contextmanager
@@ -64,15 +68,13 @@ class PrunedForward:
             if parametrizations is not None:
                 tensors.update(parametrizations.named_parameters(prefix="parametrizations"))
             shapes = {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
-            for attribute, value in shape_attributes(module, shapes).items():
-                if attribute in vars(module):
-                    vars(module)[attribute] = value
+            for name, value in shape_attributes(module, shapes).items():
+                if name in vars(module):
+                    vars(module)[name] = value
 
         # Those that the trace found to count labels.
-        for source, start, stop in self._record.constraints.ranges():
-            if isinstance(source, SizeAttribute):
-                size = stop - start - int(self._removed[start:stop].sum())
-                _set_attribute(self._runner.modules[source.module], source, size)
+        for attribute, size in self._sizes:
+            _set_attribute(self._runner.modules[attribute.module], attribute, size)
 
     def _gather(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give a grouped convolution whose input is gathered the channels of its remaining groups."""

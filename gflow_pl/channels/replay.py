@@ -63,6 +63,8 @@ class ReplayMode(PlaceholderMode):
         self._num_removed_before = np.concatenate([[0], np.cumsum(removed)])
         self._kept_counts: dict[int, int] = {}  # id of a label vector to the number of its labels that are kept
         self._current = -1  # number of the last operator that was matched with its record
+        self._following = 0  # number of the next one to match
+        self._skip_layout_dependent()
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,17 +92,18 @@ class ReplayMode(PlaceholderMode):
     @property
     def failed_at(self) -> int:
         """After an error, the number of the operator that failed, or of the next one if the code between two raised it."""
-        following = self._following()
-        return self._current if self.is_in_operator or following == len(self._records) else following
+        is_in_operator = self.is_in_operator or self._following == len(self._records)
+        return self._current if is_in_operator else self._following
 
-    def _following(self) -> int:
-        """Return the number of the next recorded operator that does not depend on memory layouts."""
-        following = range(self._current + 1, len(self._records))
-        return next((i for i in following if self._records[i].name not in _LAYOUT_DEPENDENT), len(self._records))
+    def _skip_layout_dependent(self) -> None:
+        """Advance to the next recorded operator that does not depend on memory layouts."""
+        while self._following < len(self._records) and self._records[self._following].name in _LAYOUT_DEPENDENT:
+            self._following += 1
 
     def _is_following(self, name: str) -> bool:
-        number = self._following()
-        return number < len(self._records) and _canonical_name(self._records[number].name) == _canonical_name(name)
+        if self._following == len(self._records):
+            return False
+        return _canonical_name(self._records[self._following].name) == _canonical_name(name)
 
     def _was_decomposed(self, func: OpOverload, name: str) -> bool:
         """Return whether the recorder saw the operators that this one decomposes into.
@@ -111,7 +114,9 @@ class ReplayMode(PlaceholderMode):
 
     def _next_record(self, name: str) -> OperatorRecord:
         is_following = self._is_following(name)
-        self._current = self._following()
+        self._current = self._following
+        self._following = min(self._following + 1, len(self._records))
+        self._skip_layout_dependent()
         if not is_following:
             raise Mismatch("the forward takes another path at smaller shapes")
         return self._records[self._current]
