@@ -1,4 +1,4 @@
-"""Two gloo processes on loopback: the ranks agree to the bit, and with one process on the same global batches."""
+"""Two gloo processes on one machine: the ranks agree bit by bit, and agree with one process on the same global batches."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def run(folder: Path, devices: int, **options) -> list[dict]:
-    """Train with that many processes; fails if any of them does. The state of every rank."""
+    """Train with a number of processes, fail if one of them fails, and return the state of every rank."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), str(devices), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
@@ -34,7 +34,7 @@ def assert_same(one: dict, two: dict, parts: tuple[str, ...]) -> None:
 
 
 def assert_close(single: dict, first: dict, parts: tuple[str, ...]) -> None:
-    """Equal plans, and tensors to 1e-6 of their largest value."""
+    """Assert that the plans are equal, and all tensors to 1e-6 of their largest value."""
     assert first["kept"] == single["kept"]
     assert sum(row["filters_removed"] for row in single["plans"]) > 10
     compared = 0
@@ -58,11 +58,11 @@ def test_two_ranks_equal_one_process_on_the_same_global_batches(optimizer, tmp_p
 
 
 @pytest.mark.slow
-def test_synchronised_batch_norm_equals_one_process_and_resumes(tmp_path) -> None:
-    """`sync_batchnorm=True`: converted between `setup` and training, where expansions have to come back.
+def test_synchronized_batch_norm_equals_one_process_and_resumes(tmp_path) -> None:
+    """With `sync_batchnorm=True`, Lightning replaces modules between `setup` and training, and expansions must be restored.
 
-    torch's own SyncBatchNorm does not train on a CPU; one that does stands in for its forward (two_ranks.py). What no
-    GPU is needed for, the conversion, is in test_callbacks_structure.py.
+    SyncBatchNorm of torch does not train on a CPU; two_ranks.py replaces its forward. The conversion itself is tested in
+    test_callbacks_carries_structure.py.
     """
     callback = {"measure": "loss", "fraction": 0.5, "rounds": 3, "num_samples": 32, "keep_momentum": True}
     options = {"double": True, "norm": True, "callback": callback, "trainer": {"max_epochs": 5, "sync_batchnorm": True}}
@@ -118,7 +118,7 @@ def test_ranks_agree_to_the_bit_with_batch_norm_and_momentum(network, measure, t
     assert len(first["plans"]) == 2
 
 
-def test_ranks_with_other_data_and_seeds_still_agree_on_every_plan(tmp_path) -> None:
+def test_ranks_with_different_data_and_seeds_agree_on_every_plan(tmp_path) -> None:
     callback = {"measure": "loss", "fraction": 0.5, "rounds": 2, "num_samples": 32}
     options = {"norm": True, "data_differs": True, "seed_differs": True, "callback": callback}
     first, second = run(tmp_path, 2, **options)
@@ -141,5 +141,5 @@ def test_every_kind_of_wrapper_is_rebuilt(ddp, tmp_path) -> None:
     validates = "static_graph" in ddp
     first, second = run(tmp_path, 2, callback=callback, ddp=ddp, norm=True, validates=validates)
     assert_same(first, second, ("parameters", "momenta", "scored_with"))
-    # The one validation image is of one rank; neither waits for the other for ever.
+    # One rank has the only validation image; the ranks must not wait for each other forever.
     assert {row["accuracy_after_cut"] for row in first["plans"]} <= ({0.0, 1.0} if validates else {""})

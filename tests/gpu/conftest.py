@@ -1,4 +1,4 @@
-"""Tests that need a GPU with CUDA; GFLOW_GPU_TESTS_ON=cpu runs them on the CPU, but for what only CUDA has."""
+"""Tests on a GPU with CUDA. GFLOW_GPU_TESTS_ON=cpu runs them on the CPU, except those that only CUDA supports."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 for folder in (HERE.parent / "callbacks", HERE.parent / "importance"):
     sys.path.append(str(folder))  # helper modules: small_nets, importance_nets
 
-# Before CUDA starts, and handed on to processes that tests start: the same bits every time, and float32 that is float32.
+# Set before CUDA is initialized, and inherited by child processes: reproducible results, and float32 products without TF32.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
@@ -28,13 +28,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def same_kernels_every_time():
-    """cuDNN takes kernels whose results do not vary, and does not choose them by a clock."""
+    """Make cuDNN use deterministic kernels and choose them without timing."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.manual_seed(0)
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-    torch.use_deterministic_algorithms(False)  # a Trainer leaves it on
+    torch.use_deterministic_algorithms(False)  # a Trainer leaves them enabled
     torch._dynamo.reset()
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
@@ -43,5 +43,5 @@ def same_kernels_every_time():
 
 @pytest.fixture
 def deterministic():
-    """Operators take their deterministic form where they have one."""
+    """Use deterministic operators where they exist."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""The device that the tests of this folder run on, and small helpers to compare across devices."""
+"""The device of the tests in this folder, and helpers to compare results across devices."""
 
 import math
 import os
@@ -19,12 +19,12 @@ inductor = pytest.param(
 
 
 def moved(batches, device=DEVICE):
-    """Batches of tensors on a device."""
+    """Return batches of tensors, moved to a device."""
     return [tuple(tensor.to(device) for tensor in batch) for batch in batches]
 
 
 def distance(ours, theirs):
-    """The largest difference, in units of the largest value, infinite where one is NaN; on the CPU, in float64."""
+    """Return the largest absolute difference divided by the largest absolute value, in float64; infinity if one is NaN."""
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     assert ours.shape == theirs.shape, (tuple(ours.shape), tuple(theirs.shape))
     if not ours.numel():
@@ -34,7 +34,7 @@ def distance(ours, theirs):
 
 
 def on_device(module):
-    """Whether every parameter and buffer, and every gradient, is on the device."""
+    """Return whether all parameters, buffers and gradients of a module are on the device."""
     tensors = [*module.parameters(), *module.buffers()]
     tensors += [p.grad for p in module.parameters() if p.grad is not None]
     return all(tensor.device == DEVICE for tensor in tensors)

@@ -1,4 +1,6 @@
-"""One rank over NCCL (on the CPU over gloo); writes told.json. Run by test_gpu_callback.py.
+"""Train or rewrite a network in a process group of one rank, over NCCL (on the CPU: gloo), and write result.json.
+
+Run by test_gpu_callback.py:
 
 python one_rank.py FOLDER surgery
 python one_rank.py FOLDER train plain|sync_batchnorm
@@ -24,14 +26,14 @@ from gflow_pl.surgery import apply_structure, rewrite
 BACKEND = "nccl" if ON_CUDA else "gloo"
 
 
-def stand_in_for_what_wants_a_gpu():
-    """torch's synchronised norm refuses the CPU; over one rank it is an ordinary norm."""
+def allow_sync_batch_norm_on_the_cpu():
+    """Replace the forward of SyncBatchNorm, which raises on the CPU, by that of BatchNorm: over one rank they are equal."""
     nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward
     nn.SyncBatchNorm._check_input_dim = lambda self, x: None
     nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None
 
 
-def number_of_synchronised(module):
+def num_sync_batch_norms(module):
     return sum(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
 
@@ -61,40 +63,40 @@ def surgery(folder):
     step()
     moved = sum(float((p - q).abs().sum()) for p, q in zip(model.parameters(), before, strict=True))
 
-    # The conversion makes new modules without hooks and buffers of ours; the structure brings both back.
-    late = copy.deepcopy(start)
-    apply_structure(late, structure)
-    late = nn.SyncBatchNorm.convert_sync_batchnorm(late).to(DEVICE)
-    apply_structure(late, structure)
-    late.load_state_dict(model.state_dict())
+    # The conversion creates new modules without the hooks and buffers of expansions; the structure restores both.
+    converted_late = copy.deepcopy(start)
+    apply_structure(converted_late, structure)
+    converted_late = nn.SyncBatchNorm.convert_sync_batchnorm(converted_late).to(DEVICE)
+    apply_structure(converted_late, structure)
+    converted_late.load_state_dict(model.state_dict())
     with torch.no_grad():
-        converted = distance(late.eval()(x), model.eval()(x))
-    told = {
+        difference = distance(converted_late.eval()(x), model.eval()(x))
+    result = {
         "backend": torch.distributed.get_backend(),
-        "synchronised": number_of_synchronised(model),
+        "synchronised": num_sync_batch_norms(model),
         "apart": apart,
         "moved": moved,
         "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
-        "after conversion": converted,
+        "after conversion": difference,
     }
     torch.distributed.destroy_process_group()
-    return told
+    return result
 
 
-class Look(Callback):
-    """Sees what is only there while it trains."""
+class RecordsState(Callback):
+    """Records the state that exists during training only."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.synchronised, self.backend = number_of_synchronised(module), torch.distributed.get_backend()
+        self.synchronised, self.backend = num_sync_batch_norms(module), torch.distributed.get_backend()
 
 
 def train(folder, sync):
     def fit(seed, ckpt_path=None, more=()):
         pl.seed_everything(seed)
-        module, look = SmallModule(), Look()
+        module, recorder = SmallModule(), RecordsState()
         pruning = PruningCallback("loss", fraction=0.6, rounds=3, num_samples=32, keep_momentum=True)
         lightning = trainer(
-            folder, callbacks=[pruning, look, *more], accelerator=ACCELERATOR, max_epochs=5, sync_batchnorm=sync,
+            folder, callbacks=[pruning, recorder, *more], accelerator=ACCELERATOR, max_epochs=5, sync_batchnorm=sync,
             strategy=pl.strategies.DDPStrategy(process_group_backend=BACKEND), deterministic="warn", benchmark=False,
         )  # fmt: skip
         lightning.fit(module, loader(images(64)), ckpt_path=ckpt_path, weights_only=True)
@@ -102,10 +104,10 @@ def train(folder, sync):
         state = {name: value.cpu().clone() for name, value in module.state_dict().items()}
         for name, p in module.named_parameters():
             state[f"{name}/momentum"] = optimizer.state[p]["momentum_buffer"].cpu().clone()
-        return module, state, pruning, look
+        return module, state, pruning, recorder
 
     keep = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
-    module, whole, pruning, look = fit(0, more=[keep])
+    module, whole, pruning, recorder = fit(0, more=[keep])
     _, resumed, _, _ = fit(99, folder / "epoch=1.ckpt")
     differing = [name for name in whole if name not in resumed or not torch.equal(whole[name], resumed[name])]
     again = load_from_checkpoint(SmallModule, folder / "epoch=4.ckpt", map_location="cpu")
@@ -113,8 +115,8 @@ def train(folder, sync):
     with torch.no_grad():
         apart = distance(module.to(DEVICE).eval()(x.to(DEVICE)), again.eval()(x))
     return {
-        "backend": look.backend,
-        "synchronised": look.synchronised,
+        "backend": recorder.backend,
+        "synchronised": recorder.synchronised,
         "rounds": pruning.rounds_done,
         "resumed": differing,
         "loads on the cpu": apart,
@@ -123,7 +125,7 @@ def train(folder, sync):
 
 if __name__ == "__main__":
     if not ON_CUDA:
-        stand_in_for_what_wants_a_gpu()
-    where = Path(sys.argv[1])
-    result = surgery(where) if sys.argv[2] == "surgery" else train(where, sys.argv[3] == "sync_batchnorm")
-    (where / "told.json").write_text(json.dumps(result))
+        allow_sync_batch_norm_on_the_cpu()
+    folder = Path(sys.argv[1])
+    result = surgery(folder) if sys.argv[2] == "surgery" else train(folder, sys.argv[3] == "sync_batchnorm")
+    (folder / "result.json").write_text(json.dumps(result))

@@ -288,7 +288,7 @@ def finished(line, folder):
 
 def one_rank(folder, *arguments):
     finished([sys.executable, str(Path(__file__).parent / "one_rank.py"), str(folder), *arguments], folder)
-    return json.loads((folder / "told.json").read_text())
+    return json.loads((folder / "result.json").read_text())
 
 
 def test_synchronised_norms_are_trained_before_and_after_a_rewrite(tmp_path):
