@@ -38,11 +38,13 @@ class HeldLearningRate:
             self._after_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Save the optimizer's learning rates and set the held one."""
         if self._is_held():
             self._own_rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = self._lr
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Restore the learning rates that were saved before the step, if any."""
         for group, lr in zip(optimizer.param_groups, self._own_rates.pop(id(optimizer), []), strict=False):
             group["lr"] = lr

@@ -132,6 +132,7 @@ def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | Non
         )
 
     def copy_state(part: object) -> object:
+        """Return a copy of an attribute, or of an item of one, if an iteration may change it."""
         if isinstance(part, DataLoader):
             return independent_copy(part, trainer, seed)
         if isinstance(part, (list, dict, set, deque, torch.Generator)):
@@ -140,6 +141,7 @@ def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | Non
             return deepcopy(part)
         return part
 
+    # The new object shares its attributes with the loader, except for those that are copied here.
     own = copy(loader)
     attributes = getattr(own, "__dict__", {})
     attributes.update(tree_map(copy_state, dict(attributes)))
@@ -147,7 +149,7 @@ def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | Non
 
 
 def _dataset_makes_batches(loader: DataLoader[Any]) -> bool:
-    """Return whether the sampler gives lists of indices, of each of which the data set makes a batch."""
+    """Return whether the sampler yields lists of indices, and the data set itself makes a batch of each list."""
     return loader.batch_sampler is None and isinstance(loader.sampler, BatchSampler)
 
 

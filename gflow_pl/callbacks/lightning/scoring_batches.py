@@ -80,7 +80,7 @@ class _TransferredBatches:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: object, *, training: bool) -> None:
-        self._lightning, self._module, self._training = trainer, module, training
+        self._trainer, self._module, self._training = trainer, module, training
         self._loaders = loaders
         # The flags during training, saved before scoring clears them: parts that training keeps in evaluation mode stay so.
         self._flags = {submodule: training and submodule.training for submodule in module.modules()}
@@ -92,32 +92,33 @@ class _TransferredBatches:
                 batch = next(batches, _END)
                 if batch is _END:
                     return
-                converted = self._lightning.precision_plugin.convert_input(batch)
+                converted = self._trainer.precision_plugin.convert_input(batch)
                 # Private: applies the hook of the module or of the data module. `batch_to_device` applies the other two hooks.
                 converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
-                transferred = self._lightning.strategy.batch_to_device(converted, dataloader_idx=0)
+                transferred = self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
             yield transferred
 
     def _combined(self) -> Iterable[Any]:
+        """Return the batches of the loader, or the combined batches of several loaders."""
         if not isinstance(self._loaders, (dict, list, tuple)):
             return self._loaders  # type: ignore[return-value]
         # Private: "max_size_cycle", "min_size", ... of training. Without it the loaders would be combined in another way.
         purpose = "combine several loaders as in training"
-        combined_loader = private_attribute(self._lightning.fit_loop, "_combined_loader", purpose)
+        combined_loader = private_attribute(self._trainer.fit_loop, "_combined_loader", purpose)
         mode = private_attribute(combined_loader, "_mode", purpose)
         return (batch for batch, _, _ in CombinedLoader(self._loaders, mode))
 
     @contextmanager
     def _training_or_validating(self) -> Iterator[None]:
         """Set the Trainer's stage and the modules' training flags, by which data sets and hooks decide whether to augment."""
-        stage = self._lightning.state.stage
+        stage = self._trainer.state.stage
         flags = {submodule: submodule.training for submodule in self._flags}
-        setattr(self._lightning, "training" if self._training else "validating", True)
+        setattr(self._trainer, "training" if self._training else "validating", True)
         _set_training_flags(self._flags)
         try:
             yield
         finally:
-            self._lightning.state.stage = stage
+            self._trainer.state.stage = stage
             _set_training_flags(flags)
 
 

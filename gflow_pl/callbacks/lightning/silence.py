@@ -131,4 +131,5 @@ class _SilentExperiment(DummyExperiment):
 
     @staticmethod
     def _readable(value: object) -> object:
+        """Return a text, path or number as it is, and anything else behind a silent experiment."""
         return value if isinstance(value, (str, os.PathLike, Number)) else _SilentExperiment(value)

@@ -34,6 +34,7 @@ def check_supported(trainer: pl.Trainer, callback: Callback, only_one: type[Call
 
 
 def _strategy_problem(trainer: pl.Trainer) -> str | None:
+    """Return why the strategy is not supported; None if it is."""
     strategy = trainer.strategy
     name = type(strategy).__name__
     shards_parameters = isinstance(strategy, both_packages(FSDPStrategy, DeepSpeedStrategy))
@@ -46,6 +47,7 @@ def _strategy_problem(trainer: pl.Trainer) -> str | None:
 
 
 def _launcher_problem(trainer: pl.Trainer) -> str | None:
+    """Return why the way in which processes are started is not supported; None if it is."""
     if not isinstance(trainer.strategy, both_packages(DDPStrategy)):
         return None
     # Private: "popen", "spawn", "fork" or "forkserver". Without it a spawned run would be accepted and would fail at its end,
@@ -60,6 +62,7 @@ def _launcher_problem(trainer: pl.Trainer) -> str | None:
 
 
 def _callback_problem(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> str | None:
+    """Return why another callback of the Trainer is not supported; None if all are."""
     if callbacks_of(trainer, StochasticWeightAveraging):
         return (
             "StochasticWeightAveraging keeps a copy of full size that cannot be pruned: use WeightAveraging or "
