@@ -88,8 +88,8 @@ class RoundInputs:
         Args:
             trainer: The Trainer.
             module: The module.
-            batch: A training batch, which tells whether the module is a classifier. Only measures that need a pass of their
-                own (of Hessian products, of activations) run the module on it.
+            batch: A training batch, which tells whether the module is a classifier. Only measures that need a separate
+                pass (of Hessian products, of activations) run the module on it.
         """
         settings = self.scoring.settings
         loss_options: Mapping[str, Any] = {}

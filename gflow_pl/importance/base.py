@@ -61,8 +61,8 @@ class Importance(ABC):
         needs_batches: Derived from `statistic`: whether batches are read.
         needs_gradients: Derived from `statistic`: whether batches and first-order gradients are needed.
         needs_hessian: Derived from `statistic`: whether Hessian-gradient products are needed.
-        needs_own_pass: Derived from `statistic`: whether every tracked step needs a pass of its own, because the gradients
-            of training do not contain the statistic.
+        needs_own_pass: Derived from `statistic`: whether every tracked step needs a separate pass, because the gradients of
+            training do not contain the statistic.
         needs_labels: Derived from `statistic`: whether samples are balanced over the classes, if there are labels.
     """
 

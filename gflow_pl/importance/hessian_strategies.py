@@ -209,7 +209,7 @@ def _verify_reverse_over_forward(
 ) -> None:
     """Raise if the rate cannot be differentiated, or if the replaced weights do not reach the loss.
 
-    Some modules, such as recurrent ones, keep their weights in a list of their own, where they cannot be replaced.
+    Some modules, such as recurrent ones, keep their weights in a separate list, where they cannot be replaced.
 
     Args:
         model: The model.
@@ -266,7 +266,8 @@ def _call_with_weights(
     """Return the loss of a batch with other weights in the model."""
     replaced = {id(ref.value): weight for ref, weight in zip(refs, weights, strict=True)}
     module = _LossModule(model, loss)
-    # Every place is named once, also those of tied weights: a module with two names would not get its own weight back.
+    # Every place is named once, including those of tied weights: otherwise a module with two names would not get its
+    # former weight back.
     named = {
         f"{name}.{attribute}": replaced[id(parameter)]
         for name, submodule in module.named_modules()

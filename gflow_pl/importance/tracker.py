@@ -46,7 +46,7 @@ class Tracker:
         loss_fn: As in `score_filters`, for measures of Hessian products and of activations.
         logits_fn: As in `score_filters`, for measures of Hessian products and of activations.
         temperature: Divisor of the logits, > 0, for measures of Hessian products. Other measures take the gradients of
-            training, whatever its temperature.
+            training, at its temperature.
         reduce: Averages a tensor over the ranks, for measures of Hessian products and of activations. The gradients of
             other measures are given as those of the global batch.
         seed: Seed of the private generator of `random`.

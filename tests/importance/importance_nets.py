@@ -27,7 +27,7 @@ class Mixed(nn.Module):
 
 
 def mixed(seed: int = 0) -> Mixed:
-    """A `Mixed` network in float64, with running statistics and norms that are not the default ones."""
+    """A `Mixed` network in float64 with random running statistics and norms."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Mixed().double()
@@ -43,7 +43,7 @@ def mixed(seed: int = 0) -> Mixed:
 def class_batches(
     num_batches: int = 3, size: int = 6, num_classes: int = 3, seed: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """Batches of (size, 2, 5, 5) images; each holds every class equally often, in an order of its own."""
+    """Batches of (size, 2, 5, 5) images; each contains every class equally often, in random order."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(num_batches):
@@ -54,5 +54,5 @@ def class_batches(
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, in units of the layer's largest value."""
+    """The largest difference, in units of the largest value of the layer."""
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300))

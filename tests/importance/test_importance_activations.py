@@ -35,7 +35,7 @@ class HRank(ActivationImportance):
 
 
 class Mean(ActivationImportance):
-    """Mean activation: tells apart any two tensors."""
+    """Mean activation, which differs between any two tensors."""
 
     name = "mean"
 
@@ -103,7 +103,7 @@ class Various(nn.Module):
         x = self.hidden(x.mean(1))  # a gate: the product is no known non-linearity, its first reader is
         self.trace["hidden"] = x.sigmoid()
         x = x * self.trace["hidden"]
-        x = self.head(x)  # nobody reads it
+        x = self.head(x)  # no operator reads it
         self.trace["head"] = x.clone()
         return x
 
@@ -212,7 +212,7 @@ def test_a_one_dimensional_and_an_unbatched_layer_are_scored_by_position():
     assert largest_difference(score_filters(net, Mean(), [x[0]])["0"], net(x[0]).mean(1).detach()) < 1e-12
 
 
-def test_a_layer_that_is_not_called_is_left_out_and_that_is_logged(caplog):
+def test_a_layer_that_is_not_called_is_not_scored_and_that_is_logged(caplog):
     net = mixed()
     net.unused = nn.Linear(3, 3).double()
     scores = score_filters(net, Mean(), class_batches())
@@ -249,7 +249,7 @@ def test_finish_follows_the_mean():
     assert all(torch.equal(ours[layer], -plain[layer]) for layer in plain)
 
 
-def test_what_a_measure_returns_is_checked():
+def test_the_result_of_a_measure_is_checked():
     class Wrong(ActivationImportance):
         name = "wrong"
 

@@ -1,4 +1,4 @@
-"""Which examples are scored on."""
+"""The examples that filters are scored on."""
 
 import logging
 import weakref
@@ -85,7 +85,7 @@ def test_no_batch_at_all_is_refused(measure):
         score_filters(mixed(), measure, [])
 
 
-def test_without_labels_whole_batches_are_used_and_that_is_said(caplog):
+def test_without_labels_whole_batches_are_used_and_that_is_logged(caplog):
     batches = [(images, torch.nn.functional.one_hot(labels, 3).double()) for images, labels in class_batches()]
     with caplog.at_level(logging.INFO, logger="gflow_pl"):
         ours = score_filters(mixed(), "grasp", batches, num_samples=7)
@@ -120,7 +120,7 @@ def test_a_temperature_must_be_positive():
 
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("measure", [name for name in measure_names() if resolve_measure(name).needs_gradients])
-def test_no_more_batches_are_on_the_device_the_more_there_are(measure, balanced, monkeypatch):
+def test_the_number_of_batches_on_the_device_does_not_grow(measure, balanced, monkeypatch):
     copies, most = [], []
 
     def copy(tensor, device):
@@ -148,8 +148,8 @@ class _Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("start", "end", "waits"), [("cuda", "cpu", True), ("cpu", "cuda", False)])
-def test_only_a_copy_to_the_host_is_waited_for(start, end, waits):
-    """A copy from a device that is not waited for would be read before it is there."""
+def test_only_copies_to_the_cpu_block(start, end, waits):
+    """A copy to the CPU that does not block would be read before it has finished."""
     with FakeTensorMode():
         batch = (torch.empty(4, device=start), {"n": torch.empty(4, device=start)})
         with _Copies() as copies:
@@ -159,11 +159,11 @@ def test_only_a_copy_to_the_host_is_waited_for(start, end, waits):
 
 
 class Named(dict):
-    """A batch of a class of its own, as tokenizers return."""
+    """A subclass of dict, as some tokenizers return."""
 
 
 class Listed(list):
-    """A list of a class of its own."""
+    """A subclass of list."""
 
 
 def test_nested_batches_are_read():

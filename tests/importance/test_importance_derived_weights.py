@@ -1,4 +1,4 @@
-"""Scores taken in training: of weights that a parametrization, or a hook, computes; what is said; what is published."""
+"""Tracked scores of derived weights (parametrizations and hooks), their messages, and two ranks."""
 
 import logging
 import warnings
@@ -22,7 +22,7 @@ ALPHA, LR, CLIP = 0.7, 0.05, 0.05
 
 
 class Normed(nn.Module):
-    """A weight norm on a layer whose filters go, a spectral norm on one that is used twice."""
+    """A weight norm on a layer that is pruned, a spectral norm on one that is called twice."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Normed(nn.Module):
 
 
 class Module(pl.LightningModule):
-    """Trains it; `fused` is an optimizer that unscales within its step."""
+    """Trains `Normed`; a `fused` optimizer unscales gradients within its step."""
 
     def __init__(self, kind: str, fused: bool = False) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ NAMES = ("weighted", "plain", "twice", "head")
 
 
 def loss_and_weights(net: Normed, batch) -> tuple[torch.Tensor, dict[str, list]]:
-    """The loss of a batch, and all weights that stand in its graph: a layer that is called twice computes two."""
+    """The loss of a batch, and all weights in its graph: a layer that is called twice has two."""
     seen: dict[str, list] = {name: [] for name in NAMES}
     handles = []
     for name in NAMES:
@@ -99,7 +99,7 @@ def loss_and_weights(net: Normed, batch) -> tuple[torch.Tensor, dict[str, list]]
 
 
 def by_hand(net, batches, *, accumulate, clip, order, steps, skip=0):
-    """The average of sum |theta g| over the last steps of one epoch, from nothing but PyTorch."""
+    """The average of sum |theta g| over the last steps of one epoch, in plain PyTorch."""
     optimizer = torch.optim.SGD(net.train().parameters(), lr=LR, momentum=0.9)
     batches, average = list(batches)[skip:], {}
     scored = []
@@ -123,12 +123,12 @@ def by_hand(net, batches, *, accumulate, clip, order, steps, skip=0):
 
 
 def values_of(net: Normed) -> dict[str, torch.Tensor]:
-    """The weights by the parameters as they are; a copy, for a hook computes them in a pass only."""
-    twin = Normed("hooks" if "weight_v" in dict(net.weighted.named_parameters()) else "parametrizations").eval()
-    twin.load_state_dict(net.state_dict())
+    """The weights derived from the current parameters, computed in a copy, because a hook computes them only in a pass."""
+    duplicate = Normed("hooks" if "weight_v" in dict(net.weighted.named_parameters()) else "parametrizations").eval()
+    duplicate.load_state_dict(net.state_dict())
     with torch.no_grad():
-        twin(torch.zeros(1, 5, dtype=torch.float64))
-        return {name: getattr(twin, name).weight.clone() for name in NAMES}
+        duplicate(torch.zeros(1, 5, dtype=torch.float64))
+        return {name: getattr(duplicate, name).weight.clone() for name in NAMES}
 
 
 def assert_same(ours, theirs, tolerance=1e-9) -> None:
@@ -140,20 +140,20 @@ def assert_same(ours, theirs, tolerance=1e-9) -> None:
 @pytest.mark.parametrize("order", ["formula", "published"])
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, CLIP)])
 @KINDS
-def test_tracked_scores_of_computed_weights_are_the_average_of_a_bare_loop(kind, accumulate, clip, order, tmp_path):
+def test_tracked_scores_of_derived_weights_are_the_average_of_a_plain_loop(kind, accumulate, clip, order, tmp_path):
     module, batches = Module(kind), data()
-    twin = Module(kind)
+    duplicate = Module(kind)
     pruning = Recorder("loss", fraction=0.3, track=True, track_batches=2, alpha=ALPHA, track_order=order)
     options = {"max_epochs": 2, "precision": "64-true", "accumulate_grad_batches": accumulate}
     fit(module, pruning, batches, tmp_path, gradient_clip_val=clip, **options)
-    expected = by_hand(twin.net, batches, accumulate=accumulate, clip=clip, order=order, steps=2)
+    expected = by_hand(duplicate.net, batches, accumulate=accumulate, clip=clip, order=order, steps=2)
     assert_same(pruning.seen[0], expected)
     assert pruning.rows[0]["filters_removed"] > 0
-    assert not any(m._forward_hooks for m in module.modules()), "nobody watches any longer"
+    assert not any(m._forward_hooks for m in module.modules()), "the hooks are still there"
 
 
 @KINDS
-def test_nobody_watches_after_a_step_that_failed(kind, tmp_path):
+def test_hooks_are_removed_after_a_step_that_failed(kind, tmp_path):
     class Failing(Module):
         def on_after_backward(self):
             raise RuntimeError("enough")
@@ -181,11 +181,11 @@ def test_tracked_gradients_are_unscaled_also_where_the_optimizer_unscales_within
     pruning = Recorder("loss", fraction=0.3, track=True, track_batches=3, alpha=ALPHA)
     fit(module, pruning, batches, tmp_path, max_epochs=2, plugins=[ScalerOnly("16-mixed", device="cpu", scaler=scaler)])
     assert scaler.get_scale() > 2.0**10
-    twin = Module(kind)
-    assert_same(pruning.seen[0], by_hand(twin.net, batches, accumulate=1, clip=None, order="formula", steps=3))
+    duplicate = Module(kind)
+    assert_same(pruning.seen[0], by_hand(duplicate.net, batches, accumulate=1, clip=None, order="formula", steps=3))
 
 
-def test_a_module_that_decides_over_its_steps_is_tracked_without_its_computed_weights(tmp_path, caplog):
+def test_a_module_that_controls_its_steps_is_tracked_without_its_derived_weights(tmp_path, caplog):
     class Skipping(Module):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
             optimizer.step(closure=optimizer_closure) if batch_idx % 2 else optimizer_closure()
@@ -201,7 +201,7 @@ def test_a_module_that_decides_over_its_steps_is_tracked_without_its_computed_we
 
 
 def initial_by_hand(net: Normed, start: dict[str, torch.Tensor], kept: list[int]) -> dict[str, torch.Tensor]:
-    """The initial weights, of the filters that are left; of a spectral norm by the vectors of now."""
+    """The initial weights of the filters that are left; that of a spectral norm by its current vectors."""
     parts = {name.removeprefix("weighted."): tensor for name, tensor in start.items() if name.startswith("weighted.")}
     length = next(tensor for name, tensor in parts.items() if name.endswith(("_g", "original0")))[kept]
     direction = next(tensor for name, tensor in parts.items() if name.endswith(("_v", "original1")))[kept]
@@ -219,7 +219,7 @@ def initial_by_hand(net: Normed, start: dict[str, torch.Tensor], kept: list[int]
 
 
 @KINDS
-def test_the_distance_of_computed_weights_is_from_where_they_began_in_every_round(kind, tmp_path):
+def test_the_distance_of_derived_weights_is_from_their_initial_values_in_every_round(kind, tmp_path):
     start = {name: tensor.clone() for name, tensor in Module(kind).net.state_dict().items()}
     module, batches, expected = Module(kind), data(), []
 
@@ -245,7 +245,7 @@ def test_the_distance_of_computed_weights_is_from_where_they_began_in_every_roun
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_tracking_costs_is_said_once_and_by_one_rank(rank, tmp_path, caplog, monkeypatch):
+def test_the_cost_of_tracking_is_logged_once_and_by_one_rank(rank, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(pl.Trainer, "global_rank", rank)
     pruning = PruningCallback("grad_preserve", fraction=0.5, rounds=2, track=True, track_batches=2, num_samples=8)
     with caplog.at_level(logging.INFO, logger="gflow_pl"):
@@ -261,7 +261,7 @@ def average(tensor):
 
 
 def backward_of_half(net: Normed, rank: int) -> DerivedWeightGradients:
-    """Rank 1 does not use the layer `twice`; nobody uses `unused`."""
+    """Run backward on half of the data. Rank 1 does not use the layer `twice`; no rank uses `unused`."""
     x, labels = data().dataset.tensors
     own = slice(20 * rank, 20 * rank + 20)
     computed = DerivedWeightGradients(net.eval(), ["weighted.weight", "twice.weight", "unused.weight", "head.weight"])
@@ -289,7 +289,7 @@ def take_on_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_average_the_gradients_of_computed_weights_also_of_those_that_one_of_them_does_not_use(tmp_path):
+def test_two_ranks_average_the_gradients_of_derived_weights_including_weights_that_only_one_of_them_uses(tmp_path):
     mp.spawn(take_on_rank, args=(str(tmp_path),), nprocs=2)
     alone = []
     for rank in (0, 1):
@@ -304,7 +304,7 @@ def test_two_ranks_average_the_gradients_of_computed_weights_also_of_those_that_
         assert torch.allclose(found["twice.weight"], alone[0]["twice.weight"] / 2)
 
 
-def test_what_is_compiled_while_weights_are_watched_does_not_go_on_adding_to_them():
+def test_a_graph_compiled_while_gradients_are_collected_adds_no_zeros():
     torch._dynamo.reset()
     net = Module("parametrizations").net.eval()
     x, compiled = data().dataset.tensors[0], torch.compile(net, backend="eager")

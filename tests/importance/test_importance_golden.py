@@ -1,4 +1,4 @@
-"""Every recorded importance of the published code, in float64."""
+"""Every recorded score of the published code, in float64."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ FIRST_ORDER = ["loss_based", "biased_loss", "biased_loss_init", "tfo", "fisher",
 
 
 class SquaredTerms(Importance):
-    """The sum of squares of theta g: with the plain sum, all that is recorded of `biased_loss_tracked`."""
+    """Sum of squares of theta g. This and the plain sum are recorded of `biased_loss_tracked`."""
 
     name = "squared_terms"
     statistic = "gradient"
@@ -101,7 +101,7 @@ def test_second_order_measures_equal_the_published_ones(name, measure, temperatu
 
 
 @pytest.mark.parametrize(("measure", "temperature"), [("grasp", 200.0), ("grad_preserve", 1.0)])
-def test_second_order_measures_know_the_published_temperatures(measure, temperature):
+def test_second_order_measures_have_the_published_temperatures(measure, temperature):
     net, batches = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double(), []
     batches.append((torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 2))
     plain, named = (score_filters(net, measure, batches, temperature=t) for t in (None, temperature))
@@ -110,7 +110,7 @@ def test_second_order_measures_know_the_published_temperatures(measure, temperat
 
 @cache
 def training_gradients(name, number, temperature):
-    """The gradient of one batch in training mode, as training itself has it; statistics are left as they were."""
+    """The gradient of one batch in training mode, from a fresh network, so that statistics do not change."""
     net = load_golden_weights(getattr(models, name)(num_classes=10), name).train()
     images, labels = loader(32)[number]
     loss = nn.functional.cross_entropy(net(images) / temperature, labels)
@@ -150,8 +150,8 @@ def test_tracked_scores_equal_the_published_ones(name):
 @pytest.mark.parametrize("temperature", [1, 5])
 @pytest.mark.parametrize("measure", ["fisher", "nvidia"])
 @pytest.mark.parametrize("name", NUM_FILTERS)
-def test_tracked_squares_are_squares_where_the_published_code_forgets_them(name, measure, temperature):
-    """The same measure without its square is the published one to the last digit; ours is the formula."""
+def test_tracked_squares_are_squares_where_the_published_code_omits_them(name, measure, temperature):
+    """Without its square, the measure equals the published one; with it, the formula."""
 
     class Unsquared(type(resolve_measure(measure))):
         statistic = "gradient"

@@ -58,7 +58,7 @@ NEEDS = {"hessian_product": "Hessian products", "activation": "activations", "we
 
 
 @BY_CLASS
-def test_a_measure_has_a_row_in_the_documentation_that_tells_its_facts(cls):
+def test_a_measure_has_a_row_in_the_documentation_with_its_facts(cls):
     rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in PAGE.splitlines() if line[:1] == "|"
     ]
@@ -148,7 +148,7 @@ def test_second_derivatives_are_taken_exactly_where_they_are_declared(measure):
 
 @BY_NAME
 def test_nothing_is_read_back_and_nothing_loops_over_filters(measure):
-    """No scalar for Python; as many operations for wide layers as for narrow ones."""
+    """No scalar is read in Python, and wide layers need as many operations as narrow ones."""
 
     def operations(width):
         torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_nothing_is_read_back_and_nothing_loops_over_filters(measure):
 
 @BY_NAME
 def test_nothing_is_copied_to_another_device(measure, monkeypatch):
-    """On the device that holds no values: whatever would read one, or come to the host, fails or is seen."""
+    """Meta tensors have no values, so reading one fails, and a tensor on another device is counted."""
     if not resolve_measure(measure).needs_gradients:
         pytest.skip("there is no batch before the scores")
     net = mixed().to("meta")
@@ -180,7 +180,7 @@ def test_nothing_is_copied_to_another_device(measure, monkeypatch):
     assert counter.devices == {"meta"}
 
 
-def test_the_counter_sees_what_it_looks_for():
+def test_the_counter_detects_reads_and_devices():
     with _Counter() as counter:
         torch.ones(1).sum().item()
         torch.ones(1, device="meta")
@@ -189,7 +189,7 @@ def test_the_counter_sees_what_it_looks_for():
 
 
 class Momentum(Importance):
-    """A user's own measure: the squared sum of theta g."""
+    """A custom measure: the squared sum of theta g."""
 
     name = "squared_sum"
     statistic = "gradient"
@@ -201,7 +201,7 @@ class Momentum(Importance):
         return total.square()
 
 
-def test_a_measure_of_the_users_own_is_scored_like_any_other():
+def test_a_custom_measure_is_scored_like_any_other():
     own, tfo = (score_filters(mixed(), m, class_batches()) for m in (Momentum(), "tfo"))
     assert own.measure == "squared_sum"
     assert all(torch.allclose(own[layer], tfo[layer] ** 2) for layer in own)
@@ -229,7 +229,7 @@ def test_the_measure_of_activations_that_the_documentation_adds_is_ten_lines_and
     assert torch.allclose(scores["0"], (hidden > 0).float().mean(0))
 
 
-def test_an_unknown_name_is_refused_with_those_that_exist():
+def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"Unknown measure 'grasp2'. Known: .*grad_preserve.* Did you mean 'grasp'\?"):
         resolve_measure("grasp2")
     with pytest.raises(ValueError, match="must be a name or an Importance object"):

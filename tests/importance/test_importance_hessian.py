@@ -222,12 +222,12 @@ def test_other_models_are_differentiated_by_double_backward(make):
     assert all(largest_difference(ours[f"{layer}.weight"], theirs[f"{layer}.weight"]) < 1e-9 for layer in layers)
 
 
-def test_fused_transformer_layers_are_back_after_scoring():
+def test_fused_transformer_layers_are_enabled_again_after_scoring():
     score_filters(Attention(), "grasp", class_batches())
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_compiled_network_is_differentiated_twice_as_it_was_written():
+def test_a_compiled_network_is_differentiated_in_eager_mode():
     """A compiled graph can be differentiated only once."""
     torch._dynamo.reset()
     plain = mixed()
@@ -353,7 +353,7 @@ class Once(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("measure", ["grasp", "grad_preserve"])
-def test_what_can_be_differentiated_only_once_is_refused_before_anything_is_spent(measure):
+def test_a_function_that_can_be_differentiated_only_once_is_refused_before_the_passes(measure):
     sizes = []
 
     def loss(model, batch):
@@ -381,7 +381,7 @@ def test_one_batch_or_many_give_the_same_product():
 
 
 class Stopping(nn.Module):
-    """Divides by something that is taken out of the graph."""
+    """Divides by a number that is computed outside of the graph."""
 
     def __init__(self, how):
         super().__init__()
@@ -452,7 +452,7 @@ def test_a_batch_that_takes_another_branch_gets_its_own_strategy(branch, monkeyp
             assert largest_difference(ours[name], product) < 1e-9, name
 
 
-def test_a_branch_that_can_be_differentiated_only_once_is_refused_where_it_is_met():
+def test_a_branch_that_can_be_differentiated_only_once_is_refused():
     batches = class_batches(4)
     batches[2] = (batches[2][0] + 1, batches[2][1])
     with pytest.raises(ValueError, match=r"needs second derivatives, which the model does not have .*OnceBackward"):
@@ -470,7 +470,7 @@ def test_an_operator_without_second_derivative_is_named():
 
 
 @pytest.mark.parametrize("how", ["no_grad", "data", "detach"])
-def test_what_a_forward_takes_out_of_the_graph_stays_out(how):
+def test_computations_outside_of_the_graph_are_constants(how):
     torch.manual_seed(0)
     net = Stopping(how).double().eval()
     batches = [(x.double(), y) for x, y in class_batches()]

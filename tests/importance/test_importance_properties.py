@@ -1,4 +1,4 @@
-"""What must hold for any network: filters carry their scores with them, and scores scale as their formulas do."""
+"""Properties of scores on any network: permutation of filters, scaling, and norms."""
 
 import logging
 
@@ -46,7 +46,7 @@ def test_norms_are_homogeneous(measure):
 
 @pytest.mark.parametrize(("measure", "power"), [("loss", 0), ("tfo", 0), ("fisher", 0), ("biased_loss", 1)])
 def test_a_conv_before_a_norm_can_be_rescaled(measure, power):
-    """The norm undoes the scale, the gradient shrinks as the weight grows: theta g stays."""
+    """The norm removes the scale, and the gradient shrinks as the weight grows: theta g does not change."""
     net, scaled = mixed(), mixed()
     with torch.no_grad():
         for n in (net, scaled):
@@ -82,8 +82,8 @@ def test_random_scores_follow_the_seed_and_nothing_else():
 
 
 @pytest.mark.parametrize("measure", ["bn", "nvidia"])
-def test_a_layer_without_norm_is_scored_as_if_an_identity_followed_and_that_is_said(measure, caplog):
-    """A real norm of weight 1, bias 0 and unit variance in that place gives the same score."""
+def test_a_layer_without_norm_is_scored_as_if_an_identity_followed_and_that_is_logged(measure, caplog):
+    """A norm of weight 1, bias 0 and unit variance in that place gives the same score."""
 
     class Identity(nn.BatchNorm1d):
         def __init__(self, width):
@@ -117,7 +117,7 @@ def test_norms_are_paired_by_parent_order_and_width_or_by_a_graph():
     assert found["conv1"] is None
 
 
-def test_a_bias_is_checked_and_said_where_it_has_no_meaning(caplog):
+def test_a_bias_is_checked_and_logged_where_it_is_ignored(caplog):
     with pytest.raises(ValueError, match=r"`bias` must be one of none, magnitude, distance_from_init, got 'l2'"):
         score_filters(mixed(), "loss", class_batches(), bias="l2")
     with pytest.raises(ValueError, match="needs `initial_state`"):

@@ -23,7 +23,7 @@ def options(measure):
 
 
 def halves(batch, rank):
-    """Unequal in their classes, so that one rank holds more of a balanced sample than the other."""
+    """Half of a batch; the ranks get different classes, so one has more examples of a balanced sample."""
     images, labels = batch
     order = labels.argsort()
     half = len(labels) // 2
@@ -37,7 +37,7 @@ def joined(batch):
 
 
 class ActiveShare(ActivationImportance):
-    """A user's own measure of activations."""
+    """A custom measure of activations."""
 
     name = "active_share"
 
@@ -136,8 +136,8 @@ def test_both_ranks_raise_for_a_class_that_is_too_small(by_rank):
     assert all("each of 3 classes needs 200 images" in found["error"] for found in by_rank)
 
 
-def test_messages_travel_in_the_order_of_the_tensors():
-    """A set of dtypes has another order in another process, and two ranks would wait for each other's messages."""
+def test_messages_are_sent_in_the_order_of_the_tensors():
+    """The order of a set differs between processes, and two ranks would mix up their messages."""
     kinds = [torch.float32, torch.float64]
     for order in (kinds, kinds[::-1]):
         seen = []

@@ -1,4 +1,4 @@
-"""Every measure against a slow, obvious version: loops over layers and filters, and a Hessian written out in full."""
+"""Every measure against a slow, obvious version: loops over layers and filters, and the full Hessian."""
 
 import math
 
@@ -44,7 +44,7 @@ def mean_gradient(net, batches, temperature):
 
 
 def full_hessian_product(net, batches, temperature):
-    """H g with every second derivative of the loss written out."""
+    """H g from the full Hessian of the loss."""
     net.eval()
     weights = {name: p.detach() for name, p in net.named_parameters()}
     names, shapes = list(weights), [w.shape for w in weights.values()]
@@ -63,7 +63,7 @@ def full_hessian_product(net, batches, temperature):
 
 
 def norm_pair(net, layer, number, grads):
-    """Value and gradient of the scale and shift behind a filter; those of an identity where there is no norm."""
+    """Values and gradients of scale and shift of the norm behind a filter, or of an identity if there is none."""
     parameters = {name: p.detach() for name, p in net.named_parameters()}
     if layer in NORMS:
         norm = NORMS[layer]

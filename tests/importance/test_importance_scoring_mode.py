@@ -1,4 +1,4 @@
-"""Scoring leaves nothing behind: flags, gradients, statistics, random generators."""
+"""Scoring restores the model: flags, gradients, statistics and random generators."""
 
 import warnings
 
@@ -15,7 +15,7 @@ BY_NAME = pytest.mark.parametrize("measure", measure_names())
 
 
 @BY_NAME
-def test_the_model_is_afterwards_what_it_was(measure):
+def test_the_model_is_restored(measure):
     net = mixed().train()
     net.bn1.eval()
     net.conv1.weight.requires_grad_(False)
@@ -52,8 +52,8 @@ def hold_as_buffers(module, *names):
 
 
 @BY_NAME
-def test_a_weight_that_is_held_as_a_buffer_is_scored_like_any_other(measure):
-    """As torchvision's FrozenBatchNorm2d does it."""
+def test_a_weight_that_is_a_buffer_is_scored_like_any_other(measure):
+    """As in torchvision's FrozenBatchNorm2d."""
     free, held = mixed(), mixed()
     hold_as_buffers(held.grouped, "weight")
     if not resolve_measure(measure).needs_hessian:  # whose direction it would leave: gradient flow moves parameters
@@ -74,7 +74,7 @@ def test_a_hessian_measure_of_norms_reads_those_that_are_buffers():
     assert all(largest_difference(ours[layer], theirs[layer]) < 1e-9 for layer in theirs)
 
 
-def test_flags_come_back_after_an_error():
+def test_flags_are_restored_after_an_error():
     net = mixed().train()
     net.requires_grad_(False)
     with pytest.raises(ZeroDivisionError):
@@ -84,7 +84,7 @@ def test_flags_come_back_after_an_error():
 
 
 @BY_NAME
-def test_scores_are_those_of_evaluation_mode_under_any_surroundings(measure):
+def test_scores_do_not_depend_on_modes_outside(measure):
     plain = score_filters(mixed().eval(), measure, class_batches())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ours = score_filters(mixed().train(), measure, class_batches())
@@ -92,7 +92,7 @@ def test_scores_are_those_of_evaluation_mode_under_any_surroundings(measure):
 
 
 @BY_NAME
-def test_spectral_norm_does_not_move_and_its_weight_is_scored(measure):
+def test_spectral_norm_is_not_updated_and_its_weight_is_scored(measure):
     torch.manual_seed(0)
     net = mixed().train()
     parametrizations.spectral_norm(net.conv1)
@@ -110,7 +110,7 @@ def test_spectral_norm_does_not_move_and_its_weight_is_scored(measure):
 
 
 def norm_weights(net, kind, *, spectral=True):
-    """A weight norm on the hidden layer and a spectral norm on the first, of parametrizations or of the hooks before."""
+    """Add a weight norm to the hidden layer and a spectral norm to the first, as parametrizations or as older hooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the old weight norm is deprecated
         norms = nn.utils if kind == "hooks" else parametrizations
@@ -121,7 +121,7 @@ def norm_weights(net, kind, *, spectral=True):
 
 @pytest.mark.parametrize("kind", ["state", "parameters", "hooks"])
 @pytest.mark.parametrize("measure", ["biased_loss", "biased_loss_tracked", "grasp"])
-def test_the_distance_of_a_computed_weight_is_that_of_the_weights_it_computes(measure, kind):
+def test_the_distance_of_a_derived_weight_is_that_of_its_values(measure, kind):
     torch.manual_seed(0)
     net = mixed()
     # The vectors of a spectral norm move in training: parameters alone do not say what it computed.
@@ -153,7 +153,7 @@ def test_the_distance_of_a_computed_weight_is_that_of_the_weights_it_computes(me
 
 
 @pytest.mark.parametrize("measure", ["magnitude", "biased_loss_tracked"])
-def test_a_weight_that_a_hook_computes_is_scored_as_it_is_now_and_not_as_the_last_pass_had_it(measure):
+def test_a_weight_that_a_hook_computes_is_recomputed_before_it_is_scored(measure):
     torch.manual_seed(0)
     net = mixed().eval()
     norm_weights(net, "hooks")
@@ -238,7 +238,7 @@ def test_examples_of_one_class_only_give_scores_or_a_clear_error(measure):
 
 @BY_NAME
 def test_a_network_of_one_class_has_scores_of_zero(measure):
-    """The loss is zero whatever the weights: no gradient, no curvature, and no NaN."""
+    """The loss is zero for all weights: no gradient, no curvature, and no NaN."""
     batches = [(images, torch.zeros_like(labels)) for images, labels in class_batches()]
     with torch.random.fork_rng():
         net = Mixed(num_classes=1).double()
@@ -270,7 +270,7 @@ def test_a_loss_without_gradient_is_refused():
 
 
 @BY_NAME
-def test_tracking_leaves_the_model_as_it_was(measure):
+def test_tracking_restores_the_model(measure):
     net = mixed().train()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     tracker = Tracker(measure)

@@ -1,4 +1,4 @@
-"""The exponential average of scores over training's own batches."""
+"""The exponential average of scores over the batches of training."""
 
 import copy
 import logging
@@ -13,7 +13,7 @@ from gflow_pl.importance import Tracker, measure_names, resolve_measure, score_f
 
 
 def own_gradients(net, batch):
-    """Gradients in evaluation mode, so that they are those of `score_filters`."""
+    """Gradients in evaluation mode, as in `score_filters`."""
     net.eval()
     gradients = torch.autograd.grad(F.cross_entropy(net(batch[0]), batch[1]), list(net.parameters()))
     return dict(zip((name for name, _ in net.named_parameters()), gradients, strict=True))
@@ -46,7 +46,7 @@ def test_the_average_is_that_of_the_scores_of_each_batch(measure, bias):
 
 
 @pytest.mark.parametrize("measure", measure_names())
-def test_a_saved_tracker_goes_on_as_if_nothing_had_happened(measure, tmp_path):
+def test_a_saved_tracker_continues_with_the_same_scores(measure, tmp_path):
     through = track(Tracker(measure), class_batches(4))
     first = track(Tracker(measure), class_batches(4)[:2])
     torch.save(first.state_dict(), tmp_path / "state.pt")
@@ -57,7 +57,7 @@ def test_a_saved_tracker_goes_on_as_if_nothing_had_happened(measure, tmp_path):
     assert all(torch.equal(second.scores()[layer], vector) for layer, vector in through.scores().items())
 
 
-def test_a_reset_tracker_starts_anew():
+def test_a_reset_tracker_starts_from_zero():
     tracker = track(Tracker("loss"), class_batches())
     tracker.reset()
     with pytest.raises(ValueError, match="no batch was tracked"):
@@ -67,7 +67,7 @@ def test_a_reset_tracker_starts_anew():
     assert all(torch.equal(tracker.scores()[layer], vector) for layer, vector in fresh.scores().items())
 
 
-def test_weights_are_those_of_the_moment_so_both_orders_are_possible():
+def test_weights_are_the_current_ones_so_both_orders_are_possible():
     net, batch = mixed(), class_batches()[0]
     gradients = own_gradients(net, batch)
     before, after = Tracker("tfo", alpha=1.0), Tracker("tfo", alpha=1.0)
@@ -82,13 +82,13 @@ def test_weights_are_those_of_the_moment_so_both_orders_are_possible():
     assert not torch.allclose(before.scores()["hidden"], expected)
 
 
-def test_names_are_those_whose_gradients_are_wanted():
+def test_names_are_those_of_the_gradients_that_are_needed():
     assert Tracker("loss").names(mixed()) == [f"{n}.weight" for n in ("conv1", "grouped", "up", "hidden", "head")]
     assert {"bn1.weight", "bn2.bias", "up.weight", "up.bias"} <= set(Tracker("nvidia").names(mixed()))
     assert Tracker("magnitude").names(mixed()) == Tracker("grasp").names(mixed()) == []
 
 
-def test_a_layer_without_gradient_is_left_out_and_that_is_said_once(caplog):
+def test_a_layer_without_gradient_is_not_scored_and_that_is_logged_once(caplog):
     net, tracker = mixed(), Tracker("loss")
     gradients = {**own_gradients(net, class_batches()[0]), "grouped.weight": None}
     with caplog.at_level(logging.WARNING, logger="gflow_pl"):
@@ -98,7 +98,7 @@ def test_a_layer_without_gradient_is_left_out_and_that_is_said_once(caplog):
     assert list(tracker.scores()) == ["conv1", "up", "hidden", "head"]
 
 
-def test_what_a_tracker_needs_must_be_given():
+def test_missing_arguments_are_refused():
     with pytest.raises(ValueError, match="'loss' needs `gradients`"):
         Tracker("loss").update(mixed())
     with pytest.raises(ValueError, match="'grasp' needs the `batch`"):
@@ -111,7 +111,7 @@ def test_what_a_tracker_needs_must_be_given():
         Tracker("loss").load_state_dict({"weight": torch.ones(1)})
 
 
-def test_the_cost_of_tracking_hessian_measures_is_said_once(caplog):
+def test_the_cost_of_tracking_hessian_measures_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, logger="gflow_pl"):
         track(Tracker("loss"), class_batches())
         assert not caplog.text
@@ -119,7 +119,7 @@ def test_the_cost_of_tracking_hessian_measures_is_said_once(caplog):
     assert caplog.text.count("a Hessian-gradient product a tracked step") == 1
 
 
-def test_a_tracked_batch_costs_one_product_and_the_way_is_chosen_once():
+def test_a_tracked_batch_costs_one_product_and_the_strategy_is_chosen_once():
     sizes = []
 
     def loss(model, batch):
@@ -136,7 +136,7 @@ def test_a_tracked_batch_costs_one_product_and_the_way_is_chosen_once():
     assert sizes.count(2) == 2 * 3
 
 
-def test_gradients_that_are_not_finite_are_refused_when_scores_are_asked_for():
+def test_gradients_that_are_not_finite_are_refused_when_scores_are_read():
     net = nn.Linear(3, 2)
     tracker = Tracker("loss")
     tracker.update(net, {"weight": torch.full((2, 3), float("inf"))})
