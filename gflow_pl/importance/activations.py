@@ -286,7 +286,7 @@ class ActivationObserver(TorchFunctionMode):
 
     def _candidates_in(self, args: Iterable[object], kwargs: Mapping[str, object]) -> list[_Candidate]:
         """Return the candidates among the arguments of a function, and in the lists and tuples among them."""
-        if not self._candidates or (self._inside and self._inside[-1] is not None):
+        if not self._candidates:
             return []
         values: list[object] = []
         for value in (*args, *kwargs.values()):
