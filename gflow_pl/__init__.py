@@ -1,6 +1,6 @@
 """gflow_pl: structured pruning while you train, for PyTorch Lightning.
 
-The names below are loaded when they are first used: importing the package imports no torch.
+Public names are imported when they are first used, so that importing the package does not import torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # type checkers cannot follow `__getattr__`
     from gflow_pl import data, importance, models
     from gflow_pl.callbacks import GradientFlowMonitor, PruningCallback
     from gflow_pl.channels import register_rule, trace_channels
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_ROOM_OF_NAME = {
     "ChannelGraph": "values",
     "ChannelGroup": "values",
     "GradientFlowMonitor": "callbacks",
@@ -70,8 +70,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _ROOM_OF_NAME:
+        return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF_NAME[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

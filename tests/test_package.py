@@ -52,7 +52,7 @@ def test_an_unknown_command_is_reported_in_one_sentence_with_the_closest_name(
 ) -> None:
     assert main(["prun", "--config", "x"]) == 2
     assert capsys.readouterr().err == (
-        "gflow: unknown command 'prun'. Known: fit, prune, finetune, validate, test, predict. Did you mean 'prune'?\n"
+        f"gflow: unknown command 'prun'. Known: {', '.join(COMMANDS)}. Did you mean 'prune'?\n"
     )
 
 

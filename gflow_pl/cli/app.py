@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from gflow_pl import data  # noqa: F401 - makes the short names of the data modules known
@@ -24,7 +24,6 @@ from gflow_pl.cli.comparison import UnprunedNetwork, report
 from gflow_pl.cli.default_classes import chosen_class_paths
 from gflow_pl.cli.parser import OneSentenceParser
 from gflow_pl.cli.run_output import (
-    SaveSettings,
     copy_unpruned_network,
     output_callbacks,
     run_logger,
@@ -41,6 +40,24 @@ __all__ = ["GflowCLI"]
 
 _DEFAULT_CLASSES = {"model": "gflow_pl.ImageClassifier", "data": "gflow_pl.data.Digits"}
 _BASE_CLASSES = {"model": pl.LightningModule, "data": pl.LightningDataModule}
+
+
+class _SaveSettings(SaveConfigCallback):
+    """Write the settings of a run, including all defaults, to config.yaml.
+
+    Args:
+        args: Arguments of `SaveConfigCallback`.
+        folder: Folder of the run.
+        kwargs: Keyword arguments of `SaveConfigCallback`.
+    """
+
+    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._folder = folder
+
+    @override
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.parser.save(self.config, self._folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class GflowCLI(LightningCLI):
@@ -64,7 +81,7 @@ class GflowCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=GflowTrainer,
             trainer_defaults={"max_epochs": 160, "logger": None, "num_sanity_val_steps": 0},
-            save_config_callback=SaveSettings,
+            save_config_callback=_SaveSettings,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=OneSentenceParser,
@@ -99,7 +116,7 @@ class GflowCLI(LightningCLI):
             default=None,
             help="Name of the folder of the run. By default it names command, network and data.",
         )
-        parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.num_classes", compute_fn=num_classes, apply_on="instantiate")
         if self._command == "prune":
             parser.add_lightning_class_args(PruningCallback, "pruning")
             _list_measures(parser)
@@ -181,7 +198,7 @@ class GflowCLI(LightningCLI):
         """Create the Trainer, and refuse a set-up that pruning does not support before processes are started."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
         for callback in callbacks_of(trainer, PruningCallback):
             check_supported(trainer, callback, PruningCallback)
@@ -278,6 +295,6 @@ def _list_measures(parser: LightningArgumentParser) -> None:
             action.help = f"{action.help} Names: {', '.join(measure_names(aliases=True))}."
 
 
-def _num_classes(datamodule: pl.LightningDataModule) -> int:
+def num_classes(datamodule: pl.LightningDataModule) -> int:
     """Return the number of classes of a data module, or 2 if it has none, in which case the model does not need it."""
     return getattr(datamodule, "num_classes", 2)

@@ -21,8 +21,9 @@ from gflow_pl.common.errors import SettingsError
 __all__ = ["run"]
 
 _BUG_REPORT = (
-    "gflow: this is a bug, of gflow_pl or of a class in your settings. If it is of gflow_pl, please report it in the issue "
-    f"tracker of the project, with the lines above, the command and the versions: gflow_pl {gflow_pl.__version__}, "
+    "gflow: this error is a bug in gflow_pl or in a class that your settings name. If it is in gflow_pl, please report it in "
+    "the issue tracker of the project, with the lines above, the command and these versions: "
+    f"gflow_pl {gflow_pl.__version__}, "
     f"torch {torch.__version__}, pytorch-lightning {pl.__version__}."
 )
 
@@ -72,8 +73,7 @@ def _settings_error(error: BaseException | None) -> BaseException | None:
     jsonargparse raises the errors of a link between settings again, with the original error as the cause.
     """
     while error is not None:
-        # ValueError: until all rooms raise SettingsError
-        if isinstance(error, (SettingsError, ValueError, *both_packages(MisconfigurationException))):
+        if isinstance(error, (SettingsError, *both_packages(MisconfigurationException))):
             return error
         error = error.__cause__
     return None

@@ -6,14 +6,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichModelSummary, RichProgressBar
-from pytorch_lightning.cli import SaveConfigCallback
 from pytorch_lightning.loggers import Logger
-from typing_extensions import override
 
 from gflow_pl.callbacks import BestCheckpoint, CarriesStructure, LastCheckpoint, RunRecorder, pruning_state_in
 from gflow_pl.cli.trainer import TRAINING_COMMANDS
@@ -21,31 +17,12 @@ from gflow_pl.files import write_bytes
 from gflow_pl.tasks.pretrained import read_file
 
 __all__ = [
-    "SaveSettings",
     "copy_unpruned_network",
     "given_callbacks",
     "output_callbacks",
     "run_logger",
     "writes_progress_bar",
 ]
-
-
-class SaveSettings(SaveConfigCallback):
-    """Write the settings of a run, including all defaults, to config.yaml.
-
-    Args:
-        args: Arguments of `SaveConfigCallback`.
-        folder: Folder of the run.
-        kwargs: Keyword arguments of `SaveConfigCallback`.
-    """
-
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._folder = folder
-
-    @override
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.parser.save(self.config, self._folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 def given_callbacks(settings: Namespace) -> list[Callback]:

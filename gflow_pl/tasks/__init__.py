@@ -1,4 +1,4 @@
-"""LightningModules that wrap a network for training."""
+"""LightningModules that train a network."""
 
 from gflow_pl.tasks.classification import ImageClassifier
 from gflow_pl.tasks.pretrained import load_pretrained

@@ -1,4 +1,4 @@
-"""Image classification: the task of the paper."""
+"""A LightningModule for image classification, the task of the paper."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.surgery import StructureMixin
-from gflow_pl.tasks.network import build_network, hyper_parameter
+from gflow_pl.tasks.network import build_network, network_hyperparameter
 from gflow_pl.tasks.pretrained import load_pretrained
 
 __all__ = ["ImageClassifier"]
 
 
 class ImageClassifier(StructureMixin, pl.LightningModule):
-    """Trains a network to tell images apart, as the paper does: SGD with a rate that falls in two steps.
+    """Train a network to classify images with SGD and a learning rate that decreases in steps, as in the paper.
 
-    The loss is the cross-entropy of ``logits / temperature``. Logs, once an epoch, `train_loss`, `train_accuracy`,
-    `val_loss`, `val_accuracy`, and `test_loss`, `test_accuracy`.
+    The loss is the cross-entropy of ``logits / temperature``. `train_loss`, `train_accuracy`, `val_loss`, `val_accuracy`,
+    `test_loss` and `test_accuracy` are logged once per epoch.
 
     Args:
-        network: A network of ours by name (vgg13, mobilenet_v1, resnet56, resnet34, resnet18), any other by
-            ``class_path`` and ``init_args``, or, in Python, a module (to be handed over again when a checkpoint is loaded).
-        num_classes: Classes; the commands take it from the data.
-        temperature: Divides the logits in the loss, > 0; 1 is the ordinary loss (the paper trains with 5).
-        lr: Learning rate of the first stage, > 0.
+        network: The name of a network of this package (vgg13, mobilenet_v1, resnet56, resnet34, resnet18), the
+            ``class_path`` and ``init_args`` of any other network, or, in Python, a module. A module must be passed again
+            when a checkpoint is loaded.
+        num_classes: Number of classes, at least 2. The commands take it from the data.
+        temperature: The logits are divided by this number in the loss, > 0. The paper trains with 5.
+        lr: Initial learning rate, > 0.
         momentum: Momentum of SGD, in [0, 1).
         weight_decay: Weight decay of SGD, >= 0.
-        nesterov: Whether the momentum is Nesterov's.
-        milestones: Epochs, counted from 0, at which the learning rate is multiplied by `lr_factor`; warm-up and
-            pruning rounds belong to the first stage.
-        lr_factor: What the learning rate is multiplied by at each milestone, > 0.
-        pretrained: A file to start from, for its weights and its shape only: a checkpoint of ours, pruned or not, or
-            a file of the published code. It is not kept in the hyper-parameters.
+        nesterov: Whether to use Nesterov momentum.
+        milestones: Epochs, counted from 0, at which the learning rate is multiplied by `lr_factor`. Warm-up and pruning
+            rounds usually end before the first milestone.
+        lr_factor: Factor of the learning rate at each milestone, > 0.
+        pretrained: File to start from, of which only the weights and the shape are used: a checkpoint, pruned or not, or
+            a file of the published code. It is not stored in the hyperparameters.
 
     Raises:
-        ValueError: A setting is out of range, or the network or the file does not fit.
+        SettingsError: A setting is out of range, or the network or the file does not fit.
 
     Example:
         >>> classifier = ImageClassifier("vgg13", num_classes=10)
@@ -66,24 +68,24 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         super().__init__()
         _check_settings(num_classes, temperature, lr, momentum, weight_decay, nesterov, milestones, lr_factor)
         self.save_hyperparameters(ignore=["network", "pretrained"])
-        self.save_hyperparameters({"network": hyper_parameter(network)})
+        self.save_hyperparameters({"network": network_hyperparameter(network)})
         self.network = build_network(network, num_classes)
         self.temperature = temperature
         metrics: dict[str, Any] = {"num_classes": num_classes, "average": "micro", "validate_args": False}
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (MulticlassAccuracy(**metrics) for _ in range(3))
-        # "disable": looking for NaN in every batch would wait for the device.
+        # "disable", because a check for NaN in every batch would synchronize with the device.
         self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         if pretrained is not None:
             load_pretrained(self, pretrained)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (examples, classes) of images (examples, channels, height, width)."""
+        """Return the logits (images, classes) of images (images, channels, height, width)."""
         return self.network(images)
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch of images and labels."""
+        """Return the loss of a batch of images and labels."""
         loss = self._step("train", batch)
         if self._is_last_batch():
             self._log_epoch("train")
@@ -91,33 +93,33 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the validation metrics."""
+        """Add a batch to the validation metrics."""
         self._step("val", batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Logs the validation metrics."""
+        """Log the validation metrics."""
         self._log_epoch("val")
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the test metrics."""
+        """Add a batch to the test metrics."""
         self._step("test", batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Logs the test metrics."""
+        """Log the test metrics."""
         self._log_epoch("test")
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (examples, classes) of a batch of images, or of images and labels."""
+    def predict_step(self, batch: Tensor | list[Tensor] | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Return the class probabilities (images, classes) of a batch of images, or of images and labels."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self(images).softmax(dim=1)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD and its two steps down."""
+        """Return SGD, and a schedule that reduces the learning rate at the milestones."""
         hp: Any = self.hparams
         optimizer = torch.optim.SGD(
             self.parameters(), lr=hp.lr, momentum=hp.momentum, weight_decay=hp.weight_decay, nesterov=hp.nesterov
@@ -132,17 +134,19 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
             return False
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the loss of a batch, and add the batch to the metrics of a stage ("train", "val" or "test")."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits / self.temperature, labels)
-        # Accumulated on the device and logged once an epoch: logging every step costs more than a small step itself.
+        # Accumulate on the device and log once per epoch: logging costs more than the step of a small network.
         getattr(self, f"{stage}_accuracy").update(logits.detach(), labels)
-        # A plain number would be copied to the device, and the copy waited for.
-        number = torch.full((), len(labels), dtype=torch.float32, device=loss.device)
-        getattr(self, f"{stage}_loss").update(loss.detach(), weight=number)
+        # The weight is created on the device, because copying a Python number there would synchronize.
+        num_images = torch.full((), len(labels), dtype=torch.float32, device=loss.device)
+        getattr(self, f"{stage}_loss").update(loss.detach(), weight=num_images)
         return loss
 
     def _log_epoch(self, stage: str) -> None:
+        """Log the metrics of a stage."""
         for name in (f"{stage}_loss", f"{stage}_accuracy"):
             self.log(name, getattr(self, name), on_step=False, on_epoch=True, prog_bar=name != "train_loss")
 
@@ -157,6 +161,7 @@ def _check_settings(
     milestones: list[int],
     lr_factor: float,
 ) -> None:
+    """Raise a SettingsError for the first setting that is out of range."""
     rules = [
         (num_classes >= 2, f"`num_classes` must be at least 2, got {num_classes}."),
         (temperature > 0, f"`temperature` must be > 0, got {temperature}."),
@@ -170,6 +175,6 @@ def _check_settings(
             f"`milestones` must be ascending epochs >= 0, got {list(milestones)}.",
         ),
     ]
-    for holds, sentence in rules:
-        if not holds:
-            raise ValueError(sentence)
+    for is_met, sentence in rules:
+        if not is_met:
+            raise SettingsError(sentence)

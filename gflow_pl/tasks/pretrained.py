@@ -1,4 +1,4 @@
-"""Starting from a file: its weights and its shape, nothing else."""
+"""Start from a file: load its weights and take over its pruned shape."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.models import is_published, read_checkpoint, strip_prefix
 from gflow_pl.surgery import apply_structure, structure_of
 from gflow_pl.values import Structure
@@ -15,30 +16,33 @@ __all__ = ["load_pretrained", "read_file"]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint or weights file, read without executing code.
+    """Read a checkpoint or a file of weights, without executing code.
 
     Raises:
-        ValueError: There is no such file, it is damaged, or it holds more than data.
+        SettingsError: The file does not exist, is damaged, or contains more than data.
     """
     contents = read_checkpoint(path)
     if not isinstance(contents, dict):
-        raise ValueError(f"'{path}' holds a {type(contents).__name__}, expected a checkpoint or a file of weights.")
+        raise SettingsError(
+            f"'{path}' contains a {type(contents).__name__}, expected a checkpoint or a file of weights."
+        )
     return contents
 
 
 def load_pretrained(module: nn.Module, path: str | Path) -> None:
-    """Give `module` the weights and the shape of a file, in place.
+    """Load the weights of a file into a module, in place, and give the module the pruned shape of the file.
 
-    Read are: checkpoints of Lightning, with our structure in them or without; files of `save_pruned`; files of the
-    published code (into the module's `network`, if it has one).
+    The file may be a Lightning checkpoint with or without a structure, a file of `save_pruned`, or a file of the
+    published code, which is loaded into the ``network`` of the module if it has one.
 
     Args:
         module: A LightningModule or any other module, full-size or already pruned.
         path: The file.
 
     Raises:
-        ValueError: The file cannot be read, or holds another network.
+        SettingsError: The file cannot be read, or its weights belong to another network.
     """
+    # Find the weights and the structure in the file.
     contents = read_file(path)
     target, state, structure = module, contents, None
     if is_published(contents):
@@ -48,34 +52,42 @@ def load_pretrained(module: nn.Module, path: str | Path) -> None:
         state = contents["state_dict"]
         structure = contents.get("gflow_pl", {}).get("structure")
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"'{path}' holds no weights: expected a checkpoint with a 'state_dict', or a dict of tensors.")
+        raise SettingsError(
+            f"'{path}' contains no weights: expected a checkpoint with a 'state_dict', or a dict of tensors."
+        )
+
+    # Load them.
     _check_names(target, state, path)
     try:
         apply_structure(target, structure if structure is not None else _structure_from(target, state))
         target.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
+        # load_state_dict lists all mismatches below a headline; report the first one.
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise ValueError(f"'{path}' holds another network than this {_name(target)}: {first}") from None
+        raise SettingsError(f"'{path}' holds another network than this {_network_class(target)}: {first}") from None
 
 
 def _structure_from(module: nn.Module, state: dict[str, Tensor]) -> Structure:
-    """The shape that a bare state dict implies, where it carries no structure of its own."""
+    """Return the structure that follows from the shapes in a state dict, for files that contain no structure."""
     present = structure_of(module)
     shapes = {name: tuple(state[name].shape) if name in state else shape for name, shape in present.shapes.items()}
     return Structure(shapes=shapes)
 
 
 def _check_names(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    wanted = module.state_dict().keys()
-    missing = [name for name in wanted if name not in state]
-    surplus = [name for name in state if name not in wanted]
-    if missing or surplus:
-        what = [f"it lacks '{missing[0]}'"] * bool(missing) + [f"its '{surplus[0]}' has no place here"] * bool(surplus)
-        raise ValueError(
-            f"'{path}' holds another network than this {_name(module)}: {' and '.join(what)} "
-            f"({len(missing)} tensors missing, {len(surplus)} too many)."
+    """Raise a SettingsError if the names of the tensors in a file are not those of a module."""
+    expected = module.state_dict().keys()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    if missing or unexpected:
+        examples = [f"'{missing[0]}' is missing"] * bool(missing) + [f"'{unexpected[0]}' is unexpected"] * bool(
+            unexpected
+        )
+        raise SettingsError(
+            f"'{path}' holds another network than this {_network_class(module)}: {' and '.join(examples)} "
+            f"({len(missing)} tensors missing, {len(unexpected)} unexpected)."
         )
 
 
-def _name(module: nn.Module) -> str:
+def _network_class(module: nn.Module) -> str:
     return type(getattr(module, "network", module)).__name__

@@ -1,4 +1,4 @@
-"""Bad input: one sentence, a non-zero exit, nothing started, nothing overwritten."""
+"""Bad input ends in one sentence and a non-zero exit status, before anything is started or overwritten."""
 
 import pickle
 from pathlib import Path
@@ -14,7 +14,7 @@ SMALL = ["--model.network", "vgg13", "--trainer.max_epochs", "4", "--trainer.acc
 
 
 class Code:
-    """A pickle of it would run a command."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self):
         return print, ("this must never be printed",)
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence with which a command is refused."""
+    """Run a command that must fail, and return its error message."""
     try:
         status = main(arguments)
     except SystemExit as stop:
@@ -38,12 +38,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "this must never be printed" not in captured.out
     lines = [line for line in captured.err.splitlines() if line.startswith("gflow")]
     assert len(lines) == 1, captured.err
-    assert not list(Path("checkpoints").glob("*")), "nothing may be started"
+    assert not list(Path("checkpoints").glob("*")), "the run must not start"
     return lines[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "parts"),
     [
         (["--model.network", "resnet57"], ["Unknown network 'resnet57'", "Did you mean 'resnet56'?"]),
         ([*SMALL, "--pruning.measure", "magnitud"], ["Unknown measure 'magnitud'", "Did you mean 'magnitude'?"]),
@@ -86,19 +86,19 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*SMALL, "--pruning.ignore", "[features.99]"], ["'features.99'", "Did you mean"]),
     ],
 )
-def test_bad_options_are_refused_in_one_sentence(options, told, folder, capsys) -> None:
+def test_bad_options_are_refused_in_one_sentence(options, parts, folder, capsys) -> None:
     sentence = refused(["prune", *options], capsys)
-    for part in told:
+    for part in parts:
         assert part in sentence
 
 
-def test_predictions_by_two_processes_are_refused(folder, capsys) -> None:
+def test_predict_refuses_several_processes(folder, capsys) -> None:
     ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     sentence = refused(["predict", "--model.network", "vgg13", *ranks], capsys)
     assert "set --trainer.devices 1" in sentence
 
 
-def test_an_image_folder_without_test_is_refused(folder, capsys) -> None:
+def test_an_image_folder_without_test_images_is_refused(folder, capsys) -> None:
     write_image_folder(folder / "images")
     (folder / "images" / "test").rename(folder / "images" / "elsewhere")
     sentence = refused(["prune", *SMALL, "--data", "ImageFolder", "--data.root", "images"], capsys)
@@ -111,7 +111,7 @@ def test_an_unknown_key_in_a_settings_file_is_refused(folder, capsys) -> None:
 
 
 @pytest.mark.parametrize("option", ["--model.pretrained", "--ckpt_path"])
-def test_files_that_are_no_checkpoints_are_refused(option, folder, capsys) -> None:
+def test_files_other_than_checkpoints_are_refused(option, folder, capsys) -> None:
     whole = folder / "whole.ckpt"
     torch.save({"state_dict": ImageClassifier("vgg13").state_dict()}, whole)
     (folder / "short.ckpt").write_bytes(whole.read_bytes()[:5000])
@@ -140,7 +140,7 @@ def test_a_file_for_other_classes_is_refused(folder, capsys) -> None:
         assert "is of a network for 7 classes, but the data has 10" in sentence
 
 
-def test_a_missing_file_of_the_unpruned_network_is_refused_before_anything_is_measured(folder, capsys) -> None:
+def test_a_missing_file_of_the_unpruned_network_is_refused_before_testing(folder, capsys) -> None:
     sentence = refused(["test", "--model.network", "vgg13", "--base", "nowhere.ckpt"], capsys)
     assert "'nowhere.ckpt' does not exist" in sentence
 

@@ -1,4 +1,4 @@
-"""The commands, run for real, one after the other."""
+"""Runs of several commands, each of which uses the files of the one before."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ TINY += ["--trainer.accelerator", "cpu", "--data.batch_size", "8"]
 
 
 def gflow(*arguments: str) -> str:
-    """Run a command as a user would, in a process of its own."""
+    """Run a command in a new process and return its output."""
     done = subprocess.run([sys.executable, "-m", "gflow_pl", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout + done.stderr
@@ -30,26 +30,26 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_network_goes_through_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_passes_through_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     gflow("fit", "--model.network", "vgg13", "--trainer.max_epochs", "1", "--name", "base", *TINY)
     base = Path("checkpoints/base/best.ckpt")
     assert base.is_file()
 
-    # The network is not named again: the file knows it.
+    # The network need not be named again, because the file contains its name.
     pruning = ["--pruning.fraction", "0.5", "--pruning.rounds", "2", "--pruning.num_samples", "16"]
-    told = gflow(
+    output = gflow(
         "prune", "--model.pretrained", str(base), "--trainer.max_epochs", "4", "--name", "pruned", *pruning, *TINY
     )
-    assert "Best test accuracy after the last round" in told
+    assert "Best test accuracy after the last round" in output
     pruned = Path("checkpoints/pruned")
-    assert str(pruned / "best.ckpt") in told
+    assert str(pruned / "best.ckpt") in output
     rows = rows_of(pruned / "metrics.csv")
     assert [row["phase"] for row in rows] == ["pruning", "pruning", "final", "final"]
     assert int(rows[-1]["filters"]) == 2944 - 1472
     assert [row["epoch"] for row in rows_of(pruned / "pruning.csv")] == ["1", "2"]
     best = torch.load(pruned / "best.ckpt", weights_only=True)
-    assert best["epoch"] >= 2, "chosen only among epochs after the last round"
+    assert best["epoch"] >= 2, "the best epoch is chosen among those after the last round"
 
     gflow(
         "finetune",
@@ -70,8 +70,10 @@ def test_a_network_goes_through_all_commands(tmp_path: Path, monkeypatch: pytest
     assert last["epoch"] == 1
 
     gflow("validate", "--ckpt_path", "checkpoints/tuned/best.ckpt", *TINY)
-    told = gflow("test", "--ckpt_path", "checkpoints/tuned/best.ckpt", "--base", str(base), "--name", "tested", *TINY)
-    assert "Compression" in told
+    output = gflow("test", "--ckpt_path", "checkpoints/tuned/best.ckpt", "--base", str(base), "--name", "tested", *TINY)
+    assert "Compression" in output
+    assert "checkpoints/tested/layers.png" in output
+    assert Path("checkpoints/tested/layers.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(Path("checkpoints/tested/report.json").read_text())["networks"]
     assert report["unpruned"]["macs"] == 228_267_008
     assert report["pruned"]["macs"] < report["unpruned"]["macs"]
@@ -97,7 +99,7 @@ torch.save(module(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 
 
 @pytest.mark.parametrize("network", sorted(MODELS))
-def test_every_network_is_pruned_reloaded_in_a_fresh_process_and_tested(network, tmp_path, monkeypatch, capsys) -> None:
+def test_every_network_is_pruned_reloaded_in_a_new_process_and_tested(network, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     options = [
         "--model.network",
@@ -114,15 +116,15 @@ def test_every_network_is_pruned_reloaded_in_a_fresh_process_and_tested(network,
     images = torch.randn(4, 3, 32, 32)
     torch.save(images, "images.pt")
     subprocess.run([sys.executable, "-c", RELOAD, file, "images.pt", "outputs.pt"], check=True)
-    here = ImageClassifier.load_from_checkpoint(file, weights_only=True).eval()
+    reloaded = ImageClassifier.load_from_checkpoint(file, weights_only=True).eval()
     with torch.no_grad():
-        assert torch.equal(here(images), torch.load("outputs.pt", weights_only=True))
+        assert torch.equal(reloaded(images), torch.load("outputs.pt", weights_only=True))
     assert main(["test", "--ckpt_path", str(file), "--name", "tested", *TINY]) == 0
     networks = json.loads(Path("checkpoints/tested/report.json").read_text())["networks"]
-    assert networks["unpruned"]["test_accuracy"] is None, "never guessed"
-    wanted = networks["unpruned"]["filters"] - networks["unpruned"]["filters"] // 2
-    assert abs(networks["pruned"]["filters"] - wanted) <= 1
-    assert networks["pruned"]["parameters"] == sum(p.numel() for p in here.parameters())
+    assert networks["unpruned"]["test_accuracy"] is None, "the unpruned network was not measured"
+    expected = networks["unpruned"]["filters"] - networks["unpruned"]["filters"] // 2
+    assert abs(networks["pruned"]["filters"] - expected) <= 1
+    assert networks["pruned"]["parameters"] == sum(p.numel() for p in reloaded.parameters())
 
 
 def weights_of(path: str) -> dict[str, torch.Tensor]:
@@ -169,7 +171,7 @@ def test_fit_with_the_callback_in_its_settings_is_the_same_run_as_prune(tmp_path
     ).read_bytes()
 
 
-def test_a_resumed_run_ends_like_the_uninterrupted_one_and_carries_its_rows(tmp_path, monkeypatch) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run_and_contains_all_rows(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = [
         "--model.network",
@@ -196,7 +198,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one_and_carries_its_rows(tmp_
     assert main(["prune", *options, *TINY, *resume, "--trainer.max_epochs", "4", "--name", "resumed"]) == 0
     whole, resumed = weights_of("checkpoints/whole/last.ckpt"), weights_of("checkpoints/resumed/last.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    # The folder of a run that was resumed after its first cut lacks nothing; of the network before it there is no other.
+    # A run that is resumed after its first cut cannot save the unpruned network itself: the file is copied.
     whole, resumed = weights_of("checkpoints/whole/unpruned.ckpt"), weights_of("checkpoints/resumed/unpruned.ckpt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     one, two = (rows_of(Path(f"checkpoints/{name}/metrics.csv")) for name in ("whole", "resumed"))
@@ -204,7 +206,7 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one_and_carries_its_rows(tmp_
     assert len(one) == 4
 
 
-def test_a_pruning_run_is_not_resumed_by_a_plain_fit(tmp_path, monkeypatch, capsys) -> None:
+def test_fit_refuses_to_resume_a_pruning_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--model.network", "vgg13", *TINY]
     assert main(["prune", *options, "--trainer.max_epochs", "2", "--pruning.num_samples", "8", "--name", "run"]) == 0

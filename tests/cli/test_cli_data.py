@@ -1,4 +1,4 @@
-"""Every data module, trained on for one epoch by a real command, from real images."""
+"""Commands that train for one epoch on the images of every data module."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ OPTIONS = [
 ]
 
 
-def test_an_epoch_of_each_cifar_from_files_in_torchvisions_formats(tmp_path, monkeypatch) -> None:
+def test_an_epoch_on_cifar_from_files_in_the_formats_of_torchvision(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data", monkeypatch)
     write_cifar100(tmp_path / "data", monkeypatch)
@@ -32,7 +32,7 @@ def test_an_epoch_of_each_cifar_from_files_in_torchvisions_formats(tmp_path, mon
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_an_epoch_of_an_image_folder_with_its_classes_counted(size, tmp_path, monkeypatch) -> None:
+def test_an_epoch_on_an_image_folder_with_the_classes_that_it_contains(size, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_image_folder(tmp_path / "images", num_classes=4, scale=size // 32)
     options = ["--data", "ImageFolder", "--data.root", "images", "--data.image_size", str(size)]

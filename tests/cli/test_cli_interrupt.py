@@ -10,7 +10,7 @@ import torch
 
 
 def interruptible() -> None:
-    """A process that a shell starts in the background ignores Ctrl-C; one in the foreground does not."""
+    """Accept Ctrl-C in the process, which processes in the background of a shell ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -26,11 +26,11 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_run_can_be_resumed(tmp_path, monkeypa
     while time.monotonic() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    told, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "Traceback" not in told
-    assert "checkpoints/run/last.ckpt" in told, "where to resume from"
-    assert not list(Path("checkpoints/run").glob(".*")), "no half-written file is left"
+    assert "Traceback" not in output
+    assert "checkpoints/run/last.ckpt" in output, "the command that resumes the run"
+    assert not list(Path("checkpoints/run").glob(".*")), "no temporary file remains"
 
     last = torch.load("checkpoints/run/last.ckpt", weights_only=True)
     epochs = last["epoch"] + 1

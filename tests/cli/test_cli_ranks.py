@@ -1,4 +1,4 @@
-"""Commands with two processes: one run folder, and accuracies equal to one process's to the last image."""
+"""Commands with two processes use one run folder, and measure the same accuracies as one process."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Counts against closed forms, pinned numbers of the networks, and the network left alone."""
+"""Counts equal closed forms and the known numbers of the networks, and do not change the network."""
 
 import io
 
@@ -20,7 +20,7 @@ PINNED = {
 
 
 @pytest.mark.parametrize("name", PINNED)
-def test_the_five_networks_cost_what_they_are_known_to_cost(name):
+def test_the_five_networks_have_their_known_costs(name):
     model = getattr(models, name)(num_classes=10)
     counts = count_network(model, torch.zeros(1, 3, 32, 32))
     assert counts.macs == PINNED[name]
@@ -46,7 +46,7 @@ def test_every_kind_of_layer_has_its_closed_form():
 
 
 class Nested(nn.Module):
-    """One linear used twice, and a product of its own."""
+    """A linear layer that is used twice, and a matrix product outside of it."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Nested(nn.Module):
         return y @ y.transpose(-1, -2)
 
 
-def test_a_module_owns_its_products_and_not_those_of_its_children():
+def test_products_of_children_do_not_count_for_the_module():
     counts = count_network(nn.Sequential(Nested()), torch.zeros(1, 5, 6))
     assert counts.by_layer() == {"0": 5 * 5 * 6, "0.shared": 2 * 5 * 36}
     assert counts.parameters == 36
@@ -72,13 +72,13 @@ def test_attention_is_counted_with_the_steps_of_its_fused_kernel():
 
 
 def scatter(module, args, out):
-    """What a network with an expansion does behind a layer."""
+    """Scatter an output into zeros, as an expansion does."""
     module.devices.append(out.device.type)
     return out.new_zeros(*out.shape[:1], 9, *out.shape[2:]).index_copy_(1, module.kept, out)
 
 
-class Seen(list):
-    """A list that copies share."""
+class SharedList(list):
+    """A list that is not copied."""
 
     def __deepcopy__(self, memo):
         return self
@@ -87,30 +87,30 @@ class Seen(list):
 def test_hooks_that_read_index_buffers_are_counted_without_data():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(9, 2, 1))
     model[0].register_buffer("kept", torch.tensor([0, 2, 5, 8]), persistent=False)
-    model[0].devices = Seen()
+    model[0].devices = SharedList()
     model[0].register_forward_hook(scatter)
     assert count_network(model, torch.zeros(1, 3, 2, 2)).by_layer() == {"0": 48, "1": 72}
     assert model[0].devices == ["meta"]
 
 
-def test_the_network_and_its_input_are_left_as_they_are():
+def test_the_network_and_its_input_do_not_change():
     model = models.resnet56(num_classes=10).train()
     model.layer1[0].eval()
     modes = [m.training for m in model.modules()]
     before = {name: (id(v), v.clone()) for name, v in [*model.named_parameters(), *model.named_buffers()]}
     example = torch.randn(2, 3, 32, 32)
-    kept = example.clone()
+    copy = example.clone()
     count_network(model, example)
     after = dict([*model.named_parameters(), *model.named_buffers()])
     assert {name: id(v) for name, v in after.items()} == {name: i for name, (i, _) in before.items()}
     assert all(torch.equal(after[name], value) for name, (_, value) in before.items())
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert torch.equal(example, kept)
+    assert torch.equal(example, copy)
 
 
-class Peeks(nn.Module):
-    """Looks at a value, which a tensor without data does not have."""
+class DependsOnValues(nn.Module):
+    """A forward pass that depends on a value, which meta tensors do not have."""
 
     def __init__(self):
         super().__init__()
@@ -120,26 +120,26 @@ class Peeks(nn.Module):
         return self.a(x) if x.sum() > 0 else self.b(self.a(x))
 
 
-def test_a_network_that_looks_at_values_is_counted_with_values():
-    assert count_network(Peeks(), torch.ones(1, 4)).by_layer() == {"a": 16}
-    assert count_network(Peeks(), -torch.ones(1, 4)).by_layer() == {"a": 16, "b": 16}
-    assert count_network(Peeks().double(), torch.ones(1, 4)).macs == 16
+def test_a_network_that_depends_on_values_is_counted_with_values():
+    assert count_network(DependsOnValues(), torch.ones(1, 4)).by_layer() == {"a": 16}
+    assert count_network(DependsOnValues(), -torch.ones(1, 4)).by_layer() == {"a": 16, "b": 16}
+    assert count_network(DependsOnValues().double(), torch.ones(1, 4)).macs == 16
 
 
 class Uncopyable:
     def __deepcopy__(self, memo):
-        raise AssertionError("the trainer, and all that hangs on it, was copied")
+        raise AssertionError("the Trainer was copied")
 
 
-def test_a_trainer_that_the_module_holds_is_not_copied():
+def test_the_trainer_of_a_module_is_not_copied():
     model = nn.Linear(4, 4)
     model.trainer = Uncopyable()
     assert count_network(model, torch.ones(1, 4)).macs == 16
     assert isinstance(model.trainer, Uncopyable)
 
 
-class TakesMore(nn.Module):
-    """Two positional arguments, one of them of integers."""
+class TwoInputs(nn.Module):
+    """A module with two positional arguments, one of which holds integers."""
 
     def __init__(self):
         super().__init__()
@@ -149,29 +149,29 @@ class TakesMore(nn.Module):
         return self.out(self.embed(tokens) * scale)
 
 
-def test_a_tuple_is_the_positional_arguments_and_the_type_follows_the_network():
-    counts = count_network(TakesMore().double(), (torch.zeros(1, 6, dtype=torch.long), torch.ones(1)))
+def test_a_tuple_holds_positional_arguments_and_is_cast_to_the_dtype_of_the_network():
+    counts = count_network(TwoInputs().double(), (torch.zeros(1, 6, dtype=torch.long), torch.ones(1)))
     assert counts.macs == 6 * 12
     assert "embedding" in counts.not_counted
 
 
-def test_an_input_that_does_not_fit_is_an_error_and_not_a_count():
+def test_an_input_of_a_wrong_shape_is_an_error():
     with pytest.raises(RuntimeError):
         count_network(nn.Linear(4, 4), torch.zeros(1, 5))
 
 
-def test_bytes_are_those_of_the_file_that_torch_writes():
+def test_bytes_equal_the_size_of_the_file_that_torch_writes():
     state = models.resnet56(num_classes=10).state_dict()
     file = io.BytesIO()
     torch.save(dict(state), file)
-    # The name of the file is part of each record, so lengths of names matter; the weights must not.
+    # Every record of the file contains the name of the file, so sizes differ slightly.
     assert abs(state_bytes(state) - len(file.getvalue())) <= 0.02 * len(file.getvalue())
     assert state_bytes({"a": torch.zeros(50_000)}) - state_bytes({"a": torch.zeros(25_000)}) == pytest.approx(
         100_000, abs=256
     )
 
 
-def test_bytes_of_a_view_are_its_own_and_a_tied_tensor_is_saved_once():
+def test_a_view_counts_without_its_storage_and_a_tied_tensor_counts_once():
     big = torch.zeros(100_000)
     assert state_bytes({"a": big[:10]}) < 5_000
     assert state_bytes({"a": big, "b": big}) < 1.1 * state_bytes({"a": big})

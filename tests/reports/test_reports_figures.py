@@ -1,4 +1,4 @@
-"""Figures: what is drawn, read from the axes that were saved."""
+"""Figures, read back from the axes that were saved."""
 
 import matplotlib
 import numpy as np
@@ -27,14 +27,14 @@ def rows():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, in order."""
+    """Record the figures that are saved, in order."""
     figures, save = [], Figure.savefig
 
-    def watched(self, *args, **options):
+    def recording_savefig(self, *args, **options):
         figures.append(self)
         return save(self, *args, **options)
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+    monkeypatch.setattr(Figure, "savefig", recording_savefig)
     return figures
 
 
@@ -49,7 +49,7 @@ def vertical_lines(axes):
     )
 
 
-def test_accuracy_and_filters_stand_over_the_epochs(rows, drawn, tmp_path):
+def test_accuracies_and_filters_are_drawn_over_the_epochs(rows, drawn, tmp_path):
     write_rows(tmp_path / "metrics.csv", rows)
     training_figure(tmp_path / "metrics.csv", tmp_path / "training.png", title="resnet56_digits")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -63,7 +63,7 @@ def test_accuracy_and_filters_stand_over_the_epochs(rows, drawn, tmp_path):
     np.testing.assert_allclose(steps.get_xdata(), np.arange(7) - 0.5)
 
 
-def test_a_line_stands_before_every_epoch_that_began_with_a_cut(rows, drawn, tmp_path):
+def test_a_line_is_drawn_before_every_epoch_that_starts_with_a_cut(rows, drawn, tmp_path):
     training_figure(rows, tmp_path / "training.png")
     assert [vertical_lines(axes) for axes in drawn[0].axes] == [[1.5, 2.5], [1.5, 2.5]]
 
@@ -76,7 +76,7 @@ def test_phases_are_shaded_and_named_once(rows, drawn, tmp_path):
     assert [[text.get_text() for text in axes.texts] for axes in drawn[0].axes] == [["warmup", "pruning", "final"], []]
 
 
-def test_axes_have_units_and_the_figure_names_its_run(rows, drawn, tmp_path):
+def test_axes_have_units_and_the_figure_has_the_title(rows, drawn, tmp_path):
     training_figure(rows, tmp_path / "training.png", title="resnet56_digits")
     upper, lower = drawn[0].axes
     assert upper.get_title(loc="left") == "resnet56_digits"
@@ -85,7 +85,7 @@ def test_axes_have_units_and_the_figure_names_its_run(rows, drawn, tmp_path):
     assert lower.get_xlabel() == "epoch (counted from 0)"
 
 
-def test_a_run_without_pruning_has_accuracy_alone(rows, drawn, tmp_path):
+def test_the_figure_of_a_run_without_pruning_has_no_filters(rows, drawn, tmp_path):
     bare = [{key: value for key, value in row.items() if key not in ("filters", "phase")} for row in rows]
     training_figure(bare, tmp_path / "training.png")
     (axes,) = drawn[0].axes
@@ -94,7 +94,7 @@ def test_a_run_without_pruning_has_accuracy_alone(rows, drawn, tmp_path):
     assert (tmp_path / "one.png").exists()
 
 
-def test_rows_without_epochs_are_refused_in_one_sentence(tmp_path):
+def test_rows_without_epochs_are_refused(tmp_path):
     for rows in ([], [{"loss": 1.0}]):
         with pytest.raises(ValueError, match="needs rows with a column 'epoch'"):
             training_figure(rows, tmp_path / "training.png")
@@ -103,7 +103,7 @@ def test_rows_without_epochs_are_refused_in_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_layers_show_the_filters_before_and_now(drawn, tmp_path):
+def test_bars_show_the_filters_of_every_layer_before_and_after(drawn, tmp_path):
     layers_figure({"a": 4, "b": 8, "c": 2}, {"a": 3, "b": 5}, tmp_path / "layers.png", title="run")
     (axes,) = drawn[0].axes
     before, left = axes.containers
@@ -113,7 +113,7 @@ def test_layers_show_the_filters_before_and_now(drawn, tmp_path):
     assert axes.get_title(loc="left") == "run: 8 of 14 filters left (57.1%)"
 
 
-def test_the_users_own_backend_is_left_alone(rows, tmp_path):
+def test_the_backend_of_matplotlib_does_not_change(rows, tmp_path):
     before = matplotlib.rcParams["backend"]
     training_figure(rows, tmp_path / "training.png")
     assert matplotlib.rcParams["backend"] == before

@@ -1,4 +1,4 @@
-"""The table of `gflow test` and its report.json."""
+"""The table and the report.json of ``gflow test``."""
 
 import json
 
@@ -23,7 +23,7 @@ def cells(text, label):
     return [cell.strip() for cell in line.strip("│").split("│")][1:]
 
 
-def test_both_networks_stand_side_by_side_with_what_is_left():
+def test_two_networks_are_compared_with_the_remaining_share():
     text = table_text(comparison_table([UNPRUNED, PRUNED]))
     assert cells(text, "Multiply-accumulates") == ["125,747,840", "31,436,960", "25.0%"]
     assert cells(text, "FLOPs") == ["251,495,680", "62,873,920", "25.0%"]
@@ -33,7 +33,7 @@ def test_both_networks_stand_side_by_side_with_what_is_left():
     assert cells(text, "Compression") == ["1.00x", "7.13x", ""]
 
 
-def test_what_was_not_measured_is_a_dash_and_never_a_number():
+def test_what_was_not_measured_is_a_dash():
     text = table_text(comparison_table([UNPRUNED, PRUNED]))
     assert cells(text, "Test accuracy") == ["-", "98.12 %", ""]
     assert cells(text, "Train accuracy") == ["-", "99.81 %", ""]
@@ -52,12 +52,12 @@ def test_the_table_fits_in_80_columns_without_a_terminal():
     assert "a fused multiply-add" in " ".join(text.split())
 
 
-def test_one_network_alone_has_no_column_of_what_is_left():
+def test_a_table_of_one_network_has_no_column_for_the_remaining_share():
     text = table_text(comparison_table([PRUNED]))
     assert cells(text, "Filters") == ["532"]
 
 
-def test_the_report_holds_the_same_numbers_as_plain_data(tmp_path):
+def test_the_report_contains_the_same_numbers(tmp_path):
     write_report(tmp_path / "report.json", [UNPRUNED, PRUNED], {"checkpoint": "best.ckpt"})
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["version"] == 1
@@ -76,7 +76,7 @@ def test_the_report_holds_the_same_numbers_as_plain_data(tmp_path):
     }
 
 
-def test_a_number_that_is_not_one_is_refused_and_no_file_is_left(tmp_path):
+def test_nan_is_refused_and_no_file_remains(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_report(tmp_path / "report.json", [NetworkReport("a", test_accuracy=float("nan"))])
     assert not list(tmp_path.iterdir())

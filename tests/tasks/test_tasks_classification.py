@@ -1,4 +1,4 @@
-"""ImageClassifier: networks by name, class path or hand; what its checkpoints hold; settings out of range."""
+"""ImageClassifier: descriptions of networks, checkpoints, metrics, and settings out of range."""
 
 import pytest
 import pytorch_lightning as pl
@@ -30,8 +30,8 @@ def test_a_network_by_its_name(network) -> None:
     assert classifier.hparams.network == network
 
 
-def test_a_training_step_hands_its_metrics_nothing_to_copy_to_the_device(monkeypatch) -> None:
-    """torchmetrics makes a tensor of a plain number, and a GPU's every step waits for that copy."""
+def test_a_training_step_copies_no_number_to_the_device(monkeypatch) -> None:
+    """torchmetrics copies Python numbers to the device, which synchronizes a GPU in every step."""
     given = []
     monkeypatch.setattr(MeanMetric, "update", lambda self, value, weight: given.extend([value, weight]))
     classifier = ImageClassifier("vgg13", num_classes=10).to("meta")
@@ -39,7 +39,7 @@ def test_a_training_step_hands_its_metrics_nothing_to_copy_to_the_device(monkeyp
     assert [(part.device.type, part.ndim) for part in given] == [("meta", 0)] * 2
 
 
-def test_a_class_path_is_what_the_hyper_parameters_store(tmp_path) -> None:
+def test_hyperparameters_store_the_class_path(tmp_path) -> None:
     spec = {"class_path": "torchvision.models.resnet18", "init_args": {"zero_init_residual": True}}
     classifier = ImageClassifier(spec, num_classes=5)
     assert classifier.network.fc.out_features == 5
@@ -52,13 +52,13 @@ def test_a_class_path_is_what_the_hyper_parameters_store(tmp_path) -> None:
     assert torch.equal(again.eval()(images), classifier.eval()(images))
 
 
-def test_a_module_handed_over_must_be_handed_over_again(tmp_path) -> None:
+def test_a_network_that_was_passed_as_a_module_must_be_passed_again(tmp_path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     classifier = ImageClassifier(network)
     trainer = quiet_trainer(tmp_path, limit_train_batches=1)
     trainer.fit(classifier, batches())
     trainer.save_checkpoint(tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match="handed over in Python"):
+    with pytest.raises(ValueError, match="passed as a module"):
         ImageClassifier.load_from_checkpoint(tmp_path / "file.ckpt", weights_only=True)
     fresh = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     again = ImageClassifier.load_from_checkpoint(tmp_path / "file.ckpt", weights_only=True, network=fresh)
@@ -72,7 +72,7 @@ def test_the_loss_is_the_cross_entropy_at_the_temperature() -> None:
     assert torch.equal(classifier.training_step((images, labels), 0), expected)
 
 
-def test_logged_metrics_are_those_of_a_plain_loop(tmp_path) -> None:
+def test_logged_metrics_equal_those_of_a_plain_loop(tmp_path) -> None:
     torch.manual_seed(0)
     classifier = ImageClassifier("vgg13")
     loader = batches(number=3, size=4)
@@ -85,13 +85,13 @@ def test_logged_metrics_are_those_of_a_plain_loop(tmp_path) -> None:
     assert results["test_loss"] == pytest.approx(F.cross_entropy(logits / 5, labels).item(), rel=1e-5)
 
 
-def test_training_metrics_are_logged_once_an_epoch(tmp_path) -> None:
+def test_training_metrics_are_logged(tmp_path) -> None:
     trainer = quiet_trainer(tmp_path)
     trainer.fit(ImageClassifier("vgg13"), batches(), batches())
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(trainer.callback_metrics)
 
 
-def test_the_rate_falls_at_the_milestones() -> None:
+def test_the_learning_rate_decreases_at_the_milestones() -> None:
     setup = ImageClassifier("vgg13", lr=0.1, milestones=[2, 3]).configure_optimizers()
     rates = []
     for _ in range(4):
@@ -117,13 +117,13 @@ def test_the_rate_falls_at_the_milestones() -> None:
         ({"num_classes": 1}, "at least 2"),
     ],
 )
-def test_a_setting_out_of_range_is_one_sentence(settings, sentence) -> None:
+def test_a_setting_out_of_range_is_refused(settings, sentence) -> None:
     with pytest.raises(ValueError) as error:
         ImageClassifier(**settings)
     assert sentence in str(error.value)
 
 
-def test_the_file_to_start_from_is_not_a_hyper_parameter(tmp_path) -> None:
+def test_the_file_to_start_from_is_not_a_hyperparameter(tmp_path) -> None:
     first = ImageClassifier("vgg13")
     torch.save({"state_dict": first.state_dict()}, tmp_path / "weights.ckpt")
     second = ImageClassifier("vgg13", pretrained=str(tmp_path / "weights.ckpt"))

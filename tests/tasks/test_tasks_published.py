@@ -1,4 +1,4 @@
-"""Weight files of the published code through `pretrained`: pruned shapes, zeroed filters, outputs of a network built by hand."""
+"""Weight files of the published code, pruned or with zeroed filters, compute what networks built by hand compute."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().mul(2).reshape(2, 3, 32, 3
 
 
 def random_weights(network: torch.nn.Module) -> dict[str, Tensor]:
-    """A state dict with norms that are no identity."""
+    """Return a state dict whose norms are not the identity."""
     torch.manual_seed(0)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     for name, value in state.items():
@@ -31,7 +31,7 @@ def published(path: Path, state: dict[str, Tensor]) -> Path:
 
 
 def keep(state: dict[str, Tensor], indices: dict[str, tuple[Tensor | None, Tensor | None]]) -> dict[str, Tensor]:
-    """A state dict with some outputs (dim 0) and inputs (dim 1) of some tensors."""
+    """Return a state dict with some of the outputs (dim 0) and inputs (dim 1) of some tensors."""
     cut = {}
     for name, value in state.items():
         rows, columns = next((pair for prefix, pair in indices.items() if name.startswith(prefix)), (None, None))
@@ -49,7 +49,7 @@ def norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def pruned_vgg() -> dict[str, Tensor]:
-    """VGG-13 with one width or another in every layer."""
+    """Return a state dict of VGG-13 with another width in every layer."""
     state = random_weights(build("vgg13", 10))
     convs = [name for name, value in state.items() if value.ndim == 4]
     indices, before = {}, None
@@ -76,7 +76,7 @@ def vgg_by_hand(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def pruned_mobilenet() -> dict[str, Tensor]:
-    """MobileNet-V1 whose pointwise convs lost filters, and the depthwise convs behind them the same ones."""
+    """Return a state dict of MobileNet-V1 whose pointwise convolutions, and the depthwise ones behind them, lost filters."""
     state = random_weights(build("mobilenet_v1", 10))
     before = torch.arange(0, 32, 3)
     indices = {"conv1.": (before, None), "bn1.": (before, None)}
@@ -101,7 +101,7 @@ def mobilenet_by_hand(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def pruned_resnet() -> dict[str, Tensor]:
-    """ResNet-18 whose first convs are smaller, and whose second convs and shortcuts have filters that were zeroed."""
+    """Return a state dict of ResNet-18 with fewer filters in the first, and zeroed filters in the second convolutions."""
     state = random_weights(build("resnet18", 10))
     indices = {}
     for stage in range(1, 5):
@@ -140,7 +140,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pruned_published_file_computes_what_a_network_built_by_hand_does(name, tmp_path) -> None:
+def test_a_pruned_published_file_computes_what_a_network_built_by_hand_computes(name, tmp_path) -> None:
     make, by_hand = CASES[name]
     state = make()
     classifier = ImageClassifier(name, num_classes=10, pretrained=str(published(tmp_path / "pruned.pth", state))).eval()
@@ -148,10 +148,10 @@ def test_a_pruned_published_file_computes_what_a_network_built_by_hand_does(name
     with torch.no_grad():
         expected = by_hand({k: v.double() for k, v in state.items()}, IMAGES.double())
         torch.testing.assert_close(classifier.double()(IMAGES.double()), expected, rtol=1e-10, atol=1e-10)
-    assert expected.std() > 1e-3, "a network whose outputs say something"
+    assert expected.std() > 1e-3, "the outputs differ from each other"
 
 
-def test_a_pruned_published_file_goes_through_test_and_prune(tmp_path, monkeypatch, capsys) -> None:
+def test_a_pruned_published_file_is_tested_and_pruned_again(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     state = pruned_resnet()
     published(tmp_path / "pruned.pth", state)
@@ -159,9 +159,9 @@ def test_a_pruned_published_file_goes_through_test_and_prune(tmp_path, monkeypat
     assert main(["test", *tiny, "--counts_only", "true", "--name", "counts"]) == 0
     parameters = sum(v.numel() for k, v in state.items() if k.endswith(("weight", "bias")))
     full = sum(p.numel() for p in build("resnet18", 10).parameters())
-    told = capsys.readouterr().out
-    assert f"{parameters:,}" in told
-    assert f"{full:,}" in told
+    output = capsys.readouterr().out
+    assert f"{parameters:,}" in output
+    assert f"{full:,}" in output
 
     tiny += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--data.batch_size", "8"]
     pruning = ["--pruning.fraction", "0.3", "--pruning.num_samples", "8", "--pruning.evaluate_cuts", "false"]

@@ -1,4 +1,4 @@
-"""Rows that read back as written, in files that are never half written."""
+"""Rows of CSV files read back as they were written, and files are written atomically."""
 
 import os
 import stat
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gflow_pl.files import write_text
-from gflow_pl.reports import read_rows, write_rows
+from gflow_pl.files import read_rows, write_rows, write_text
 
 ROWS = [
     {"epoch": 0, "phase": "warmup", "loss": 0.1 + 0.2, "accuracy": None},
@@ -48,24 +47,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["metrics.csv"]
 
 
-def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     write_text(path, "old")
     seen = []
     replace = os.replace
 
-    def watched(source, target):
+    def recording_replace(source, target):
         seen.append((path.read_text(), Path(source).read_text()))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(os, "replace", recording_replace)
     write_text(path, "new")
     assert seen == [("old", "new")]
     assert path.read_text() == "new"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_a_file_is_as_readable_as_any_other_of_the_user(tmp_path):
+def test_a_file_has_the_usual_permissions(tmp_path):
     write_text(tmp_path / "ours", "x")
     (tmp_path / "plain").write_text("x")
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "plain")}
