@@ -22,7 +22,8 @@ from gflow_pl.channels.placeholder_mode import (
     collect_inputs,
     returns_alias,
 )
-from gflow_pl.channels.rules.elementwise import pointwise, unknown
+from gflow_pl.channels.rules.creation import unknown
+from gflow_pl.channels.rules.elementwise import elementwise
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.rules.registry import RULES
 from gflow_pl.channels.shape_cache import ShapeCache
@@ -119,7 +120,7 @@ class Recorder(PlaceholderMode):
             name = func._schema.name.removeprefix("aten::")
             rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
             if rule is None and torch.Tag.pointwise in func.tags:
-                rule = pointwise
+                rule = elementwise
             if rule is None and not func._can_decompose():
                 rule = unknown
             known = self._known_rules[func] = (name, rule)

@@ -1,7 +1,7 @@
-"""The values that travel between the rooms: groups, graphs, scores, plans and structures.
+"""The values that the rooms exchange: groups, graphs, scores, plans and structures.
 
-Everything here is small, checks its contents when it is made, and holds names, numbers or plain tensors; no module and no
-autograd graph is kept alive by it.
+Each is small, checks its contents on creation, and holds names, numbers or plain tensors. None of them keeps a module or an
+autograd graph alive.
 """
 
 from gflow_pl.values.graph import ChannelGraph

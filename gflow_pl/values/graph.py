@@ -1,4 +1,4 @@
-"""The answer of a trace: which channels belong together, and why the rest is frozen."""
+"""The result of a trace: which channels belong together, and why the others are frozen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gflow_pl.common.errors import SettingsError
 from gflow_pl.values.groups import ChannelGroup, Expansion, Layer, LayerUnits, Slice
 from gflow_pl.values.size_rules import SizeAttribute, SizeRule, size_rules_as_dict, size_rules_from_dict
 
@@ -17,19 +18,21 @@ __all__ = ["ChannelGraph"]
 
 @dataclass(eq=False)
 class ChannelGraph:
-    """Names and integers only: serves the model, a deepcopy, an EMA copy and the initial weights alike.
+    """The groups of a network, its frozen layers, and what is needed to compute costs.
 
-    `rewrite` keeps it up to date, so that repeated rounds need no new trace.
+    A graph holds names and numbers, but no modules or tensors of the network. The same graph therefore serves the model,
+    a deepcopy of it, an EMA model and the initial weights. `rewrite` updates the graph, so that further rounds need no new
+    trace.
 
     Attributes:
         groups: The groups of units that can be removed or expanded, in the order of the network.
         frozen: Layer name to the reason why (some of) its filters cannot be pruned.
-        layers: Every conv, transposed conv and linear layer that is called as a module, by name.
-        shapes: Every parameter and buffer by name, with its present shape.
-        uses: Weight name to the multiply-accumulates of one example per element of that weight; times the
-            number of elements in `shapes` this gives the cost of the layer before and after any plan.
+        layers: Name to every conv, transposed conv and linear layer that is called as a module.
+        shapes: Name of every parameter and buffer to its present shape.
+        uses: Weight name to the number of multiply-accumulates for one example, per element of that weight. Times the
+            number of its elements, this is the cost of the layer, before and after any plan.
         patches: Whole numbers that modules keep (num_heads, split sizes, ...) to how they follow from the groups.
-        buffers: The names in `shapes` that are buffers, which no count of parameters includes.
+        buffers: Names in `shapes` that are buffers. They are not counted as parameters.
     """
 
     groups: list[ChannelGroup]
@@ -41,10 +44,10 @@ class ChannelGraph:
     buffers: frozenset[str] = frozenset()
 
     def group(self, name: str) -> ChannelGroup:
-        """The group of that name.
+        """Return the group of that name.
 
         Raises:
-            KeyError: There is none; the message lists those that exist.
+            KeyError: There is none. The message lists the names of all groups.
         """
         for group in self.groups:
             if group.name == name:
@@ -52,13 +55,13 @@ class ChannelGraph:
         raise KeyError(f"No group '{name}'. Known: {', '.join(g.name for g in self.groups)}.")
 
     def patched_attributes(self, groups: Iterable[ChannelGroup]) -> dict[str, dict[str, int | list[int | None]]]:
-        """The numbers that modules keep beside their tensors, once the groups are these.
+        """Return the whole numbers in `patches` for groups of other sizes.
 
         Args:
-            groups: The groups after a plan (those of `self.groups` for the numbers as they are).
+            groups: The groups after a plan, or `self.groups` for the present numbers.
 
         Returns:
-            Module name to attribute to its new value: an int, or a list of ints.
+            Module name to attribute name to value. The value of a list has None for elements that follow from no group.
         """
         sizes = {group.name: group.size for group in groups}
         patched: dict[str, dict[str, int | list[int | None]]] = {}
@@ -75,11 +78,11 @@ class ChannelGraph:
 
     @property
     def num_filters(self) -> int:
-        """Filters present now in the layers that stand in groups (what a fraction is a fraction of)."""
+        """Number of filters present in the layers of groups, which pruning fractions refer to."""
         return sum(group.num_filters for group in self.groups)
 
     def coverage(self) -> float:
-        """Share of conv and linear output channels that can be pruned; the model's outputs are not counted."""
+        """Return the share of conv and linear output channels that are in groups, without those of the model's outputs."""
         prunable: dict[str, int] = {}
         for group in self.groups:
             for part in group.layers:
@@ -89,18 +92,18 @@ class ChannelGraph:
         return sum(prunable.get(layer.name, 0) for layer in counted) / total if total else 0.0
 
     def copy(self) -> ChannelGraph:
-        """An independent copy, for a second rewrite of the same plan."""
+        """Return an independent copy, which a `rewrite` of another network can update."""
         return copy.copy(self).updated(list(self.groups), dict(self.shapes), dict(self.layers))
 
     def updated(
         self, groups: list[ChannelGroup], shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Layer]
     ) -> ChannelGraph:
-        """Replace what a rewrite changes, in place; returns the graph itself."""
+        """Replace what a rewrite changes, in place, and return the graph."""
         self.groups, self.shapes, self.layers = groups, dict(shapes), dict(layers)
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint: names, numbers and integer tensors; loads with ``weights_only=True``."""
+        """Return the graph as names, numbers and integer tensors, which load with ``weights_only=True``."""
         return {
             "version": 1,
             "groups": [_group_to_plain(group) for group in self.groups],
@@ -114,13 +117,13 @@ class ChannelGraph:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ChannelGraph:
-        """The graph that `as_dict` described.
+        """Return the graph that `as_dict` described.
 
         Raises:
-            ValueError: The data is of another version.
+            SettingsError: The data has another version.
         """
         if data.get("version") != 1:
-            raise ValueError(f"Channel graph: expected plain data of version 1, got {data.get('version')!r}.")
+            raise SettingsError(f"Channel graph: expected plain data of version 1, got {data.get('version')!r}.")
         return cls(
             groups=[_group_from_plain(group) for group in data["groups"]],
             frozen=dict(data["frozen"]),
@@ -132,6 +135,7 @@ class ChannelGraph:
         )
 
     def __str__(self) -> str:
+        """Return a table of the layers: number of filters, groups, and what happens to the filters."""
         in_groups: dict[str, list[ChannelGroup]] = {}
         for group in self.groups:
             for part in group.layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -12,28 +12,34 @@ __all__ = ["ChannelGroup", "Expansion", "Layer", "LayerUnits", "Slice"]
 Kind = Literal["remove", "expand"]
 
 
-def _frozen_index(index: Any, what: str, name: str) -> np.ndarray:
-    """A read-only int64 (units, width) table of positions; what nobody can write into is not copied."""
-    flags = index.flags if isinstance(index, np.ndarray) else None
-    taken = flags is not None and flags.owndata and not flags.writeable and index.dtype == np.int64
-    table = index if taken else np.array(index, dtype=np.int64)
+def _read_only_index(index: np.ndarray, what: str, name: str) -> np.ndarray:
+    """Return positions as a read-only int64 table. A table that is one already is not copied.
+
+    Args:
+        index: (units, width) positions.
+        what: Kind of the object that holds the positions, for the error message.
+        name: Name of the tensor or layer, for the error message.
+    """
+    is_read_only = isinstance(index, np.ndarray) and index.flags.owndata and not index.flags.writeable
+    is_ready = is_read_only and index.dtype == np.int64
+    table = index if is_ready else np.array(index, dtype=np.int64)
     if table.ndim != 2 or (table.size and np.minimum.reduce(table, axis=None) < 0):
         raise ValueError(
             f"{what} '{name}': positions must be a (units, width) table of numbers >= 0, got shape {table.shape}."
         )
-    if not taken:
+    if not is_ready:
         table.setflags(write=False)
     return table
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """The positions along one dim of one tensor that the units of a group hold.
+    """The positions along one dimension of a tensor that belong to the units of a group.
 
     Attributes:
-        tensor: State-dict style name of the parameter or buffer (its first owner's, if tied).
-        dim: The dim that is cut.
-        index: (units, width) positions along that dim; row u belongs to unit u.
+        tensor: Name of the parameter or buffer as in a state dict, the first of its names if the tensor is tied.
+        dim: The dimension.
+        index: (units, width) positions along that dimension. Row u belongs to unit u.
     """
 
     tensor: str
@@ -41,17 +47,17 @@ class Slice:
     index: np.ndarray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _frozen_index(self.index, "Slice of", self.tensor))
+        object.__setattr__(self, "index", _read_only_index(self.index, "Slice of", self.tensor))
 
 
 @dataclass(frozen=True, eq=False)
 class LayerUnits:
-    """The output channels of one layer that the units of a group hold.
+    """The filters of a layer that belong to the units of a group.
 
     Attributes:
         layer: Name of the conv, transposed conv or linear layer, as in ``named_modules()``.
-        index: (units, width) output channels of the layer; row u belongs to unit u.
-        votes: Whether the layer's scores count for the unit (a depthwise conv follows and does not vote).
+        index: (units, width) output channels of the layer. Row u belongs to unit u.
+        votes: Whether the layer's scores count for the unit. A depthwise convolution is a follower and does not vote.
     """
 
     layer: str
@@ -59,19 +65,19 @@ class LayerUnits:
     votes: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "index", _frozen_index(self.index, "Units of layer", self.layer))
+        object.__setattr__(self, "index", _read_only_index(self.index, "Units of layer", self.layer))
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """The place where kept outputs are scattered into zeros of the old width.
+    """Where the kept outputs of an expanded layer are scattered into zeros of the original width.
 
     Attributes:
-        module: Name of the module whose output is scattered (the norm behind the layer, or the layer).
-        dim: Channel dim of that output.
-        width: Width of the output that everything downstream sees.
-        gathers: Whether the layer reads only some channels of what comes in, too: a grouped convolution whose groups go,
-            while its input keeps its width.
+        module: Name of the module whose output is scattered: the layer, or the norm that alone reads it.
+        dim: Channel dimension of that output.
+        width: Original width, which all later layers see.
+        gathers: Whether the layer also gathers the channels that it reads, as a grouped convolution does if some of its
+            groups are removed and its input keeps its width.
     """
 
     module: str
@@ -82,14 +88,14 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Layer:
-    """What the trace learnt of one conv, transposed conv or linear layer that is called as a module.
+    """A conv, transposed conv or linear layer that the network calls as a module.
 
     Attributes:
         name: As in ``named_modules()``.
-        weight: Name of its weight tensor.
-        num_filters: Output channels at present.
-        positions: Multiply-accumulates of one example per element of the weight.
-        norm: Name of the norm layer that reads this layer's output, if there is one.
+        weight: Name of its weight.
+        num_filters: Number of output channels now.
+        positions: Number of multiply-accumulates for one example, per element of the weight.
+        norm: Name of the norm that reads this layer's output, if there is one.
         reads_input: Whether the layer reads the network's input directly.
         is_output: Whether its outputs are (part of) the model's outputs.
     """
@@ -105,19 +111,24 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Units that are ranked, removed or expanded alike: the channels of layers that belong together.
+    """Units of the same layers, which are ranked and pruned alike.
 
     Attributes:
-        name: Deterministic and stable over rounds: the first layer that produces the group.
-        kind: "remove" (the unit goes everywhere) or "expand" (the layer loses it, zeros stand in for it).
-        original_size: Units when the graph was traced; floors refer to it.
-        kept: Numbers, among the original units, of those still present, ascending; row u of every table
-            below is unit ``kept[u]``.
-        filters: Output channels of conv and linear layers that one unit holds.
-        layers: The layers that produce the units, voters and followers.
-        slices: Every part of every tensor that goes with a unit.
-        expansion: For "expand" groups, where and how wide the scatter is.
-        inexact: Why removing a unit changes what the rest of the network computes, if it does.
+        name: The first layer that produces the units, with a number behind it from the layer's second group on. It does not
+            change over rounds.
+        kind: "remove" (a unit is removed from all tensors) or "expand" (its layer loses the filter, and zeros replace its
+            output).
+        original_size: Number of units when the network was traced. Floors refer to it.
+        kept: Numbers of the original units that are present, ascending. Row u of every table in `layers` and `slices` is
+            unit ``kept[u]``.
+        filters: Number of output channels of conv and linear layers in one unit.
+        layers: The layers that produce the units, voting layers first.
+        slices: All parts of all tensors that belong to the units.
+        expansion: Where the outputs are scattered, for "expand" groups.
+        inexact: Reason why the removal of a unit changes what other units compute; None if it is exact.
+
+    Raises:
+        ValueError: The parts contradict each other.
     """
 
     name: str
@@ -135,25 +146,25 @@ class ChannelGroup:
         if self.kind not in ("remove", "expand"):
             raise ValueError(f"{where}: kind must be 'remove' or 'expand', got {self.kind!r}.")
         if (self.kind == "expand") != (self.expansion is not None):
-            raise ValueError(f"{where}: an 'expand' group, and no other, names its expansion.")
+            raise ValueError(f"{where}: an 'expand' group needs an expansion, and no other group has one.")
         kept = np.array(self.kept, dtype=np.int64)
         if (np.diff(kept) <= 0).any() or (len(kept) and not 0 <= kept[0] <= kept[-1] < self.original_size):
             raise ValueError(f"{where}: `kept` must ascend within 0..{self.original_size - 1}.")
         parts: tuple[LayerUnits | Slice, ...] = (*self.layers, *self.slices)
         for part in parts:
             if len(part.index) != self.size:
-                raise ValueError(f"{where}: {part} speaks of {len(part.index)} units, the group has {self.size}.")
+                raise ValueError(f"{where}: {part} has {len(part.index)} units, the group has {self.size}.")
 
     @property
     def size(self) -> int:
-        """Units present now."""
+        """Number of units present now."""
         return len(self.kept)
 
     @property
     def num_filters(self) -> int:
-        """Filters present now: units times the filters that each holds."""
+        """Number of filters present now, over all units."""
         return self.size * self.filters
 
-    def with_parts(self, **changes: Any) -> ChannelGroup:
-        """A copy with some fields changed; the result is checked like a new group."""
+    def with_parts(self, **changes: object) -> ChannelGroup:
+        """Return a copy with some fields changed, which is checked like a new group."""
         return replace(self, **changes)

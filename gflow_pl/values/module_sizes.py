@@ -1,4 +1,4 @@
-"""The numbers that a module keeps beside its tensors, read off the shapes of its tensors."""
+"""The rules from the shapes of a module's tensors to its attributes, such as ``out_channels``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ __all__ = ["shape_attributes"]
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Shape]], dict[str, Any]]
 
-# Where the whole tensor `{}` lives where it is not plain: under a parametrization (weight_norm keeps direction second), or
-# under the hooks of torch.nn.utils that came before parametrizations (spectral_norm has a vector `{}_v` beside `{}_orig`).
-_HOMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_orig", "{}_v")
+# Names of the tensor, of the same shape, that a module computes its tensor `{}` from: under a parametrization (original1 is the
+# direction of weight_norm), or under the older hooks of torch.nn.utils, where `{}_orig` comes first, because spectral_norm
+# has a vector `{}_v` as well.
+_SOURCE_NAMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_orig", "{}_v")
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
-    """Shape of the tensor that the module calls `name`, wherever it is kept."""
+    """Return the shape of a tensor of the module, also if the tensor is computed from another one; None if it has none."""
     if name in shapes:
         return tuple(shapes[name])
-    return next((tuple(shapes[key]) for home in _HOMES if (key := home.format(name)) in shapes), None)
+    return next((tuple(shapes[key]) for source in _SOURCE_NAMES if (key := source.format(name)) in shapes), None)
 
 
 def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return channels and groups of a convolution.
+
+    The weight is (out_channels, in_channels of a group, *kernel), with the two exchanged if the convolution is transposed.
+    """
     weight = _shape(shapes, "weight")
     if weight is None:
         return {}
@@ -37,7 +42,7 @@ def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     old_inner = (module.out_channels if transposed else module.in_channels) // module.groups
     groups = module.groups
     per_group = old_outer // groups
-    # Whole groups went where each kept what it had; where positions within every group went, the number stays.
+    # Either whole groups were removed, and each group left has its old size, or all groups lost the same positions.
     if groups > 1 and inner == old_inner and outer != old_outer and outer % per_group == 0:
         groups = outer // per_group
     names = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
@@ -45,46 +50,54 @@ def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def _linear(module: nn.Linear, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the features of a linear layer, whose weight is (out_features, in_features)."""
     weight = _shape(shapes, "weight")
     return {} if weight is None else {"out_features": weight[0], "in_features": weight[1]}
 
 
 def _bilinear(module: nn.Bilinear, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the features of a bilinear layer, whose weight is (out_features, in1_features, in2_features)."""
     weight = _shape(shapes, "weight")
     names = ("out_features", "in1_features", "in2_features")
     return {} if weight is None else dict(zip(names, weight, strict=True))
 
 
 def _batch_norm(module: _NormBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the features of a batch or instance norm, from its weight or, without one, from its running mean."""
     vector = _shape(shapes, "weight") or _shape(shapes, "running_mean")
     return {} if vector is None else {"num_features": vector[0]}
 
 
 def _layer_norm(module: nn.LayerNorm | nn.RMSNorm, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the normalized shape, which is the shape of the weight."""
     weight = _shape(shapes, "weight")
     return {} if weight is None else {"normalized_shape": weight}
 
 
 def _group_norm(module: nn.GroupNorm, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return channels and groups of a group norm."""
     weight = _shape(shapes, "weight")
     if weight is None:
         return {}
-    # One channel a group: groups go with their channels. Otherwise every group loses the same number of channels.
+    # With one channel in each group, groups are removed with their channels. Otherwise all groups lose the same number.
     num_groups = weight[0] if module.num_groups == module.num_channels else module.num_groups
     return {"num_channels": weight[0], "num_groups": num_groups}
 
 
 def _embedding(module: nn.Embedding | nn.EmbeddingBag, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return rows and columns of an embedding."""
     weight = _shape(shapes, "weight")
     return {} if weight is None else {"num_embeddings": weight[0], "embedding_dim": weight[1]}
 
 
 def _prelu(module: nn.PReLU, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the number of slopes of a PReLU."""
     weight = _shape(shapes, "weight")
     return {} if weight is None else {"num_parameters": weight[0]}
 
 
 def _recurrent(module: nn.RNNBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the sizes of a recurrent layer. The rows of its weights are hidden units times gates."""
     inputs, hidden = _shape(shapes, "weight_ih_l0"), _shape(shapes, "weight_hh_l0")
     if inputs is None or hidden is None:
         return {}
@@ -95,23 +108,25 @@ def _recurrent(module: nn.RNNBase, shapes: Mapping[str, Shape]) -> dict[str, Any
 
 
 def _recurrent_cell(module: nn.RNNCellBase, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the sizes of a recurrent cell."""
     inputs, hidden = _shape(shapes, "weight_ih"), _shape(shapes, "weight_hh")
     return {} if inputs is None or hidden is None else {"input_size": inputs[1], "hidden_size": hidden[1]}
 
 
 def _attention(module: nn.MultiheadAttention, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return the widths of a multi-head attention, from its packed weights or from those of query, key and value."""
     packed, query = _shape(shapes, "in_proj_weight"), _shape(shapes, "q_proj_weight")
     key, value = _shape(shapes, "k_proj_weight"), _shape(shapes, "v_proj_weight")
     inputs = packed or query
     if inputs is None:
         return {}
     width = inputs[1]
-    # The head count stays unless the trace patched it; the module insists on width = heads * head width.
+    # The number of heads does not follow from shapes. If it changes, the trace has noted how in `ChannelGraph.patches`.
     sizes = {"embed_dim": width, "kdim": key[1] if key else width, "vdim": value[1] if value else width}
     return {**sizes, "head_dim": width // module.num_heads}
 
 
-# The first entry that fits, most special first.
+# The first entry that matches a module applies.
 _RULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     (_ConvNd, _conv),
     (nn.Linear, _linear),
@@ -128,17 +143,17 @@ _RULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] =
 
 
 def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Attributes (``out_channels``, ``num_features``, ...) that the shapes of a module's own tensors decide.
+    """Return the attributes (``out_channels``, ``num_features``, ...) that follow from the shapes of a module's own tensors.
 
     Args:
-        module: The module as it is now; it is only read. Where shapes alone leave a choice (the number of
-            groups of a convolution), its present numbers decide.
-        shapes: Local tensor name (``weight``, ``parametrizations.weight.original``) to its shape, of all of the
-            module's own parameters and buffers as they are to be.
+        module: The module with its present attributes, which are not changed. Where the shapes alone are ambiguous (the
+            number of groups of a convolution), they decide.
+        shapes: Local name (``weight``, ``parametrizations.weight.original``) of each of the module's own parameters and
+            buffers to the shape that it is going to have.
 
     Returns:
-        Attribute name to its new value: plain ints, or a tuple of ints for ``normalized_shape``. Empty for a module
-        of a kind that is not known or has no such tensors.
+        Attribute name to its new value: an int, or a tuple of ints for ``normalized_shape``. Empty for a module of an unknown
+        kind or without such tensors.
 
     Example:
         >>> shape_attributes(nn.Conv2d(3, 8, 3), {"weight": (6, 3, 3, 3), "bias": (6,)})

@@ -1,4 +1,4 @@
-"""The importance of every filter, layer by layer."""
+"""The importance scores of all filters."""
 
 from __future__ import annotations
 
@@ -7,35 +7,44 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from gflow_pl.common.errors import SettingsError
+
 __all__ = ["Scores"]
 
 
 class Scores(Mapping[str, Tensor]):
-    """Importance of every filter: layer name to a vector over its output channels; higher = keep.
+    """The importance score of every filter, a read-only mapping from layer names to vectors. Higher means keep.
+
+    Args:
+        scores: Layer name to the (filters,) scores of its output channels.
+        measure: Name of the measure, for messages.
 
     Raises:
-        ValueError: An entry is not a vector, or holds NaN or infinity.
+        SettingsError: An entry is not a vector, or has a NaN or an infinity.
     """
 
     def __init__(self, scores: Mapping[str, Tensor], *, measure: str = "") -> None:
         for name, vector in scores.items():
             if not isinstance(vector, Tensor) or vector.ndim != 1:
                 shape = tuple(getattr(vector, "shape", ()))
-                raise ValueError(
+                raise SettingsError(
                     f"Scores of layer '{name}' must be a vector over its output channels, got shape {shape}."
                 )
         bad = self._first_not_finite(scores)
         if bad is not None:
             by = f" by measure '{measure}'" if measure else ""
-            raise ValueError(
-                f"Scores of layer '{bad}'{by} hold NaN or infinity: the loss or its gradient is not finite on these batches."
+            raise SettingsError(
+                f"Scores of layer '{bad}'{by} have NaN or infinity: the loss or its gradient is not finite on these batches."
             )
         self._scores = dict(scores)
         self.measure = measure
 
     @staticmethod
     def _first_not_finite(scores: Mapping[str, Tensor]) -> str | None:
-        """The first layer with a value that is not finite; one transfer, however many layers."""
+        """Return the first layer with a value that is not finite, None if there is none.
+
+        All layers are transferred from their device at once.
+        """
         if not scores:
             return None
         names = list(scores)

@@ -1,69 +1,79 @@
-"""Rules of ops that work position by position, make new tensors, or only copy."""
+"""The rule of operators that compute every position from the same position of their operands."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
 from gflow_pl.channels.labels import DimLabels
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
+from gflow_pl.channels.rules.rule_table import rule_table
 
-__all__ = ["ELEMENTWISE", "pointwise", "unknown"]
+__all__ = ["ELEMENTWISE_RULES", "elementwise", "note_partial_write"]
 
-# f(0) = 0 whatever the other arguments are
-_ZERO_AT_ZERO = """abs alias alpha_dropout clone celu ceil contiguous detach dropout elu erf expm1 fix floor gelu hardswish leaky_relu
+_OF_ZERO_ZERO = frozenset(
+    """abs alias alpha_dropout clone celu ceil contiguous detach dropout elu erf expm1 fix floor gelu hardswish leaky_relu
     lift_fresh log1p mish native_dropout neg _prelu_kernel prelu relu relu6 round rrelu_with_noise selu sgn sign silu sin
-    sinh softshrink sqrt square tan tanh threshold _to_copy to asin asinh atan atanh hardshrink"""
-_KEEPS_ZERO = frozenset(_ZERO_AT_ZERO.split())
-# zero where the first operand is zero
+    sinh softshrink sqrt square tan tanh threshold _to_copy to asin asinh atan atanh hardshrink""".split()  # noqa: SIM905
+)
+"""Functions f with f(0) = 0, for all values of the other arguments."""
+
 _ZERO_WITH_FIRST = frozenset(["div", "floor_divide", "pow", "true_divide", "hardtanh", "fmod", "remainder"])
-_UNCHANGED = "meets a tensor whose channels are not known"
+"""Functions that are zero where the first operand is zero."""
+
+_WRITES = frozenset(["copy_", "add_", "mul_", "sub_", "div_"])
+"""In-place operators by which a network writes one tensor into a part of another."""
 
 
-def pointwise(op: OperatorCall) -> None:
-    """Right-aligned, dim by dim: all operands of the full width are position by position the same."""
-    outs = [
-        out for out in (op.output if isinstance(op.output, (tuple, list)) else [op.output]) if isinstance(out, Tensor)
-    ]
-    if not outs:
+def elementwise(op: OperatorCall) -> None:
+    """Label the output of any operator that works position by position.
+
+    Shapes are aligned at their last dimensions and broadcast. In each dimension, the operands that have the size of the
+    output must have the same channels there.
+    """
+    if not op.outputs:
         return
     if op.name.endswith("_"):
-        _note_partial_write(op)
-    if op.name in _WRITES and _writes_into_unknown(op):
+        note_partial_write(op)
+    if op.name in _WRITES and _is_partial_copy(op):
         return
-    infos = [op.info(tensor) for tensor in op.operands]
-    for out in outs:
+    infos = [op.info(x) for x in op.operands]
+    for output in op.outputs:
         if infos and all([info.is_uniform for info in infos]):
-            op.set_labels(out, [None] * out.ndim, is_uniform=True)
-        elif len(infos) == 1 and out.shape == op.operands[0].shape:
-            op.set_labels(out, infos[0].labels, _zero_dims(op, out))
+            op.set_labels(output, [None] * output.ndim, is_uniform=True)
+        elif len(infos) == 1 and output.shape == op.operands[0].shape:
+            op.set_labels(output, infos[0].labels, _zero_dims(op, output))
         else:
-            op.set_labels(out, _aligned(op, out), _zero_dims(op, out))
+            op.set_labels(output, _broadcast_labels(op, output), _zero_dims(op, output))
 
 
-def _aligned(op: OperatorCall, out: Tensor) -> DimLabels:
-    merged: DimLabels = [None] * out.ndim
-    for dim, size in enumerate(out.shape):
-        back = dim - out.ndim
+def _broadcast_labels(op: OperatorCall, output: Tensor) -> DimLabels:
+    """Return the labels of an output, and match the labels of the operands in every dimension."""
+    merged: DimLabels = [None] * output.ndim
+    for dim, size in enumerate(output.shape):
+        # The operands that have this dimension, counted from the end. Uniform ones fit any channels.
+        back = dim - output.ndim
         present = [x for x in op.operands if x.ndim >= -back and not op.info(x).is_uniform]
         full = [(x, op.info(x).labels[back]) for x in present if x.shape[back] == size]
-        labelled = [(x, label) for x, label in full if label is not None]
+        labelled = [(x, vector) for x, vector in full if vector is not None]
         for x in present:
             if x.shape[back] != size:
                 op.freeze(op.info(x).labels[back], "a single channel that is broadcast to many")
+
+        # Channels stay if they meet a tensor without labels.
         if not labelled:
             continue
         merged[dim] = labelled[0][1]
         if len(labelled) < len(full):
-            for _, label in labelled:
-                op.freeze(label, _UNCHANGED)
+            for _, vector in labelled:
+                op.freeze(vector, "meets a tensor whose channels are not known")
             continue
-        adding = op.name.removesuffix("_") in ("add", "sub") and size > 1
+
+        # The sum of two activations, a residual stream, gets labels of its own; other operands are joined.
+        is_sum = op.name.removesuffix("_") in ("add", "sub") and size > 1
         for (a, first), (b, other) in pairwise(labelled):
-            if adding and op.info(a).is_activation and op.info(b).is_activation and first is not other:
-                # What comes out belongs to neither operand alone: nodes of its own.
+            if is_sum and op.info(a).is_activation and op.info(b).is_activation and first is not other:
                 merged[dim] = own = op.sum_labels(size)
                 op.add_activations(first, other)
                 op.join(own, first)
@@ -72,45 +82,55 @@ def _aligned(op: OperatorCall, out: Tensor) -> DimLabels:
     return merged
 
 
-def _zero_dims(op: OperatorCall, out: Tensor) -> set[int]:
-    """Dims of the output along which a removed unit leaves zeros."""
+def _zero_dims(op: OperatorCall, output: Tensor) -> set[int]:
+    """Return the dimensions of the output along which a removed channel is zero."""
+    # Zero dimensions of every operand, as dimensions of the output. One channel that is broadcast is not zero in all.
     name = op.name.removesuffix("_")
-    tensors = [(x, op.info(x)) for x in op.operands]
-    # A single channel that meets many is no zero at their places.
-    shifts = [out.ndim - x.ndim for x, _ in tensors]
-    aligned = [
-        {dim + shift for dim in info.zero_dims if x.shape[dim] == out.shape[dim + shift]}
-        for (x, info), shift in zip(tensors, shifts, strict=True)
-    ]
-    if not aligned:
+    zero_dims = []
+    for x in op.operands:
+        shift = output.ndim - x.ndim
+        dims = op.info(x).zero_dims
+        zero_dims.append({dim + shift for dim in dims if x.shape[dim] == output.shape[dim + shift]})
+    if not zero_dims:
         return set()
-    if name == "mul":
-        return set.union(*aligned)
-    if name in _KEEPS_ZERO or name in _ZERO_WITH_FIRST:
+
+    # Functions of one operand, some of which map zero to zero for certain arguments only.
+    if name in _OF_ZERO_ZERO or name in _ZERO_WITH_FIRST:
         if name == "hardtanh" and not op.arg(1, "min_val", -1.0) <= 0 <= op.arg(2, "max_val", 1.0):
             return set()
         if name == "threshold" and op.arg(1, "threshold") >= 0 and op.arg(2, "value") != 0:
             return set()
         if name == "pow" and (isinstance(op.args[1], Tensor) or op.args[1] <= 0 or not isinstance(op.args[0], Tensor)):
             return set()
-        return aligned[0]
-    if name in ("add", "sub") and len(tensors) == 2:
-        return set.intersection(*aligned)
+        return zero_dims[0]
+
+    # A product is zero where any factor is, a sum where both terms are.
+    if name == "mul":
+        return set.union(*zero_dims)
+    if name in ("add", "sub") and len(zero_dims) == 2:
+        return set.intersection(*zero_dims)
     return set()
 
 
-def _note_partial_write(op: OperatorCall) -> None:
-    """Of a tensor that one number fills, a part now holds others."""
+def note_partial_write(op: OperatorCall) -> None:
+    """Note that a tensor is not uniform any more after an in-place operator on a part of it."""
     target = op.operands[0]
     if target._base is not None and target.numel() < target._base.numel():
         op.info(target).is_uniform = op.info(target._base).is_uniform = False
 
 
-def _writes_into_unknown(op: OperatorCall) -> bool:
-    """In-place writes: a view of a tensor that has no labels of its own would lose those of what is written."""
+def _is_partial_copy(op: OperatorCall) -> bool:
+    """Label the target of an in-place operator that fills a tensor with another one, in whole or in part.
+
+    A part of a tensor without labels cannot take the labels of what is written into it, because the whole has none: these
+    channels are frozen. A uniform tensor that is overwritten as a whole takes all labels.
+
+    Returns:
+        Whether this was such an operator, so that nothing is left to do.
+    """
     target = op.operands[0]
     info = op.info(target)
-    written = [x for x in op.operands[1:] if any(label is not None for label in op.info(x).labels)]
+    written = [x for x in op.operands[1:] if any(vector is not None for vector in op.info(x).labels)]
     if target._base is None or not written:
         if target._base is None and op.name == "copy_" and info.is_uniform and len(op.operands) > 1:
             source = op.info(op.operands[1])
@@ -118,83 +138,19 @@ def _writes_into_unknown(op: OperatorCall) -> bool:
                 op.set_labels(target, source.labels, source.zero_dims, source.is_uniform)
                 return True
         return False
-    if info.is_uniform or all(label is None for label in info.labels) or op.info(target._base).is_uniform:
+    if info.is_uniform or all(vector is None for vector in info.labels) or op.info(target._base).is_uniform:
         for x in written:
-            for label in op.info(x).labels:
-                op.freeze(label, "written into a slice of a tensor that was made elsewhere")
-        base = op.info(target._base)
-        base.is_uniform = False
+            for vector in op.info(x).labels:
+                op.freeze(vector, "written into a slice of a tensor that was made elsewhere")
+        op.info(target._base).is_uniform = False
         info.is_uniform = False
         return True
     return False
 
 
-def _like(op: OperatorCall) -> None:
-    """A new tensor of a known tensor's shape."""
-    info = op.info(op.operands[0])
-    zero = range(op.output.ndim) if op.name == "zeros_like" else ()
-    op.set_labels(op.output, info.labels, zero, info.is_uniform)
-
-
-def _filled(op: OperatorCall) -> None:
-    """One number everywhere: its size follows whatever it meets, and the probe sees whether that is right."""
-    op.set_labels(op.output, [None] * op.output.ndim, is_uniform=True)
-
-
-def _new(op: OperatorCall) -> None:
-    """A new tensor of a shape that was given in numbers."""
-    for out in op.output if isinstance(op.output, (tuple, list)) else [op.output]:
-        op.set_labels(out, [None] * out.ndim)
-
-
-def _same(op: OperatorCall) -> None:
-    """Nothing but a copy or another view of the same positions."""
-    info = op.info(op.operands[0])
-    op.set_labels(op.output, info.labels, info.zero_dims, info.is_uniform)
-
-
-def _restrided(op: OperatorCall) -> None:
-    """The same positions in another memory layout; anything else that strides can do is not followed."""
-    x = op.operands[0]
-    info = op.info(x)
-    if tuple(op.args[1]) == tuple(x.shape) and op.name == "as_strided_":
-        op.set_labels(op.output, info.labels, info.zero_dims, info.is_uniform)
-    else:
-        unknown(op)
-
-
-def _in_place_fill(op: OperatorCall) -> None:
-    """The positions stay, the values are new."""
-    _note_partial_write(op)
-    target = op.operands[0]
-    info = op.info(target)
-    op.set_labels(op.output, info.labels, (), info.is_uniform)
-
-
-def unknown(op: OperatorCall) -> None:
-    """No rule: what goes in stays as it is."""
-    for tensor in op.operands:
-        for label in op.info(tensor).labels:
-            op.freeze(label, f"no rule for the operator '{op.name}'; gflow_pl.register_rule adds one")
-    flat: list[Any] = list(op.output) if isinstance(op.output, (tuple, list)) else [op.output]
-    for out in flat:
-        if isinstance(out, Tensor) and not any(out is tensor for tensor in op.operands):
-            op.set_labels(out, [None] * out.ndim)
-        elif isinstance(out, Tensor):
-            whole = out if out._base is None else out._base
-            op.info(out).is_uniform = op.info(whole).is_uniform = False  # what was written is not known
-
-
-_WRITES = frozenset(["copy_", "add_", "mul_", "sub_", "div_"])
 _NAMES: dict[Rule, str] = {
-    pointwise: """copy copy_ gelu dropout native_dropout hardswish hardsigmoid elu celu selu leaky_relu hardtanh relu relu6 silu
+    elementwise: """copy copy_ gelu dropout native_dropout hardswish hardsigmoid elu celu selu leaky_relu hardtanh relu relu6 silu
         mish threshold softplus log_sigmoid log_sigmoid_forward prelu _prelu_kernel rrelu_with_noise clamp where masked_fill
         rsub softshrink hardshrink add sub mul div addcmul addcdiv lerp pow""",
-    _like: "zeros_like ones_like empty_like full_like rand_like randn_like bernoulli",
-    _filled: "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor",
-    _new: "arange rand randn randint randperm linspace eye tril_indices empty_strided new_empty_strided",
-    _same: "detach alias clone contiguous _to_copy to lift_fresh lift resolve_conj resolve_neg",
-    _restrided: "as_strided as_strided_",
-    _in_place_fill: "zero_ fill_ bernoulli_ uniform_ normal_ random_ exponential_",
 }
-ELEMENTWISE: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+ELEMENTWISE_RULES = rule_table(_NAMES)

@@ -186,11 +186,20 @@ class OperatorCall:
         Returns:
             The attributes, those first whose names are likely to count channels. None for sizes 0 and 1.
         """
-        if self.module is None or size <= 1:
+        if size <= 1:
             return []
-        found = [key for key, value in vars(self.module).items() if type(value) is int and value == size]
+        found = [name for name, value in self._attributes() if type(value) is int and value == size]
         found.sort(key=lambda key: next((i for i, word in enumerate(_LIKELY_NAMES) if word in key), len(_LIKELY_NAMES)))
         return [SizeAttribute(self.module_name, key) for key in found]
+
+    def sequence_attributes(self) -> list[tuple[str, Sequence[object]]]:
+        """Return the name and the value of every attribute of the running module that is a list or a tuple."""
+        return [(name, value) for name, value in self._attributes() if isinstance(value, (list, tuple))]
+
+    def _attributes(self) -> list[tuple[str, object]]:
+        """Return name and value of the running module's attributes. Names like ``a[0]`` would be read as elements."""
+        own = {} if self.module is None else vars(self.module)
+        return [(name, value) for name, value in own.items() if name.isidentifier()]
 
     def input_channels(self, size: int) -> Labels | None:
         """Return the last labels of this number among the dimensions of the running module's input, None for none."""
@@ -207,6 +216,11 @@ class OperatorCall:
         else:
             reason = f"attribute '{attribute.name}' of '{attribute.module}' counts two different things"
             self.freeze(labels, reason)
+
+    def note_own_count(self, name: str, labels: Labels) -> None:
+        """Do `note_count` for an attribute of the running module, if it is the number of these labels now."""
+        if self.module is not None and vars(self.module).get(name) == len(labels):
+            self.note_count(SizeAttribute(self.module_name, name), labels)
 
 
 Rule = Callable[[OperatorCall], None]

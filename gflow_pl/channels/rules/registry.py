@@ -7,17 +7,37 @@ from typing import overload
 
 import torch
 
-from gflow_pl.channels.rules.elementwise import ELEMENTWISE
-from gflow_pl.channels.rules.layout import LAYOUT
+from gflow_pl.channels.rules.convolutions import CONVOLUTION_RULES
+from gflow_pl.channels.rules.creation import CREATION_RULES
+from gflow_pl.channels.rules.dimensions import DIMENSION_RULES
+from gflow_pl.channels.rules.elementwise import ELEMENTWISE_RULES
+from gflow_pl.channels.rules.indexing import INDEXING_RULES
+from gflow_pl.channels.rules.joining import JOINING_RULES
+from gflow_pl.channels.rules.norms import NORM_RULES
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
-from gflow_pl.channels.rules.products import PRODUCTS
-from gflow_pl.channels.rules.reductions import REDUCTIONS
-from gflow_pl.channels.rules.views import VIEWS
+from gflow_pl.channels.rules.products import PRODUCT_RULES
+from gflow_pl.channels.rules.rearranging import REARRANGING_RULES
+from gflow_pl.channels.rules.reductions import REDUCTION_RULES
+from gflow_pl.channels.rules.splitting import SPLITTING_RULES
+from gflow_pl.channels.rules.views import VIEW_RULES
 from gflow_pl.common.errors import SettingsError
 
 __all__ = ["RULES", "RuleError", "register_rule"]
 
-RULES: dict[str, Rule] = {**ELEMENTWISE, **REDUCTIONS, **PRODUCTS, **VIEWS, **LAYOUT}
+RULES: dict[str, Rule] = {
+    **CONVOLUTION_RULES,
+    **CREATION_RULES,
+    **DIMENSION_RULES,
+    **ELEMENTWISE_RULES,
+    **INDEXING_RULES,
+    **JOINING_RULES,
+    **NORM_RULES,
+    **PRODUCT_RULES,
+    **REARRANGING_RULES,
+    **REDUCTION_RULES,
+    **SPLITTING_RULES,
+    **VIEW_RULES,
+}
 """The rule of every operator by its name, without the namespace for torch's own operators. `register_rule` adds to it."""
 
 
