@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -165,6 +165,6 @@ class ChannelGroup:
         """Number of filters present now, over all units."""
         return self.size * self.filters
 
-    def with_parts(self, **changes: object) -> ChannelGroup:
+    def with_parts(self, **changes: Any) -> ChannelGroup:
         """Return a copy with some fields changed, which is checked like a new group."""
         return replace(self, **changes)

@@ -9,6 +9,7 @@ of the trace finds out whether it is right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -71,13 +72,13 @@ def _constrain_parts(op: OperatorCall, parts: Sequence[Labels]) -> None:
 
     interpretations: list[Interpretation] = []
     if has_sizes:
-        candidates = [_list_attributes(op, sizes), *_single_attributes(op, sizes)]
-        interpretations += [lambda attributes=found: count_parts(attributes) for found in candidates if found]
+        candidates: list[Sequence[SizeAttribute | None]] = [_list_attributes(op, sizes), *_single_attributes(op, sizes)]
+        interpretations += [partial(count_parts, found) for found in candidates if found]
     if is_equal:
         interpretations.append(join_parts)
     if is_equal and not has_sizes:
-        interpretations += [lambda a=a: count_shares(a, parts[0]) for a in op.size_attributes(sizes[0])]
-        interpretations += [lambda a=a: count_shares(a, np.concatenate(parts)) for a in op.size_attributes(sum(sizes))]
+        interpretations += [partial(count_shares, a, parts[0]) for a in op.size_attributes(sizes[0])]
+        interpretations += [partial(count_shares, a, np.concatenate(parts)) for a in op.size_attributes(sum(sizes))]
 
     choice = op.choose(len(interpretations) + 1)
     if choice < len(interpretations):
@@ -142,9 +143,9 @@ def _constrain_slice(op: OperatorCall, labels: Labels, start: int, stop: int, st
         # One of several equal shares: all shares lose the same positions.
         interpretations.append(lambda: op.join_rows(labels.reshape(-1, width).T))
     if step == 1 and start == 0 and 0 < stop < size:
-        interpretations += [lambda a=a: op.note_count(a, labels[:stop]) for a in op.size_attributes(stop)]
+        interpretations += [partial(op.note_count, a, labels[:stop]) for a in op.size_attributes(stop)]
     if step == 1 and stop == size and 0 < start < size:
-        interpretations += [lambda a=a: op.note_count(a, labels[:start]) for a in op.size_attributes(start)]
+        interpretations += [partial(op.note_count, a, labels[:start]) for a in op.size_attributes(start)]
 
     choice = op.choose(len(interpretations) + 1)
     if choice == len(interpretations):
