@@ -30,7 +30,7 @@ from gflow_pl.callbacks.round_row import RoundRow, RowsFile
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.tracked_scoring import RoundInputs, report_tracking
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.importance import Importance, measure_names, resolve_measure
+from gflow_pl.importance import Importance, resolve_measure
 from gflow_pl.importance.gradients import LogitsFn, LossFn
 from gflow_pl.selection import PruningSchedule
 from gflow_pl.surgery import check_optimizers
@@ -48,7 +48,7 @@ class PruningCallback(PruningState):
     checkpoint carries the network's shape. Override `should_prune` or `select` to change when and what to prune.
 
     Args:
-        measure: Importance measure, by name (docs/measures.md) or as an `Importance`. Names: {measures}.
+        measure: Importance measure, by name (docs/measures.md) or as an `Importance`.
         fraction: Share of the filters to remove in all rounds together, in (0, 1). None: 0.75, unless `thresholds` is set.
         rounds: Number of rounds, at least 1. None: 1, unless `thresholds` is set. The first round removes the largest share
             (published schedule).
@@ -110,9 +110,6 @@ class PruningCallback(PruningState):
         >>> callback.cut_epochs
         (3, 4, 5, 6, 7)
     """
-
-    # The docstring is the text of `gflow prune --help`.
-    __doc__ = (__doc__ or "").replace("{measures}", ", ".join(measure_names()))
 
     def __init__(
         self,
