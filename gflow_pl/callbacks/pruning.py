@@ -147,7 +147,7 @@ class PruningCallback(PruningState):
         rows_path: str | None = None,
         seed: int = 0,
     ) -> None:
-        # Settings that the measure decides, unless the caller does.
+        # Defaults that depend on the measure.
         measure = resolve_measure(measure)
         if measure.is_tracked and bias is None:
             bias = measure.default_bias
@@ -161,7 +161,7 @@ class PruningCallback(PruningState):
             fraction = 0.75 if fraction is None else fraction
             rounds = 1 if rounds is None else rounds
 
-        # Each object checks its values.
+        # Settings, whose constructors check them.
         schedule = PruningSchedule(fraction, rounds, thresholds, published_truncation)
         super().__init__(schedule, CutTimes(schedule.num_rounds, warmup_epochs, every_n_epochs, epochs))
         self.scoring_settings = ScoringSettings(
@@ -220,6 +220,7 @@ class PruningCallback(PruningState):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the schedule, copy the initial weights if a measure needs them, restore random states."""
         super().on_fit_start(trainer, pl_module)
+        # Checks.
         self._check_same_network(pl_module)
         optimizers = trainer.strategy.optimizers
         if not self.finished:
@@ -227,10 +228,12 @@ class PruningCallback(PruningState):
             if not getattr(trainer, "fast_dev_run", False) and not overrides_should_prune:
                 self.times.check_fits(trainer.max_epochs)
             check_optimizers(optimizers, keep_state=self.keep_momentum, remedy="set keep_momentum to false")
+        # Initial weights.
         if self.bias == "distance_from_init" and self._initial_state is None:
             self._initial_state = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
         if self._initial_state is not None:
             self._initial_state = {name: tensor.to(pl_module.device) for name, tensor in self._initial_state.items()}
+        # Learning rate and random states.
         if self.prune_lr is not None:
             self._held_lr = HeldLearningRate(self.prune_lr, optimizers, lambda: not self.finished)
         self._restore_rng(trainer)

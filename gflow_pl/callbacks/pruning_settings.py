@@ -1,4 +1,4 @@
-"""The settings of a PruningCallback: small frozen objects that check themselves, and attributes to set them anew."""
+"""The settings of a PruningCallback: small frozen objects that check their values, and attributes to change them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How filters are scored: the measure, its loss and its batches. Fields as in `PruningCallback`.
+    """Settings of the scores: the measure, its loss and its batches. Fields as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -73,7 +73,7 @@ class ScoringSettings:
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """Whether and how scores are averaged over the training's own steps. Fields as in `PruningCallback`.
+    """Settings of scores that are averaged over training steps. Fields as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -93,7 +93,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """How the network is traced. Fields as in `PruningCallback`.
+    """Settings of the trace. Fields as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is not one of the choices.
@@ -109,7 +109,7 @@ class TraceSettings:
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """Which units may be cut, and how they compare. Fields as in `PruningCallback`.
+    """Settings of the selection: which units may be cut, and how scores compare. Fields as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -134,7 +134,7 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What else a round does, and what it leaves on disk. Fields as in `PruningCallback`.
+    """Further settings of a round: optimizer state, learning rate, evaluation and files. Fields as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -194,7 +194,7 @@ class _Setting(Generic[_Value]):
 class SettingAttributes:
     """The settings of a `PruningCallback` as attributes.
 
-    They may be set anew until training starts; a wrong value raises a `SettingsError`.
+    They can be changed until training starts. A wrong value raises a `SettingsError`, as at construction.
     """
 
     scoring_settings: ScoringSettings

@@ -41,7 +41,7 @@ def pruning_state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 class PruningState(SettingAttributes, CarriesStructure):
-    """Base of `PruningCallback`: what it knows of a run, as properties and as plain data in checkpoints.
+    """Base of `PruningCallback`: the progress of a run, as properties and as plain data in checkpoints.
 
     Args:
         schedule: Shares to cut in all rounds.

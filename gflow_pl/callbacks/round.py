@@ -123,13 +123,13 @@ class Round:
     """One round of pruning.
 
     Args:
-        inputs: What the scores depend on. The round updates the graph and the initial state in place.
+        inputs: Inputs of the scores. The rewrite updates the graph and the initial state in place.
         tracked: Scores that were tracked in training; None to score by passes over calibration batches.
         select: ``select(graph, scores)`` returns the plan of the units that stay.
         schedule: Shares to cut in all rounds.
         target: Quantity that these are shares of.
         original_costs: Costs of the network before the first round.
-        settings: What the round does besides.
+        settings: Further settings, such as whether to keep the optimizers' state.
     """
 
     inputs: RoundInputs
@@ -141,7 +141,7 @@ class Round:
     settings: RoundSettings
 
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> RoundRow:
-        """Prune the module, and return what the round did.
+        """Prune the module, and return the row of the round.
 
         The module runs in evaluation mode, its side effects are undone, and random generators are restored. All ranks call
         this at the same time, and cut by the plan of rank 0.
@@ -217,6 +217,7 @@ class Round:
             accuracy: Validation accuracy after the cut; None if it was not measured.
             start: Time when the round began, in seconds.
         """
+        # Costs before, asked for, and after the cut.
         k, graph, target, original = self.inputs.rounds_done + 1, self.inputs.graph, self.target, self.original_costs
         costs_after = costs_of(graph)
         filters_asked = self.schedule.target(k, original["filters"], costs["filters"])

@@ -1,4 +1,4 @@
-"""What a round did: one row of pruning.csv, its line on the screen, and the file of all rows."""
+"""The row that describes a round in pruning.csv, and the file of all rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Removed", "RoundRow", "RowsFile", "count_removed"]
 
 @dataclass(frozen=True)
 class RoundRow:
-    """What one round did, in the columns of pruning.csv.
+    """Results of one round, in the columns of pruning.csv.
 
     Attributes:
         round: Number of the round, from 1.

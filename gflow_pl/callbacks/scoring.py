@@ -1,4 +1,4 @@
-"""What a round measures: scores of filters, loss and gradient norm on training batches, accuracy on validation batches."""
+"""Measurements of a round: scores of filters, loss and gradient norm on training batches, validation accuracy."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def report_tracking(scoring: ScoringSettings, tracking: TrackingSettings, keep_m
 
 @dataclass(frozen=True)
 class RoundInputs:
-    """What the scores of one round depend on, besides the module and its batches.
+    """Inputs of the scores of one round, besides the module and its batches.
 
     Args:
         scoring: The measure and its loss.
@@ -216,7 +216,7 @@ class TrackedScoring:
             module: The module.
             batch: The batch.
             batch_idx: Its position in the epoch.
-            inputs: What the scores of the next round depend on.
+            inputs: Inputs of the next round's scores.
         """
         if not is_tracked_batch(trainer, batch_idx, inputs.tracking.track_batches):
             return
@@ -258,7 +258,7 @@ class TrackedScoring:
             trainer: The Trainer.
             module: The module.
             batch: A training batch.
-            inputs: What the scores of the round depend on.
+            inputs: Inputs of the round's scores.
         """
         self.end_batch()
         if self._restored is not None and self._steps is None:
