@@ -36,7 +36,7 @@ STAGES = ("tracing", "training", "round", "saving", "validation", "rows")
 
 
 class Where:
-    """What the process is doing, in a file that outlives it; kills the process at a given Python call of a stage.
+    """Write the current stage of the process to a file, and kill the process at a given Python call of a stage.
 
     Counted calls are the same moments on a busy machine and on an idle one.
     """
@@ -126,7 +126,7 @@ def loader(split: str, **options: Any) -> DataLoader:
 
 
 def train(folder: str, seed: int, ckpt: str | None, ranks: int, count: bool, kill_at: list[Any] | None, answer) -> None:
-    """Five rounds in seven epochs; saves what the run ends with.
+    """Train for seven epochs with five rounds, and save the state at the end.
 
     Args:
         folder: Of the run; a resumed run writes into that of its parent.

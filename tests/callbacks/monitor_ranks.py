@@ -1,4 +1,4 @@
-"""Trains two gloo processes with a GradientFlowMonitor and saves each rank's rows; run by test_callbacks_monitor_ranks.py.
+"""Train with a GradientFlowMonitor in two gloo processes, and save the rows of each rank; run by test_callbacks_monitor_ranks.py.
 
 python monitor_ranks.py FOLDER
 """
@@ -14,7 +14,7 @@ from gflow_pl import GradientFlowMonitor
 
 
 def rows(folder: Path, rank: int, devices: int) -> list[dict]:
-    """The rows of a run on global batches of 16."""
+    """Return the rows of a run on global batches of 16."""
     torch.manual_seed(0)
     monitor = GradientFlowMonitor(hessian=True)
     run = trainer(

@@ -1,4 +1,4 @@
-"""Small modules and data that the callback's tests train."""
+"""Small modules and data for the tests of callbacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Block(nn.Module):
 
 
 def small_net(width: int = 8, *, norm: bool = True, dropout: float = 0.0) -> nn.Sequential:
-    """A stem, a residual block, a conv and a linear layer for 3x8x8 images of 4 classes."""
+    """Return a stem, a residual block, a conv and a linear layer, for 3x8x8 images of 4 classes."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
         nn.BatchNorm2d(width) if norm else nn.Identity(),
@@ -38,7 +38,7 @@ def small_net(width: int = 8, *, norm: bool = True, dropout: float = 0.0) -> nn.
 
 
 class SmallModule(pl.LightningModule):
-    """A user's module that knows nothing of pruning."""
+    """A user's module, without any code for pruning."""
 
     def __init__(self, optimizer: str = "SGD", norm: bool = True, dropout: float = 0.0, lr: float = 0.05) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SmallModule(pl.LightningModule):
 
 
 def images(number: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0) -> TensorDataset:
-    """Random images whose class can be learnt from their brightness."""
+    """Return random images whose class can be learned from their brightness."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(number) % 4
     x = torch.randn(number, 3, 8, 8, generator=generator, dtype=dtype) + 0.5 * labels[:, None, None, None]
@@ -76,7 +76,7 @@ def images(number: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 class GlobalOrder(Sampler[int]):
-    """The share of one rank in an order that all ranks draw alike, a new one each epoch."""
+    """One rank's share of a random order, which is the same on all ranks and changes with each epoch."""
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.rank, self.world_size, self.epoch = length, rank, world_size, 0
@@ -97,7 +97,7 @@ def loader(dataset: TensorDataset, batch_size: int = 16, *, rank: int = 0, world
 
 
 def trainer(folder, **options) -> pl.Trainer:
-    """A Trainer that shows nothing and writes only where it is told to."""
+    """Return a Trainer on the CPU that prints nothing and writes only into `folder`."""
     settings = {
         "max_epochs": 4,
         "accelerator": "cpu",

@@ -1,4 +1,4 @@
-"""Trainer and PruningCallback against a bare loop that builds everything anew in the smaller shape, to the last bit."""
+"""Trainer and PruningCallback equal a plain loop that builds everything anew in the smaller shape, to the last bit."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ SCHEDULERS = {
 
 
 class Module(pl.LightningModule):
-    """A user's module; `keeps` makes it hold on to the last loss and its graph."""
+    """A user's module; with `keeps`, it stores the last loss and its autograd graph."""
 
     def __init__(self, net: nn.Module, optimizer: str, scheduler: str, keeps: bool = False) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Module(pl.LightningModule):
 
 
 def filters_that_stay(*weights: Tensor, gone: int) -> list[Tensor]:
-    """Positions of the filters that stay in each conv when the `gone` smallest of all, by L2 norm, are removed."""
+    """Return the positions of the filters that stay in each conv when the `gone` filters with the smallest L2 norms go."""
     norms = [weight.detach().flatten(1).norm(dim=1) for weight in weights]
     limit = torch.cat(norms).sort().values[gone]
     return [(norm >= limit).nonzero().flatten() for norm in norms]
 
 
 def anew(schedule, make_scheduler, optimizer):
-    """A new scheduler on a new optimizer, where the old one stands."""
+    """Return a new scheduler on a new optimizer, in the state of the old one."""
     if schedule is None:
         return None
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -78,7 +78,7 @@ def anew(schedule, make_scheduler, optimizer):
 
 
 def bare_loop(net: nn.Module, optimizer: str, scheduler: str, clip: float | None) -> tuple[nn.Module, list]:
-    """The reference: no Trainer, no rewriting; a new network, optimizer and scheduler at the cut."""
+    """Train the reference: without a Trainer or a rewrite, with a new network, optimizer and scheduler at the cut."""
     make, make_scheduler = OPTIMIZERS[optimizer], SCHEDULERS[scheduler]
     opt = make(net.parameters())
     schedule = make_scheduler(opt) if make_scheduler else None
@@ -152,7 +152,7 @@ def test_an_autograd_graph_that_the_module_stores_changes_nothing(optimizer, tmp
 
 
 class Tied(nn.Module):
-    """Two convs that share one weight and see the image and its mirror image."""
+    """Two convs that share one weight, on the image and its mirror image."""
 
     def __init__(self, a: int = 8) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Training steps, loaders and metrics as users have them."""
+"""Training steps, loaders and metrics of users."""
 
 import sys
 from collections import deque
@@ -82,7 +82,7 @@ class OnlyStep(pl.LightningModule):
 
 
 class OnlyEmbeds(OnlyStep):
-    """Whose `forward` takes something else than a batch holds: flat images."""
+    """An autoencoder whose `forward` takes flat images, which no batch holds."""
 
     def forward(self, x):
         return self.encoder(x)
@@ -131,7 +131,7 @@ def test_a_module_that_runs_on_no_batch_raises_an_error_that_names_example_input
 
 
 class ByHand(Sampler[list[int]]):
-    """Batches of a size that it does not tell."""
+    """A batch sampler without a batch size."""
 
     def __len__(self) -> int:
         return 4
@@ -141,7 +141,7 @@ class ByHand(Sampler[list[int]]):
 
 
 class Bundles(Dataset):
-    """Whose examples are batches already."""
+    """A data set whose examples are batches."""
 
     def __len__(self) -> int:
         return 4
@@ -173,7 +173,7 @@ def test_calibration_batches_have_the_sizes_of_training_batches(data, tmp_path) 
 
 
 def test_persistent_workers_are_not_restarted(tmp_path) -> None:
-    """The train loader's own iterator, which would begin anew, is never asked for."""
+    """Scoring must not create an iterator of the train loader, which would restart its workers."""
 
     def weights(prunes: bool) -> dict[str, torch.Tensor]:
         pl.seed_everything(1)
@@ -225,7 +225,7 @@ def test_scoring_does_not_update_the_metrics_of_training(logged, tmp_path) -> No
 
 
 class Remembers(SmallModule):
-    """Keeps what its steps gave, as Lightning's guide says, and more."""
+    """A module whose steps store their results in lists, counters, buffers and attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ def test_scoring_does_not_change_what_a_training_step_stores(options, tmp_path) 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 @pytest.mark.parametrize("options", [{}, {"loss_fn": True}, {"measure": "grasp", "temperature": 2.0}], ids=str)
 def test_new_tensors_have_the_precision_of_training(options, precision, tmp_path) -> None:
-    """Noise that a step draws, and what a forward makes, have the default type."""
+    """Noise that a step draws and tensors that a forward creates have the default type."""
 
     class Draws(SmallModule):
         def forward(self, x):

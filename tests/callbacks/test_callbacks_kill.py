@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends like one that never was, to the last bit."""
+"""A run that is killed at any moment and resumed ends like an uninterrupted one, to the last bit."""
 
 import contextlib
 import json
@@ -48,19 +48,19 @@ class Server:
             port = probe.getsockname()[1]
         job = {"folder": str(folder), "seed": seed, "ckpt": ckpt and str(ckpt), "ranks": ranks, "port": port}
         self.process.stdin.write((json.dumps({**job, "count": count, "kill_at": kill_at}) + "\n").encode())
-        told: dict = {}
-        while not {"pids", "ready"} <= told.keys() and "ended" not in told:
-            told |= self._answer(folder)
+        answers: dict = {}
+        while not {"pids", "ready"} <= answers.keys() and "ended" not in answers:
+            answers |= self._answer(folder)
         began = time.monotonic()
-        if delay is not None and "ended" not in told:
+        if delay is not None and "ended" not in answers:
             time.sleep(delay)
             # The process may just have ended.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(told["pids"][seed % ranks], signal.SIGKILL)
-        while "ended" not in told:
-            told |= self._answer(folder)
-        killed = -signal.SIGKILL in told["ended"]
-        assert killed or set(told["ended"]) == {0}, log(folder)
+                os.kill(answers["pids"][seed % ranks], signal.SIGKILL)
+        while "ended" not in answers:
+            answers |= self._answer(folder)
+        killed = -signal.SIGKILL in answers["ended"]
+        assert killed or set(answers["ended"]) == {0}, log(folder)
         return killed, time.monotonic() - began
 
 
@@ -81,7 +81,7 @@ def result(folder: Path, rank: int) -> dict:
 
 
 def assert_same_end(whole: Path, folder: Path, ranks: int) -> None:
-    """Weights, buffers, momentum, rows in memory and in files, and the checkpoints."""
+    """Compare weights, buffers, momentum, rows in memory and in files, and checkpoints."""
     for rank in range(ranks):
         one, two = result(whole, rank), result(folder, rank)
         assert len(one["momenta"]) > 5
@@ -112,7 +112,7 @@ def assert_all_readable(folder: Path) -> None:
 
 
 def kill_and_resume(servers, folder: Path, moments: int, ranks: int, least_after: float) -> Counter:
-    """Kill at `moments` moments, resume each time, compare; what was killed, by stage.
+    """Kill a run at `moments` moments, resume it each time, and compare its end; return the number of kills by stage.
 
     Half of the moments are drawn by the clock, from the whole run; the other half are calls of Python, drawn within a stage.
     """

@@ -99,7 +99,7 @@ def test_rows_equal_the_measurements_of_a_plain_loop_at_the_last_step_of_each_ep
 
 
 def test_theta_g_is_the_rate_at_which_gradient_descent_changes_the_norm(tmp_path) -> None:
-    # One full batch an epoch: |theta'|^2 = |theta|^2 - 2 lr theta.g + lr^2 |g|^2, exactly, whatever the network.
+    # One full batch an epoch: |theta'|^2 = |theta|^2 - 2 lr theta.g + lr^2 |g|^2, exactly, for any network.
     monitor = GradientFlowMonitor(per_layer=False)
     fit(tmp_path, plain(), [monitor], DataLoader(points(), batch_size=12), max_epochs=6)
     assert [row["layer"] for row in monitor.rows] == [""] * 6
@@ -143,9 +143,9 @@ def test_the_monitor_does_not_change_training(hessian, tmp_path) -> None:
         fit(tmp_path, module, callbacks, loader(images()), max_epochs=2)
         return module.state_dict()
 
-    alone, watched = run([]), run([GradientFlowMonitor(hessian=hessian)])
+    alone, monitored = run([]), run([GradientFlowMonitor(hessian=hessian)])
     for name, tensor in alone.items():
-        assert torch.equal(tensor, watched[name]), name
+        assert torch.equal(tensor, monitored[name]), name
 
 
 def test_gradients_are_taken_before_clipping_and_after_accumulation(tmp_path) -> None:
@@ -248,7 +248,7 @@ def test_an_interrupted_epoch_keeps_what_is_known(tmp_path) -> None:
 
 
 class TwoOptimizers(Plain):
-    """Each optimizer steps with gradients of its own loss; the other's parameters hold left-overs meanwhile."""
+    """Each optimizer steps with gradients of its own loss, while the other's parameters hold old gradients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two gloo processes see the gradient of the global batch, as one process does."""
+"""Two gloo processes measure the gradient of the global batch, like one process."""
 
 import subprocess
 import sys

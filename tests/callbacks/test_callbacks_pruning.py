@@ -51,7 +51,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 
 def fit(folder, module=None, pruning=None, *, seed: int = 0, ckpt_path=None, data=None, val=None, **options):
-    """Train a small module; the module, its callback and the Trainer."""
+    """Train a small module; return the module, its callback and the Trainer."""
     pl.seed_everything(seed)
     module = module or SmallModule(dropout=0.2)
     pruning = pruning or callback()
@@ -61,7 +61,7 @@ def fit(folder, module=None, pruning=None, *, seed: int = 0, ckpt_path=None, dat
     return module, pruning, run
 
 
-# What it does
+# Rounds
 
 
 def test_rounds_are_cut_on_time_and_reach_the_fraction_exactly(tmp_path) -> None:
@@ -86,7 +86,7 @@ def test_protect_stem_keeps_the_stem_of_a_residual_stream_whole(tmp_path) -> Non
 
 
 def test_a_cut_that_removes_nothing_changes_nothing(tmp_path) -> None:
-    """Scoring, tracing and measuring leave weights, statistics and random numbers as they were."""
+    """Scoring, tracing and measuring do not change weights, statistics or random numbers."""
     one, pruning, _ = fit(tmp_path, pruning=callback(fraction=0.001, rounds=2, keep_momentum=True), val=shuffled(32))
     assert [row["filters_removed"] for row in pruning.rows] == [0, 0]
     pl.seed_everything(0)
@@ -166,7 +166,7 @@ def test_cuts_at_given_epochs_may_begin_before_the_first_step(tmp_path) -> None:
 
 
 def test_a_round_takes_two_snapshots_of_the_module(tmp_path, monkeypatch) -> None:
-    """One before the cut and one after it, whatever is measured."""
+    """One before the cut and one after it, for all measurements."""
     taken = []
 
     class Counted(SideEffects):
@@ -332,7 +332,7 @@ def test_every_file_loads_in_a_fresh_process(weights_only, tmp_path) -> None:
 
 def test_the_best_checkpoint_is_never_of_the_unpruned_network(tmp_path) -> None:
     class Worse(SmallModule):
-        """Its validation metric says that the first epoch was the best."""
+        """A module whose validation metric is best in the first epoch."""
 
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", float(self.current_epoch))
@@ -350,7 +350,7 @@ def test_the_best_checkpoint_is_never_of_the_unpruned_network(tmp_path) -> None:
 def test_the_newest_file_is_not_best_if_it_is_from_before_the_last_cut(
     name, every_n_epochs, is_pruned, tmp_path
 ) -> None:
-    """Of a ModelCheckpoint that monitors nothing, and whose turn may not come again between the cut and the end."""
+    """A ModelCheckpoint that monitors no metric may not save again between the cut and the end of training."""
     newest = ModelCheckpoint(tmp_path, name, every_n_epochs=every_n_epochs, enable_version_counter=False)
     module, pruning, run = fit(tmp_path, pruning=callback(epochs=[2], rounds=1), callbacks=[newest], max_epochs=3)
     (parameters,) = [row["parameters"] for row in pruning.rows]
@@ -389,7 +389,7 @@ def test_testing_a_checkpoint_does_not_change_the_rows_of_the_run(tmp_path) -> N
 
 
 def test_training_continues_from_a_larger_checkpoint_that_was_loaded(tmp_path) -> None:
-    """Tensors of a shape taken in `test` or `predict` are no inference tensors."""
+    """The tensors of a network that was loaded in `test` or `predict` are not inference tensors."""
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     module, _, run = fit(tmp_path, callbacks=[keep])
     small = sum(p.numel() for p in module.parameters())
@@ -422,7 +422,7 @@ def test_a_checkpoint_that_is_saved_on_an_exception_carries_the_shape(tmp_path) 
 
 
 def test_a_checkpoint_that_is_saved_on_an_exception_has_the_modules_own_learning_rate(tmp_path) -> None:
-    """Lightning runs the training step within the optimizer's, where the rate is held."""
+    """Lightning runs the training step within the step of the optimizer, where the rate is held."""
 
     class Fails(SmallModule):
         def training_step(self, batch, batch_idx):
@@ -454,7 +454,7 @@ def test_the_unpruned_network_is_saved_just_before_the_first_cut(tmp_path) -> No
     assert_equal(unpruned, torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
 
 
-# Together with the rest of Lightning
+# Other features of Lightning
 
 
 @pytest.mark.parametrize("first", ["pruning", "average"])
@@ -474,7 +474,7 @@ def test_an_averaged_model_is_pruned_like_the_module(first, tmp_path) -> None:
 
 @pytest.mark.parametrize("first", ["pruning", "average"])
 def test_a_run_with_an_averaged_model_is_resumed_to_the_bit(first, tmp_path) -> None:
-    """Before, between and after the cuts: the average takes the file's shape as well."""
+    """Before, between and after the cuts, the averaged model takes the shape of the checkpoint as well."""
     from pytorch_lightning.callbacks import EMAWeightAveraging
 
     def train(seed, ckpt_path=None, **options):
@@ -574,7 +574,7 @@ def test_rounds_that_early_stopping_prevents_are_reported_by_a_warning(tmp_path)
 
 @pytest.mark.parametrize("reset", [True, False])
 def test_reset_best_resets_early_stopping_at_each_round(reset, tmp_path) -> None:
-    """What a pruned network does is not measured by the best that the unpruned one did."""
+    """The score of a pruned network must not be compared with the best score of the unpruned one."""
 
     class Worse(SmallModule):
         def validation_step(self, batch, batch_idx):
@@ -672,7 +672,7 @@ def test_a_compiled_module_is_pruned(tmp_path) -> None:
     assert compiled.frame_count >= 3, "once before the rounds and once after each"
 
 
-# What is refused
+# Errors
 
 
 def scalar_loss(module, batch):
@@ -733,8 +733,8 @@ def test_unsupported_configurations_raise_an_error_with_a_remedy(tmp_path) -> No
 def test_strategies_that_shard_parameters_raise(strategy, tmp_path) -> None:
     run = trainer(tmp_path)
     run._accelerator_connector.strategy = strategy()
-    told = f"{strategy.__name__} shards parameters.*use strategy='ddp'"
-    with pytest.raises(MisconfigurationException, match=told):
+    message = f"{strategy.__name__} shards parameters.*use strategy='ddp'"
+    with pytest.raises(MisconfigurationException, match=message):
         check_supported(run, callback(), PruningCallback)
 
 
@@ -746,7 +746,7 @@ def test_a_callback_cannot_be_used_again_for_another_network(max_steps, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"fraction": 75}, "for 75 % write 0.75"),
         ({"fraction": 0.0}, "(0, 1)"),
@@ -790,10 +790,10 @@ def test_a_callback_cannot_be_used_again_for_another_network(max_steps, tmp_path
         ({"measure": 3}, "measure"),
     ],
 )
-def test_every_argument_is_checked_at_construction(options, told) -> None:
+def test_every_argument_is_checked_at_construction(options, message) -> None:
     with pytest.raises(ValueError) as error:
         callback(**options)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_module_without_logits_is_scored_by_its_own_loss_with_one_message(tmp_path, caplog) -> None:
@@ -813,7 +813,7 @@ def test_a_module_without_logits_is_scored_by_its_own_loss_with_one_message(tmp_
 
 
 def test_the_data_order_of_small_nets_is_shared() -> None:
-    """The helper that the two-process tests stand on: two ranks' batches are the one process's."""
+    """A condition of the tests with two processes: the batches of two ranks are together those of one process."""
     whole = list(loader(images(32), 16))
     halves = [list(loader(images(32), 8, rank=rank, world_size=2)) for rank in (0, 1)]
     for k, (x, _) in enumerate(whole):

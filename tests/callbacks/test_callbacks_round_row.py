@@ -1,4 +1,4 @@
-"""pruning.csv: written by the callback itself, beside what else a run writes."""
+"""The rows of the rounds, and the place of pruning.csv."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_rows_are_written_into_the_folder_of_the_run(tmp_path) -> None:
 
 
 class Remote(Logger):
-    """Knows no folder, or one on another machine."""
+    """A logger without a folder, or with one on another machine."""
 
     name, version = "remote", 0
 
@@ -151,10 +151,10 @@ def test_the_rows_of_another_run_are_never_replaced(tmp_path) -> None:
 
 def test_rows_that_cannot_be_written_warn_once_and_training_continues(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"rows cannot be written to '.*/file/pruning.csv' \(") as said:
+    with pytest.warns(UserWarning, match=r"rows cannot be written to '.*/file/pruning.csv' \(") as warnings:
         pruning = prune(tmp_path / "file", enable_checkpointing=False)
     assert pruning.finished
-    assert len([w for w in said if "cannot be written" in str(w.message)]) == 1
+    assert len([w for w in warnings if "cannot be written" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run's folder: the best epoch of a resumed run is the best of all its epochs."""
+"""The best epoch of a resumed run is the best of all its epochs."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from gflow_pl.callbacks import BestCheckpoint, LastCheckpoint, RunRecorder
 
 
 class Scripted(pl.LightningModule):
-    """Its validation accuracy in each epoch is written down beforehand; its weight counts the steps."""
+    """A module with a given validation accuracy in each epoch, whose weight counts the steps."""
 
     accuracies = (0.5, 0.9, 0.6, 0.7, 0.95)
 

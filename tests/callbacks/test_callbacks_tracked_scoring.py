@@ -1,4 +1,4 @@
-"""Tracked scores against a bare training loop that averages by hand, in float64."""
+"""Tracked scores equal those of a plain training loop that averages by hand, in float64."""
 
 import copy
 import sys
@@ -33,7 +33,7 @@ PER_FILTER = {
 
 
 class Recorder(PruningCallback):
-    """Keeps the scores of every round."""
+    """A callback that stores the scores of every round."""
 
     def select(self, graph, scores):
         self.__dict__.setdefault("seen", []).append({name: vector.clone() for name, vector in scores.items()})
@@ -53,7 +53,7 @@ def gradients_of(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def by_hand(module, data, *, epochs, accumulate, clip, track_batches, order, formula, skip=0):
-    """The average at the end of each epoch, from nothing but PyTorch."""
+    """Return the average at the end of each epoch, computed with PyTorch alone."""
     net = module.net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
     averages, norms = [], []
@@ -85,7 +85,7 @@ def test_tracked_scores_are_the_average_of_a_bare_loop(measure, accumulate, clip
         SmallModule(lr=LR).double(),
         loader(images(80, torch.float64)),
     )  # five batches: the last step is short
-    twin = copy.deepcopy(module)
+    reference = copy.deepcopy(module)
     pruning = Recorder(
         measure, fraction=0.001, epochs=[1, 2], rounds=2, track=True, track_batches=2, alpha=ALPHA,
         track_order=order, keep_momentum=True, num_samples=16,
@@ -96,7 +96,7 @@ def test_tracked_scores_are_the_average_of_a_bare_loop(measure, accumulate, clip
     assert [row["filters_removed"] for row in pruning.rows] == [0, 0], "so that the bare loop trains the same network"
 
     settings = {"epochs": 2, "accumulate": accumulate, "clip": clip, "track_batches": 2, "order": order}
-    expected, norms = by_hand(twin, data, formula=PER_FILTER[measure], **settings)
+    expected, norms = by_hand(reference, data, formula=PER_FILTER[measure], **settings)
     assert min(norms) > 2 * CLIP, "clipping changes every step"
     compared = 0
     for ours, theirs in zip(pruning.seen, expected, strict=True):
@@ -109,7 +109,7 @@ def test_tracked_scores_are_the_average_of_a_bare_loop(measure, accumulate, clip
 
 
 def test_the_two_orders_differ(tmp_path) -> None:
-    """A weight after its step is another weight: the option does something."""
+    """Weights before and after a step differ, so the scores differ."""
     seen = {}
     for order in ("formula", "published"):
         pl.seed_everything(0)
@@ -121,7 +121,7 @@ def test_the_two_orders_differ(tmp_path) -> None:
 
 
 class FourfoldLoss(SmallModule):
-    """With a scale of 2 ** 127 its gradients overflow in float32."""
+    """A module whose gradients overflow in float32 at a scale of 2 ** 127."""
 
     def training_step(self, batch, batch_idx):
         return 4 * super().training_step(batch, batch_idx)
@@ -143,15 +143,15 @@ def test_gradients_are_unscaled_and_a_step_that_the_scaler_skips_is_not_tracked(
     pruning = Recorder("loss", fraction=0.5, track=True, alpha=ALPHA, track_order=order)
     plugin = ScalerOnly("16-mixed", device="cpu", scaler=scaler)
     options = {"plugins": [plugin], "max_epochs": 2, "gradient_clip_val": CLIP, "enable_checkpointing": False}
-    twin = copy.deepcopy(module)
+    reference = copy.deepcopy(module)
     trainer(tmp_path, callbacks=[pruning], **options).fit(module, data)
     assert scaler.get_scale() == 2.0**27
 
     with torch.no_grad():
         data.sampler.set_epoch(0)
-        twin.net.train()(next(iter(data))[0])  # the skipped step has moved the running statistics and no weight
+        reference.net.train()(next(iter(data))[0])  # the skipped step has moved the running statistics and no weight
     settings = {"epochs": 1, "accumulate": 1, "clip": CLIP, "track_batches": 4, "order": order}
-    expected, _ = by_hand(twin, data, skip=1, formula=PER_FILTER["loss"], **settings)
+    expected, _ = by_hand(reference, data, skip=1, formula=PER_FILTER["loss"], **settings)
     for name, vector in expected[0].items():
         assert (pruning.seen[0][name] - 4 * vector).abs().max() <= 1e-4 * 4 * vector.abs().max(), name
 
@@ -240,8 +240,8 @@ def test_an_average_continues_from_a_checkpoint(tmp_path) -> None:
 
 
 def test_a_skipped_batch_leaves_no_hooks_after_the_cut(tmp_path) -> None:
-    """`on_train_batch_start` of a module may end the epoch, with no end of a batch."""
-    watched = []
+    """`on_train_batch_start` of a module may end the epoch, and then `on_train_batch_end` is not called."""
+    num_hooks = []
 
     class Skips(SmallModule):
         def __init__(self):
@@ -252,12 +252,12 @@ def test_a_skipped_batch_leaves_no_hooks_after_the_cut(tmp_path) -> None:
             return -1 if batch_idx == 2 else None
 
         def on_train_epoch_start(self):
-            watched.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()))
+            num_hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()))
 
     pruning = PruningCallback("loss", fraction=0.5, track=True, residual="remove")
     trainer(tmp_path, callbacks=[pruning], max_epochs=4, enable_checkpointing=False).fit(Skips(), loader(images(64)))
     assert pruning.finished
-    assert watched[1:] == [0, 0, 0]
+    assert num_hooks[1:] == [0, 0, 0]
 
 
 def test_loading_a_checkpoint_ends_the_tracked_step_and_removes_its_hooks() -> None:

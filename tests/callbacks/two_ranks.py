@@ -1,4 +1,4 @@
-"""Trains with one process or two and saves every rank's state; run by test_callbacks_ranks.py.
+"""Train with one process or two, and save the state of every rank; run by test_callbacks_ranks.py.
 
 python two_ranks.py FOLDER DEVICES '{"optimizer": "SGD", "callback": {...}, "trainer": {...}}'
 """
@@ -19,7 +19,7 @@ from gflow_pl.tasks import ImageClassifier
 
 
 class Data(pl.LightningDataModule):
-    """Global batches of 16, whatever the number of ranks."""
+    """Global batches of 16, for any number of ranks."""
 
     def __init__(self, devices: int, dtype: torch.dtype, differs: bool, side: int) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class Data(pl.LightningDataModule):
 
 
 class WithValidation(Data):
-    """Fewer images than ranks."""
+    """Validation data with fewer images than ranks."""
 
     def val_dataloader(self):
         return torch.utils.data.DataLoader(images(1, self.dtype), batch_size=4)
 
 
 class Recorder(PruningCallback):
-    """Keeps the scores of the last round, and the buffers that they are taken with."""
+    """A callback that stores the scores of the last round and the buffers at that time."""
 
     def setup(self, trainer, pl_module, stage):
         super().setup(trainer, pl_module, stage)
@@ -55,7 +55,7 @@ class Recorder(PruningCallback):
 
 
 def sync_batch_norm_on_the_cpu(self, x):
-    """What torch's own does on a GPU, and refuses to do here: statistics of the global batch, gradients through them."""
+    """Normalize by the statistics of the global batch, like SyncBatchNorm on a GPU; torch refuses to do so on the CPU."""
     if not self.training:
         return torch.nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
@@ -109,9 +109,7 @@ def main() -> None:
     run.fit(module, data, ckpt_path=options.get("ckpt_path"), weights_only=True)
     norms = callback.sync_batch_norms
     side = 32 if network else 8
-    module.eval()(
-        torch.zeros(2, 3, side, side, dtype=dtype)
-    )  # it is whole, whatever the strategy has done to it at the end
+    module.eval()(torch.zeros(2, 3, side, side, dtype=dtype))  # it can still run after the strategy has ended
     optimizer = run.optimizers[0]
     momenta = {
         f"{name}/{key}": value

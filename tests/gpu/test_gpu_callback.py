@@ -216,7 +216,7 @@ def test_scores_of_a_round_never_wait_for_the_device(precision, measure, tmp_pat
 
 
 class Recorder(PruningCallback):
-    """Keeps the scores of every round, on the host."""
+    """A callback that stores the scores of every round on the host."""
 
     def select(self, graph, scores):
         self.__dict__.setdefault("seen", []).append({name: vector.cpu().clone() for name, vector in scores.items()})
@@ -224,7 +224,7 @@ class Recorder(PruningCallback):
 
 
 class Still(SmallModule):
-    """Steps so small that its weights stay what they were."""
+    """A module whose steps are so small that its weights hardly change."""
 
     def __init__(self, fused):
         super().__init__()
@@ -238,7 +238,7 @@ class Still(SmallModule):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("measure", ["loss", "fisher"])
 def test_tracked_scores_are_of_unscaled_gradients(measure, fused, order, tmp_path):
-    """A gradient that is still multiplied by 65536 would be seen at once, half precision is near."""
+    """A gradient that still carries the scale 65536 would differ far more than half precision does."""
     seen = {}
     for precision in ("32-true", "16-mixed", "bf16-mixed"):
         pl.seed_everything(0)
@@ -277,7 +277,7 @@ def test_a_compiled_module_is_pruned_twice(backend, tmp_path):
 
 
 def finished(line, folder):
-    """Runs a command to its end; what it said, if it failed."""
+    """Run a command, and return its output; fail with the output if the command fails."""
     folders = [ROOT, ROOT / "tests", ROOT / "tests" / "gpu", ROOT / "tests" / "callbacks"]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -292,23 +292,23 @@ def one_rank(folder, *arguments):
 
 
 def test_synchronised_norms_are_trained_before_and_after_a_rewrite(tmp_path):
-    told = one_rank(tmp_path, "surgery")
-    assert told["backend"] == ("nccl" if ON_CUDA else "gloo")
-    assert told["synchronised"] == 3
-    assert told["apart"] < 1e-5, "the rewritten network computes what the masked one would"
-    assert told["moved"] > 0
-    assert told["finite"]
-    assert told["after conversion"] < 1e-6, "apply_structure after the conversion brings the expansions back"
+    output = one_rank(tmp_path, "surgery")
+    assert output["backend"] == ("nccl" if ON_CUDA else "gloo")
+    assert output["synchronised"] == 3
+    assert output["apart"] < 1e-5, "the rewritten network computes what the masked one would"
+    assert output["moved"] > 0
+    assert output["finite"]
+    assert output["after conversion"] < 1e-6, "apply_structure after the conversion brings the expansions back"
 
 
 @pytest.mark.parametrize("sync", ["plain", "sync_batchnorm"])
 def test_one_rank_prunes_and_resumes(sync, tmp_path):
-    told = one_rank(tmp_path, "train", sync)
-    assert told["backend"] == ("nccl" if ON_CUDA else "gloo")
-    assert told["rounds"] == 3
-    assert told["resumed"] == [], "the resumed run differs from the uninterrupted one"
-    assert (told["synchronised"] > 0) == (sync == "sync_batchnorm")
-    assert told["loads on the cpu"] < 1e-3
+    output = one_rank(tmp_path, "train", sync)
+    assert output["backend"] == ("nccl" if ON_CUDA else "gloo")
+    assert output["rounds"] == 3
+    assert output["resumed"] == [], "the resumed run differs from the uninterrupted one"
+    assert (output["synchronised"] > 0) == (sync == "sync_batchnorm")
+    assert output["loads on the cpu"] < 1e-3
 
 
 def gflow(folder, *arguments):
@@ -324,10 +324,10 @@ def test_the_commands(precision, data, tmp_path):
     short = ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "2"]
     pruning = ["--pruning.fraction", "0.6", "--pruning.rounds", "3", "--pruning.num_samples", "48"]
     pruning += ["--pruning.measure", "loss", "--trainer.max_epochs", "5", "--trainer.precision", precision]
-    told = gflow(
+    output = gflow(
         tmp_path, "prune", "--model.network", "resnet56", "--name", "pruned", *options, *device, *short, *pruning
     )
-    assert "filters" in told
+    assert "filters" in output
     folder = tmp_path / "checkpoints" / "pruned"
     assert len((folder / "pruning.csv").read_text().splitlines()) == 1 + 3
     file = ["--ckpt_path", str(folder / "last.ckpt")]
