@@ -1,16 +1,17 @@
 """Measure how much of every torchvision model and of many timm families can be pruned, and how exactly.
 
-Every model is traced in every mode. Half of the units of every group are removed at random, and the pruned network runs one
-forward and backward pass in training mode. Models with at most 60 M parameters are also compared, in float64 and evaluation
-mode, with norms, layer scales, biases and heads drawn at random: the pruned network with the masked network (exact units only);
-the same with `exact_only` if there are inexact units; a fresh network with `apply_structure` and the state dict from a file
-(`weights_only=True`), bit for bit; and five rounds in a row with one round by the product of their plans, bit for bit.
+Every model is traced in every mode. Half of the units of every group are removed at random, and the pruned network runs
+one forward and backward pass in training mode. Models with at most 60 M parameters are also compared, in float64 and
+evaluation mode, with norms, layer scales, biases and heads drawn at random: the pruned network with the masked network
+(exact units only); the same with `exact_only` if there are inexact units; a fresh network with `apply_structure` and
+the state dict from a file (`weights_only=True`), bit for bit; and five rounds in a row with one round by the product of
+their plans, bit for bit.
 
 The results are written to a file, one line of JSON for every model and mode, small models first. A run that was stopped
 continues where it ended. The table is made from this file.
 
-    python benchmarks/coverage.py run --results coverage.jsonl [--modes expand remove frozen] [--shapes_only] [model ...]
-    python benchmarks/coverage.py table --results coverage.jsonl --output docs/coverage.md
+    python benchmarks/coverage.py run --results coverage.jsonl [--modes expand remove frozen] [--shapes_only] [model
+    ...] python benchmarks/coverage.py table --results coverage.jsonl --output docs/coverage.md
 """
 
 import argparse
@@ -105,7 +106,8 @@ def summary(rows):
             compared = [row["off"] for row in part if "off" in row and not row["float32"]]
             worst = min(part, key=lambda row: row["coverage"])
             lines.append(
-                f"| {HEADINGS[mode]} | {library} | {len(part)} | {share(statistics.median(r['coverage'] for r in part))} "
+                f"| {HEADINGS[mode]} | {library} | {len(part)} | "
+                f"{share(statistics.median(r['coverage'] for r in part))} "
                 f"| {share(statistics.median(r['coverage_all'] for r in part))} "
                 f"| {share(worst['coverage'])} ({worst['model'].removeprefix('tv:')}) | {len(compared)} "
                 f"| {f'{max(compared):.1e}' if compared else '-'} |"
@@ -137,12 +139,18 @@ def table(options):
     lines += ["", *notes.read_text().splitlines()] if notes.exists() else []
     lines += [
         "", "## The columns", "",
-        "*prunable*: share of the filters of convolutions and linear layers that can be removed or expanded, without the layers",
-        "that are the model's outputs; *with outputs*: the same with these. *inexact*: share of the prunable filters whose removal",
-        "changes what the others compute (the graph gives the reason). *error*: largest difference between the outputs of the",
-        "pruned and the masked network, relative to the largest output. *change*: the same between the masked and the full",
-        "network. *exact_only*: the error, and the share of filters that are still prunable, if only exact units are removed.",
-        "*trains*: \"meta\" if only shapes were run. *verifications*: verifications of the trace. *CPU s*: CPU time of the trace.",
+        "*prunable*: share of the filters of convolutions and linear layers that can be removed or expanded, without "
+        "the layers",
+        "that are the model's outputs; *with outputs*: the same with these. *inexact*: share of the prunable filters "
+        "whose removal",
+        "changes what the others compute (the graph gives the reason). *error*: largest difference between the "
+        "outputs of the",
+        "pruned and the masked network, relative to the largest output. *change*: the same between the masked and the "
+        "full",
+        "network. *exact_only*: the error, and the share of filters that are still prunable, if only exact units are "
+        "removed.",
+        "*trains*: \"meta\" if only shapes were run. *verifications*: verifications of the trace. *CPU s*: CPU time "
+        "of the trace.",
     ]  # fmt: skip
     for mode in MODES:
         for library, own in (("torchvision", True), ("timm", False)):

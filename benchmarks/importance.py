@@ -195,7 +195,9 @@ def wall_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int,
 def compare_with_published_code(
     num_classes: int, per_class: int, size: int, repeats: int, device: torch.device, threads: int
 ) -> tuple[float, float, float, str]:
-    """Return the seconds of `score_filters` and of the published code, the largest difference of their scores, and wall times."""
+    """Return the seconds of `score_filters` and of the published code, the largest difference of their scores, and wall
+    times.
+    """
     net = models.resnet56(num_classes=num_classes).to(device).eval()
     # One more image of every class than needed: the published code collects until it has seen it.
     classes = [torch.arange(num_classes).repeat(count) for count in (per_class, 1)]
@@ -213,7 +215,8 @@ def compare_with_published_code(
     score_filters(net, "loss", data[:1]), bare_double_backward(net, data[:1], list(net.parameters()))
     a, b = fastest(ours, published, repeats, device)
     print(
-        f"{num_classes} classes x {per_class} images: {a:.2f} s, the published code {b:.2f} s: {b / a:.2f} times as long"
+        f"{num_classes} classes x {per_class} images: {a:.2f} s, the published code {b:.2f} s: {b / a:.2f} times as "
+        "long"
     )
     wall = ""
     if device.type == "cpu":

@@ -1,8 +1,8 @@
 """Measure the cost of a round of surgery, and the time that pruned networks save; write docs/benchmarks_surgery.md.
 
-On a CPU, the figures are CPU times of one thread: the contenders run in turns in one process, and the shortest of several repeats
-counts. Run it from the top folder: ``python benchmarks/surgery.py``. On a GPU, wall times between two synchronizations are measured,
-and the median of the repeats counts. To run only some parts:
+On a CPU, the figures are CPU times of one thread: the contenders run in turns in one process, and the shortest of
+several repeats counts. Run it from the top folder: ``python benchmarks/surgery.py``. On a GPU, wall times between two
+synchronizations are measured, and the median of the repeats counts. To run only some parts:
 
     python benchmarks/surgery.py --only gain step --device cuda [--batch 128] [--repeats 7] [--out FILE]
 """
@@ -52,11 +52,12 @@ def seconds_of(
 ) -> dict[str, float]:
     """Return the seconds of one call of every contender.
 
-    On a CPU this is the shortest CPU time of the repeats, on other devices the median wall time after one turn to warm up.
+    On a CPU this is the shortest CPU time of the repeats, on other devices the median wall time after one turn to warm
+    up.
 
     Args:
-        contenders: Name to a function that prepares a contender and returns the function to time. It is called for every
-            repeat, and is not timed.
+        contenders: Name to a function that prepares a contender and returns the function to time. It is called for
+            every repeat, and is not timed.
         repeats: Number of repeats.
         device: Where the contenders run.
         calls: Number of calls per repeat.
@@ -196,8 +197,8 @@ def masked_against_expanded(device: torch.device, batch: int, repeats: int = 7) 
     """Time forward and backward of ResNet-56: dense, with 60 % of each block's filters masked, and with them expanded.
 
     Returns:
-        Seconds of a step of every network, and "removed", the share of the filters that is removed. On a CPU also
-        the shares of a profiled step that "convolutions" and "scatter" take. On a GPU also the seconds that the device is
+        Seconds of a step of every network, and "removed", the share of the filters that is removed. On a CPU also the
+        shares of a profiled step that "convolutions" and "scatter" take. On a GPU also the seconds that the device is
         busy in a step ("dense busy" and so on): the rest of the time it waits for the host.
     """
     torch.manual_seed(0)
@@ -282,13 +283,16 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
         "| --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"Median ratio {statistics.median(totals):.2f} (goal: at most 0.8), largest {max(totals):.2f} (goal: at most 1.5); "
+        f"Median ratio {statistics.median(totals):.2f} (goal: at most 0.8), largest {max(totals):.2f} (goal: at most "
+        "1.5); "
         f"largest of rewrite alone {max(alone):.2f} (goal: at most 0.2).",
         "",
         f"DenseNet-201 is traced in {densenet201_trace():.2f} s (goal: under 3 s).",
         "",
-        "mobilenet_v3_small is closest to the limits: in four runs, the ratio was 1.31 to 1.42 for trace and rewrite, and 0.17 "
-        "to 0.18 for the rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small operations.",
+        "mobilenet_v3_small is closest to the limits: in four runs, the ratio was 1.31 to 1.42 for trace and rewrite, "
+        "and 0.17 "
+        "to 0.18 for the rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small "
+        "operations.",
         "",
     ]
 
@@ -298,7 +302,8 @@ def step_part(device: torch.device, batch: int, repeats: int | None) -> list[str
     return [
         "## A rewrite, compared with a training step",
         "",
-        f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (including the optimizer state) "
+        f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (including the "
+        "optimizer state) "
         f"{step['rewrite']:.4f} s, {100 * step['rewrite'] / step['step']:.1f} % of a step (goal on a CPU: under 5 %).",
         "",
     ]
@@ -309,7 +314,8 @@ def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str
     lines = [
         "## Training an expanded instead of a masked network",
         "",
-        f"ResNet-56, {100 * gain['removed']:.1f} % of the filters of both convolutions of each block removed, forward and backward of a "
+        f"ResNet-56, {100 * gain['removed']:.1f} % of the filters of both convolutions of each block removed, forward "
+        "and backward of a "
         f"batch of {batch}: dense "
         f"{gain['dense']:.4f} s, masked {gain['masked']:.4f} s, expanded {gain['expanded']:.4f} s: "
         f"{gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal on a CPU: at least 1.8).",
@@ -318,7 +324,8 @@ def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str
     if device.type == "cpu":
         return [
             *lines,
-            f"One profiled step of the expanded network spends {100 * gain['convolutions']:.0f} % of its time in convolutions and "
+            f"One profiled step of the expanded network spends {100 * gain['convolutions']:.0f} % of its time in "
+            "convolutions and "
             f"their gradients, and {100 * gain['scatter']:.0f} % in the scatter into zeros and its gradient.",
             "",
         ]

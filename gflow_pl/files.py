@@ -21,8 +21,8 @@ __all__ = ["atomic_save", "read_rows", "write_bytes", "write_rows", "write_text"
 def atomic_save(obj: object, path: str | os.PathLike[str]) -> None:
     """Save an object like ``torch.save``, atomically.
 
-    If the process is killed at any moment, the target is the complete old file or the complete new one. If several processes
-    write the same target, it is the complete file of one of them.
+    If the process is killed at any moment, the target is the complete old file or the complete new one. If several
+    processes write the same target, it is the complete file of one of them.
 
     Args:
         obj: The object to save.
@@ -61,8 +61,8 @@ def _write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]],
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    # In the same folder: across file systems a rename would be a copy. Not with `tempfile`, whose files only their owner
-    # may read.
+    # In the same folder: across file systems a rename would be a copy. Not with `tempfile`, whose files only their
+    # owner may read.
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         with open(temporary, "xb") as file:
@@ -112,8 +112,8 @@ def _sync_folder(folder: Path) -> None:
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> None:
     """Write a CSV file atomically.
 
-    Numbers are written with all digits, so that `read_rows` returns the same values. None and missing columns become empty
-    fields.
+    Numbers are written with all digits, so that `read_rows` returns the same values. None and missing columns become
+    empty fields.
 
     Args:
         path: The CSV file. Its folder is created if it is missing.

@@ -53,7 +53,9 @@ def write_image_folder(root: Path, *, per_class: int = 5, num_classes: int = 10,
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
-    """Return images in the layout of the files: one row for each image, with all red, then all green, then all blue values."""
+    """Return images in the layout of the files: one row for each image, with all red, then all green, then all blue
+    values.
+    """
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 

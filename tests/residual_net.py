@@ -17,7 +17,9 @@ class ResidualBlock(nn.Module):
 
 
 def residual_net() -> nn.Sequential:
-    """Return a stem (layers 0 to 2), a residual block (layer 3) and a head with 3 outputs, always with the same weights."""
+    """Return a stem (layers 0 to 2), a residual block (layer 3) and a head with 3 outputs, always with the same
+    weights.
+    """
     torch.manual_seed(0)
     stem = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*stem, ResidualBlock(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))

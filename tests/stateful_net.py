@@ -35,7 +35,9 @@ class StatefulNet(nn.Module):
 
 
 def state_around(model: StatefulNet) -> dict[str, object]:
-    """Return copies of everything that a trace of the model could change: generators, tensors, flags, hooks, attributes."""
+    """Return copies of everything that a trace of the model could change: generators, tensors, flags, hooks,
+    attributes.
+    """
     generators = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
     if torch.cuda.is_initialized():
         generators += torch.cuda.get_rng_state_all()

@@ -142,8 +142,8 @@ def distances(model, graph, plan, x):
     """Compare the outputs of the pruned, the masked and the full network.
 
     Returns:
-        Largest difference between pruned and masked, and between masked and full network, both relative; whether the pruned
-        network casts to float32; and the pruned network, its structure and its output.
+        Largest difference between pruned and masked, and between masked and full network, both relative; whether the
+        pruned network casts to float32; and the pruned network, its structure and its output.
     """
     small = copy.deepcopy(model)
     with torch.no_grad():

@@ -22,8 +22,8 @@ def curvature_along_gradient(
 ) -> dict[str, Tensor]:
     """Return theta . H g of every trained parameter.
 
-    g is the gradient and H the Hessian of the mean loss with respect to the trained parameters, in evaluation mode. Frozen
-    parameters are constants, since gradient flow does not move them. Side effects on the module are undone.
+    g is the gradient and H the Hessian of the mean loss with respect to the trained parameters, in evaluation mode.
+    Frozen parameters are constants, since gradient flow does not move them. Side effects on the module are undone.
 
     Args:
         module: The module.

@@ -31,8 +31,8 @@ _SQUARES, _PRODUCTS, _GRADIENTS, _DISTANCES, _STEPS = range(5)
 class GradientFlowMonitor(Callback):
     """Log gradient-flow statistics of every layer once per epoch.
 
-    The statistics, for every layer and for the whole network (theta: the trained parameters, g: their gradient, theta_0:
-    their values when training began, H: the Hessian of the loss):
+    The statistics, for every layer and for the whole network (theta: the trained parameters, g: their gradient,
+    theta_0: their values when training began, H: the Hessian of the loss):
 
     - ``parameter_norm``: L2 norm of theta,
     - ``theta_g``: theta . g, half the rate at which the squared norm of theta shrinks under gradient flow,
@@ -40,17 +40,18 @@ class GradientFlowMonitor(Callback):
     - ``distance_from_init``: L2 norm of theta - theta_0,
     - ``theta_h_g``: theta . H g, if `hessian` is set.
 
-    The first four are measured at the last optimizer step of the epoch, before the step, with the gradient that the step
-    uses: of the global batch, after unscaling and before clipping. They cost a few operations for each parameter, and one
-    transfer to the host for each epoch. If the network is pruned during training, theta_0 is pruned as well. A parameter
-    counts for the module that holds it; a tied parameter counts for the first one. Every logger of the Trainer receives
-    ``gradient_flow/<quantity>`` for the network and ``gradient_flow/<quantity>/<layer>`` for the layers.
+    The first four are measured at the last optimizer step of the epoch, before the step, with the gradient that the
+    step uses: of the global batch, after unscaling and before clipping. They cost a few operations for each parameter,
+    and one transfer to the host for each epoch. If the network is pruned during training, theta_0 is pruned as well. A
+    parameter counts for the module that holds it; a tied parameter counts for the first one. Every logger of the
+    Trainer receives ``gradient_flow/<quantity>`` for the network and ``gradient_flow/<quantity>/<layer>`` for the
+    layers.
 
     Attributes:
         rows: One row for each epoch and layer: ``epoch``, ``step`` (optimizer steps so far), ``layer`` (as in
-            ``named_modules()``, "" for the whole network) and the statistics. A statistic is None if there was no finite
-            gradient: if the epoch was interrupted, or if no optimizer moved the layer in the last batch. Statistics of the
-            whole network are over all layers that have one.
+            ``named_modules()``, "" for the whole network) and the statistics. A statistic is None if there was no
+            finite gradient: if the epoch was interrupted, or if no optimizer moved the layer in the last batch.
+            Statistics of the whole network are over all layers that have one.
 
     Args:
         num_batches: Number of batches at the end of an epoch whose steps are averaged (root mean square for norms), at
@@ -58,8 +59,8 @@ class GradientFlowMonitor(Callback):
         every_n_epochs: Epochs between two measurements, at least 1. The first measurement is in epoch 0.
         per_layer: Whether to measure and log layers as well as the whole network.
         distance: Whether to measure the distance from theta_0. It needs a copy of the parameters, also in checkpoints.
-        hessian: Whether to measure theta . H g: on the last batch of the epoch, after its step, in evaluation mode, with g
-            and H of that batch (of all ranks). It costs about five passes over the batch.
+        hessian: Whether to measure theta . H g: on the last batch of the epoch, after its step, in evaluation mode,
+            with g and H of that batch (of all ranks). It costs about five passes over the batch.
         loss_fn: ``loss_fn(module, batch)`` returns the scalar loss that H is of, in place of the module's
             `training_step`. Required for manual optimization if `hessian` is set.
 
@@ -94,7 +95,10 @@ class GradientFlowMonitor(Callback):
         self._is_measuring = False
 
     def tensors_by_name(self) -> dict[str, Tensor]:
-        """Return the initial parameters by name. `PruningCallback` prunes the tensors in this dict like the parameters."""
+        """Return the initial parameters by name.
+
+        `PruningCallback` prunes the tensors in this dict like the parameters.
+        """
         return self._initial_state
 
     # Hooks of the Trainer
@@ -104,7 +108,8 @@ class GradientFlowMonitor(Callback):
         """Raise if the module has no loss that the Hessian could be taken of."""
         if stage == "fit" and self.hessian and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SettingsError(
-                f"GradientFlowMonitor: {type(pl_module).__name__} uses manual optimization, so its `training_step` does not "
+                f"GradientFlowMonitor: {type(pl_module).__name__} uses manual optimization, so its `training_step` "
+                "does not "
                 "return the loss of a batch: give `loss_fn(module, batch)`, or leave `hessian` out."
             )
 
@@ -117,7 +122,8 @@ class GradientFlowMonitor(Callback):
         present = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
         if self._initial_state and any(self._shape_of_initial(name) != p.shape for name, p in present.items()):
             rank_zero_warn(
-                f"GradientFlowMonitor: the saved initial parameters are not of this {type(pl_module).__name__}, so distances "
+                f"GradientFlowMonitor: the saved initial parameters are not of this {type(pl_module).__name__}, so "
+                "distances "
                 "are measured from its present parameters."
             )
             self._initial_state.clear()
@@ -211,7 +217,8 @@ class GradientFlowMonitor(Callback):
         return self._initial_state[name].shape if name in self._initial_state else None
 
     def _statistics(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        """Return (5,) theta . theta, theta . g, g . g, |theta - theta_0|^2 and 1 (a count of steps), on the parameter's device.
+        """Return (5,) theta . theta, theta . g, g . g, |theta - theta_0|^2 and 1 (a count of steps), on the parameter's
+        device.
 
         Args:
             name: Name of the parameter.
@@ -227,8 +234,10 @@ class GradientFlowMonitor(Callback):
         initial = self._initial_state.get(name)
         if initial is not None and initial.shape != value.shape:
             raise SettingsError(
-                f"GradientFlowMonitor: '{name}' has shape {tuple(value.shape)}, but had {tuple(initial.shape)} initially: code "
-                "that rewrites the network during training must rewrite the tensors of `tensors_by_name()` alike; otherwise set "
+                f"GradientFlowMonitor: '{name}' has shape {tuple(value.shape)}, but had {tuple(initial.shape)} "
+                "initially: code "
+                "that rewrites the network during training must rewrite the tensors of `tensors_by_name()` alike; "
+                "otherwise set "
                 "`distance=False`."
             )
         statistics = (
@@ -266,8 +275,8 @@ class GradientFlowMonitor(Callback):
     def _means_by_parameter(self, module: pl.LightningModule) -> tuple[list[str], list[list[float]]]:
         """Return the names of the trained parameters and, for each, five numbers; NaN where nothing was measured.
 
-        The numbers are the means over steps of theta . theta, theta . g, g . g and |theta - theta_0|^2, and theta . H g. They
-        are read from the device in one transfer.
+        The numbers are the means over steps of theta . theta, theta . g, g . g and |theta - theta_0|^2, and theta . H
+        g. They are read from the device in one transfer.
         """
         names, columns = [], []
         for name, parameter in module.named_parameters():

@@ -43,27 +43,29 @@ __all__ = ["PruningCallback", "find_pruning_callback"]
 class PruningCallback(PruningState):
     """Prune the filters of a LightningModule in rounds while it trains.
 
-    At the start of a training epoch in which a round is due, filters are scored on batches of the training data. The filters
-    with the lowest scores are removed: layers, optimizers and everything else of their shape are rewritten in place. Every
-    checkpoint carries the network's shape. Override `should_prune` or `select` to change when and what to prune.
+    At the start of a training epoch in which a round is due, filters are scored on batches of the training data. The
+    filters with the lowest scores are removed: layers, optimizers and everything else of their shape are rewritten in
+    place. Every checkpoint carries the network's shape. Override `should_prune` or `select` to change when and what to
+    prune.
 
     Args:
         measure: Importance measure, by name (docs/measures.md) or as an `Importance`.
-        fraction: Share of the filters to remove in all rounds together, in (0, 1). None: 0.75, unless `thresholds` is set.
-        rounds: Number of rounds, at least 1. None: 1, unless `thresholds` is set. The first round removes the largest share
-            (published schedule).
+        fraction: Share of the filters to remove in all rounds together, in (0, 1). None: 0.75, unless `thresholds` is
+            set.
+        rounds: Number of rounds, at least 1. None: 1, unless `thresholds` is set. The first round removes the largest
+            share (published schedule).
         thresholds: Share of the filters that is gone after each round, ascending, for example [0.1, 0.5, 0.8]. Replaces
             `fraction` and `rounds`.
         target: Quantity that the fraction is a share of: "filters", "parameters", or "macs" (multiply-accumulates).
-        warmup_epochs: Epochs of training before the epoch that leads to the first cut. Round k is cut at the start of epoch
-            ``warmup_epochs + k * every_n_epochs``, counted from 0.
+        warmup_epochs: Epochs of training before the epoch that leads to the first cut. Round k is cut at the start of
+            epoch ``warmup_epochs + k * every_n_epochs``, counted from 0.
         every_n_epochs: Epochs of training before each cut.
-        epochs: Epochs at whose start the rounds are cut, one for each round. Replaces `warmup_epochs` and `every_n_epochs`;
-            0 is before the first step, for a network that is trained already.
+        epochs: Epochs at whose start the rounds are cut, one for each round. Replaces `warmup_epochs` and
+            `every_n_epochs`; 0 is before the first step, for a network that is trained already.
         num_samples: Number of images to score on, over all ranks. Whole batches are taken until it is reached.
         batches: Number of batches to score on, in place of `num_samples`. Required for data without a length.
-        residual: "expand": layers that write into a residual stream lose filters one by one, and the stream keeps its width
-            (as in the paper). "remove": the coupled stream shrinks.
+        residual: "expand": layers that write into a residual stream lose filters one by one, and the stream keeps its
+            width (as in the paper). "remove": the coupled stream shrinks.
         exact_only: Whether to leave alone what cannot be removed without changing the rest of the network.
         min_kept: Share of its original filters that every group keeps at least, in [0, 1].
         scope: "global" ranks all filters together; "layer" ranks each group for itself.
@@ -72,8 +74,8 @@ class PruningCallback(PruningState):
         ignore: Layers and groups that stay whole, by name or by a prefix that ends before a dot ("network.layers.0").
         protect_stem: Whether an expanded layer that reads the images stays whole (the first conv of a ResNet, as in the
             paper).
-        temperature: Divisor of the logits while scoring, > 0. None: the measure's own (grasp 200, grad_preserve 1), else the
-            module's own loss as it is.
+        temperature: Divisor of the logits while scoring, > 0. None: the measure's own (grasp 200, grad_preserve 1),
+            else the module's own loss as it is.
         bias: Factor on each weight's summand of a gradient measure: "none", "magnitude" or "distance_from_init".
         keep_momentum: Whether to prune the optimizers' state along (True) or to drop it as in the paper (False). None:
             False, but True for biased_loss_tracked.
@@ -84,16 +86,16 @@ class PruningCallback(PruningState):
         track_order: "formula": gradient and weights of the same step. "published": the weights after the step.
         prune_lr: Learning rate to hold during warm-up and rounds, > 0. The module's own schedule continues unaffected.
         published_truncation: Whether to repeat the published code's truncation of the percentage kept.
-        loss_fn: ``loss_fn(module, batch)`` returns the scalar loss that gradients are taken of, in place of the module's
-            `training_step`. Required for manual optimization.
+        loss_fn: ``loss_fn(module, batch)`` returns the scalar loss that gradients are taken of, in place of the
+            module's `training_step`. Required for manual optimization.
         logits_fn: ``logits_fn(module, batch)`` returns (logits, labels), for a measure with a temperature of its own.
-        reset_best: Whether monitored ModelCheckpoints and EarlyStopping start anew at each round, so that "best" never refers
-            to the network before the cut.
+        reset_best: Whether monitored ModelCheckpoints and EarlyStopping start anew at each round, so that "best" never
+            refers to the network before the cut.
         evaluate_cuts: Whether to measure the validation accuracy right after each cut (classifiers only).
         unpruned_path: File in which to save the network as it is just before the first cut.
-        rows_path: CSV file with a row for every round, rewritten after each. None: pruning.csv in the Trainer's log_dir (its
-            default_root_dir if no logger has a folder), or pruning-v1.csv and so on beside the files of other runs. A resumed
-            run keeps the name that it had.
+        rows_path: CSV file with a row for every round, rewritten after each. None: pruning.csv in the Trainer's log_dir
+            (its default_root_dir if no logger has a folder), or pruning-v1.csv and so on beside the files of other
+            runs. A resumed run keeps the name that it had.
         seed: Seed of the batches to score on, and of the measure `random`.
 
     Attributes:
@@ -209,8 +211,10 @@ class PruningCallback(PruningState):
             self._rows_file.check_path(trainer, self.rows_path)
             if self.loss_fn is None and not training_step_returns_loss(pl_module):
                 raise SettingsError(
-                    f"PruningCallback: {type(pl_module).__name__} uses manual optimization or fetches its batches itself, so "
-                    "its `training_step` does not return the loss of a batch: set `loss_fn(module, batch)`, which returns the "
+                    f"PruningCallback: {type(pl_module).__name__} uses manual optimization or fetches its batches "
+                    "itself, so "
+                    "its `training_step` does not return the loss of a batch: set `loss_fn(module, batch)`, which "
+                    "returns the "
                     "scalar loss to score by."
                 )
             self._scoring = Scoring(self.scoring_settings)
@@ -291,7 +295,8 @@ class PruningCallback(PruningState):
         if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
             rank_zero_warn(
                 f"PruningCallback: training ended in epoch {trainer.current_epoch} after {self.rounds_done} of "
-                f"{self.schedule.num_rounds} rounds; the others were due at epochs {list(self.cut_epochs[self.rounds_done :])}."
+                f"{self.schedule.num_rounds} rounds; the others were due at epochs "
+                f"{list(self.cut_epochs[self.rounds_done :])}."
             )
 
     @override

@@ -134,7 +134,8 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """Further settings of a round: optimizer state, learning rate, evaluation and files. Fields as in `PruningCallback`.
+    """Further settings of a round: optimizer state, learning rate, evaluation and files. Fields as in
+    `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -279,7 +280,8 @@ class CutTimes:
             raise SettingsError(f"`epochs` must ascend, got {list(epochs)}.")
         if len(epochs) != self.num_rounds:
             raise SettingsError(
-                f"`epochs` names {len(epochs)} cuts, but there are {self.num_rounds} rounds: give one epoch for each round."
+                f"`epochs` names {len(epochs)} cuts, but there are {self.num_rounds} rounds: give one epoch for each "
+                "round."
             )
         if self.warmup_epochs or self.every_n_epochs != 1:
             raise SettingsError("`epochs` lists all cuts: leave `warmup_epochs` and `every_n_epochs` out.")
@@ -298,6 +300,8 @@ class CutTimes:
         last = self.epochs[-1]
         if max_epochs is not None and max_epochs >= 0 and last >= max_epochs:
             raise SettingsError(
-                f"The last of {self.num_rounds} rounds is due at the start of epoch {last} (counted from 0), but training "
-                f"ends after {max_epochs} epochs: set max_epochs to at least {last + 1}, or lower `rounds` or `warmup_epochs`."
+                f"The last of {self.num_rounds} rounds is due at the start of epoch {last} (counted from 0), but "
+                "training "
+                f"ends after {max_epochs} epochs: set max_epochs to at least {last + 1}, or lower `rounds` or "
+                "`warmup_epochs`."
             )

@@ -96,8 +96,8 @@ class PruningState(SettingAttributes, CarriesStructure):
             return "final"
         return "warmup" if epoch < self.cut_epochs[0] - self.times.every_n_epochs else "pruning"
 
-    # `on_save_checkpoint` in place of `state_dict`: with the latter, Lightning refuses two of these callbacks by a message
-    # of its own, before `setup` can say what to do.
+    # `on_save_checkpoint` in place of `state_dict`: with the latter, Lightning refuses two of these callbacks by a
+    # message of its own, before `setup` can say what to do.
 
     @override
     def on_save_checkpoint(
@@ -169,8 +169,10 @@ class PruningState(SettingAttributes, CarriesStructure):
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         if self.graph is not None and any(self.graph.shapes.get(name) != shape for name, shape in shapes.items()):
             raise SettingsError(
-                f"PruningCallback: this {type(module).__name__} has other shapes than the network that the callback has pruned "
-                f"({self.rounds_done} of {self.schedule.num_rounds} rounds): make a new PruningCallback for every network."
+                f"PruningCallback: this {type(module).__name__} has other shapes than the network that the callback "
+                "has pruned "
+                f"({self.rounds_done} of {self.schedule.num_rounds} rounds): make a new PruningCallback for every "
+                "network."
             )
 
     def _schedule_as_dict(self) -> dict[str, Any]:

@@ -143,8 +143,8 @@ class Round:
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> RoundRow:
         """Prune the module, and return the row of the round.
 
-        The module runs in evaluation mode, its side effects are undone, and random generators are restored. All ranks call
-        this at the same time, and cut by the plan of rank 0.
+        The module runs in evaluation mode, its side effects are undone, and random generators are restored. All ranks
+        call this at the same time, and cut by the plan of rank 0.
         """
         start, inputs, scoring = time.perf_counter(), self.inputs, self.inputs.scoring
         with isolated_rng(scoring.settings.seed, inputs.rounds_done, trainer.global_rank), torch.inference_mode(False):

@@ -90,7 +90,8 @@ class RoundRow:
         return (
             f"Round {self.round} of {num_rounds} by {self.measure} (epoch {self.epoch}): asked for "
             f"{self.fraction_asked:.1%} of the {target}, reached {self.fraction_reached:.1%}; "
-            f"{self.units_removed} units with {self.filters_removed} filters removed, {self.filters_left} filters left, "
+            f"{self.units_removed} units with {self.filters_removed} filters removed, {self.filters_left} filters "
+            "left, "
             f"{self.parameters:,} parameters, "
             f"{self.macs:,} multiply-accumulates; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
             + (f", accuracy after the cut {accuracy:.2%}" if not isinstance(accuracy, str) else "")
@@ -131,9 +132,10 @@ def count_removed(before: Iterable[ChannelGroup], after: Iterable[ChannelGroup])
 class RowsFile:
     """The CSV file of the rounds' rows, written anew by rank 0 after each round.
 
-    It is the file that the user chose, or else pruning.csv in the run's folder: the folder of a `RunRecorder`, the Trainer's
-    log_dir, or its default_root_dir, in this order. In the last two, the file of another run is never replaced: the name is
-    then pruning-v1.csv and so on. Nothing is written in a fast_dev_run, nor if the run's folder is on another machine.
+    It is the file that the user chose, or else pruning.csv in the run's folder: the folder of a `RunRecorder`, the
+    Trainer's log_dir, or its default_root_dir, in this order. In the last two, the file of another run is never
+    replaced: the name is then pruning-v1.csv and so on. Nothing is written in a fast_dev_run, nor if the run's folder
+    is on another machine.
 
     All ranks must call every method.
 
@@ -156,7 +158,8 @@ class RowsFile:
         problem = broadcast(trainer, _problem_with(Path(path)) if trainer.is_global_zero else None)
         if problem is not None:
             raise SettingsError(
-                f"PruningCallback: the rounds' rows cannot be written to `rows_path` '{os.fspath(path)}', since {problem}."
+                f"PruningCallback: the rounds' rows cannot be written to `rows_path` '{os.fspath(path)}', since "
+                f"{problem}."
             )
 
     def choose_name(self, trainer: pl.Trainer) -> None:
@@ -179,7 +182,8 @@ class RowsFile:
         except OSError as error:
             if not self._has_warned:
                 rank_zero_warn(
-                    f"PruningCallback: the rounds' rows cannot be written to '{os.fspath(path)}' ({error.strerror or error}); "
+                    f"PruningCallback: the rounds' rows cannot be written to '{os.fspath(path)}' "
+                    f"({error.strerror or error}); "
                     "training goes on, and the callback's `rows` and the loggers have them."
                 )
             self._has_warned = True

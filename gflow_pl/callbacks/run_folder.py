@@ -33,9 +33,9 @@ _METRIC_COLUMNS = (
 class RunRecorder(Callback):
     """Record one row for every training epoch, and write all rows to ``metrics.csv`` after each epoch.
 
-    A PruningCallback writes the rows of its rounds into the same folder. The rows of the epochs are in the recorder's state,
-    so a resumed run continues those of its parent. Test columns hold the metrics of the validation loader, which is the test
-    set unless the data module keeps a share of the training set for validation.
+    A PruningCallback writes the rows of its rounds into the same folder. The rows of the epochs are in the recorder's
+    state, so a resumed run continues those of its parent. Test columns hold the metrics of the validation loader, which
+    is the test set unless the data module keeps a share of the training set for validation.
 
     Args:
         folder: The run's folder.
@@ -174,7 +174,9 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """Return an epoch in one line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330 filters"."""
+    """Return an epoch in one line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330
+    filters".
+    """
     total = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
     parts = [
         f"{part} {row[f'{part}_accuracy']:.2%}" for part in ("train", "test") if row.get(f"{part}_accuracy") is not None

@@ -40,9 +40,9 @@ class LossAndNorm(NamedTuple):
 class Scoring:
     """Measures a module on batches of its training and validation data.
 
-    A round enters evaluation mode and `without_side_effects` once for all measurements before the cut, and once for those
-    after it: the methods that run the module rely on that. They take the `SideEffects` of that block where they run the
-    module twice, so that the first pass does not influence the second.
+    A round enters evaluation mode and `without_side_effects` once for all measurements before the cut, and once for
+    those after it: the methods that run the module rely on that. They take the `SideEffects` of that block where they
+    run the module twice, so that the first pass does not influence the second.
 
     Args:
         settings: The measure, its loss and its batches.
@@ -147,8 +147,10 @@ class Scoring:
             effects.undo()
             if not self._module_is_classifier:
                 rank_zero_info(
-                    f"PruningCallback: the forward pass of {type(module).__name__} and its batches do not give logits and "
-                    "labels, so filters are scored by the module's loss as it is, without a temperature, on batches that are "
+                    f"PruningCallback: the forward pass of {type(module).__name__} and its batches do not give logits "
+                    "and "
+                    "labels, so filters are scored by the module's loss as it is, without a temperature, on batches "
+                    "that are "
                     "not balanced over classes: set `logits_fn` to change that."
                 )
         return self._module_is_classifier
@@ -158,7 +160,8 @@ class Scoring:
     ) -> LossAndNorm:
         """Return the loss and the L2 norm of its gradient on one batch of each rank, averaged over the ranks.
 
-        ``.grad`` does not change. Every call draws the same random numbers, so that values before and after a cut compare.
+        ``.grad`` does not change. Every call draws the same random numbers, so that values before and after a cut
+        compare.
         """
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         with isolated_rng(self._settings.seed, rounds_done), torch.enable_grad():
@@ -207,7 +210,8 @@ class Scoring:
     def _report_custom_samplers(self, loaders: object, what: str) -> None:
         for name in custom_sampler_names(loaders):
             message = (
-                f"PruningCallback: {what} on the whole data set: the custom sampler {name} is ignored. To restrict the data "
+                f"PruningCallback: {what} on the whole data set: the custom sampler {name} is ignored. To restrict "
+                "the data "
                 "set, wrap it in a Subset."
             )
             if self._messages.is_new(message):

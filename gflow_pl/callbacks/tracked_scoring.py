@@ -53,13 +53,15 @@ def report_tracking(scoring: ScoringSettings, tracking: TrackingSettings, keep_m
     measure = scoring.measure
     if measure.is_tracked or tracking.track:
         rank_zero_info(
-            f"PruningCallback: {measure.name} with track {tracking.track}, bias {scoring.bias or measure.default_bias}, "
+            f"PruningCallback: {measure.name} with track {tracking.track}, bias "
+            f"{scoring.bias or measure.default_bias}, "
             f"keep_momentum {keep_momentum}."
         )
     uses_training_gradients = tracking.track and measure.needs_gradients and not measure.needs_hessian
     if uses_training_gradients and scoring.temperature is not None:
         rank_zero_warn(
-            f"PruningCallback: the temperature {scoring.temperature:g} has no effect, since tracked scores come from the "
+            f"PruningCallback: the temperature {scoring.temperature:g} has no effect, since tracked scores come from "
+            "the "
             "gradients of training as they are: leave `temperature` out, or set track to false."
         )
 
@@ -115,8 +117,8 @@ class StepGradients:
         tracker: The tracker.
         order: "formula" combines each gradient with the weights before its step; "published" with the weights after it,
             as the published code does.
-        reduce: Averages a tensor over the ranks. Gradients of parameters are averaged by DDP already; gradients of derived
-            weights, such as those of a parametrization, are not.
+        reduce: Averages a tensor over the ranks. Gradients of parameters are averaged by DDP already; gradients of
+            derived weights, such as those of a parametrization, are not.
     """
 
     def __init__(self, tracker: Tracker, order: TrackOrder, reduce: Reduce | None = None) -> None:
@@ -150,8 +152,8 @@ class StepGradients:
             module: The module.
             optimizer: The optimizer; parameters of other optimizers are left out.
             batch: The batch of the step.
-            scaler: Gradient scaler of the training. It skips a step whose gradients are not finite, so such a step is not
-                tracked either.
+            scaler: Gradient scaler of the training. It skips a step whose gradients are not finite, so such a step is
+                not tracked either.
         """
         # Gradients of this optimizer's parameters, and of the weights derived from them.
         wanted = set(self._wanted_names(module))

@@ -28,8 +28,8 @@ def code_location(*, innermost_line: bool = True) -> CodeLocation:
     are left out, except those of the layers in ``torch.nn``, and so are frames of the tracer.
 
     Args:
-        innermost_line: Whether to distinguish the lines of the innermost function. If False, its name takes the place of
-            the line, and all operators that it calls directly have the same location.
+        innermost_line: Whether to distinguish the lines of the innermost function. If False, its name takes the place
+            of the line, and all operators that it calls directly have the same location.
     """
     frames: list[tuple[str, int | str]] = []
     frame: FrameType | None = sys._getframe(1)

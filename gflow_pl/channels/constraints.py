@@ -48,7 +48,9 @@ class Auxiliary(Enum):
 
 
 Source = TensorDim | SizeAttribute | Auxiliary
-"""What a range of labels was created for: the positions of a tensor, the units of a count that a module keeps, or neither."""
+"""What a range of labels was created for: the positions of a tensor, the units of a count that a module keeps, or
+neither.
+"""
 
 
 class BoundaryKey(NamedTuple):
@@ -212,7 +214,8 @@ class Constraints:
 def _merge_roots(root: Labels, edges: list[tuple[Labels, Labels]]) -> Labels:
     """Return the roots after these edges are added.
 
-    In every pass the larger root of an edge is pointed to the smaller one, then all pointers are followed to their ends.
+    In every pass the larger root of an edge is pointed to the smaller one, then all pointers are followed to their
+    ends.
 
     Args:
         root: (labels,) roots without the edges; changed in place.

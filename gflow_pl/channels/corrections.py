@@ -30,8 +30,8 @@ class Correction:
         reason: Why the labels are frozen.
         site: Site whose next choice is made, or None.
         operator: Operator whose labels are frozen if there is no site.
-        freezes_rest: Whether the labels of all later operators of that pass are frozen, too, because their sizes depend on
-            values.
+        freezes_rest: Whether the labels of all later operators of that pass are frozen, too, because their sizes depend
+            on values.
     """
 
     reason: str
@@ -46,10 +46,10 @@ class Corrections:
 
     Attributes:
         choices: Site to the number of the choice to make there.
-        frozen_operators: Operator to the reason why its labels are frozen, together with the labels of all operators that are
-            called from the same place in the code.
-        ends: For every mode (True = training), the number of the first operator from which on all labels are frozen, and the
-            reason.
+        frozen_operators: Operator to the reason why its labels are frozen, together with the labels of all operators
+            that are called from the same place in the code.
+        ends: For every mode (True = training), the number of the first operator from which on all labels are frozen,
+            and the reason.
     """
 
     choices: dict[ChoiceSite, int] = field(default_factory=dict)

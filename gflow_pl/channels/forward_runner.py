@@ -35,8 +35,8 @@ class ForwardRunner:
         model: The network.
         args: Positional arguments of the forward.
         meta: Whether placeholders and inputs are on the meta device, so that nothing is computed.
-        doubled: Whether inputs that hold one example are doubled: in training mode, a batch norm refuses a single value per
-            channel.
+        doubled: Whether inputs that hold one example are doubled: in training mode, a batch norm refuses a single value
+            per channel.
         num_examples: Number of examples in the inputs.
         inputs: The tensors among the arguments, as they are passed to the forward.
         modules: Every module under its first name.
@@ -125,7 +125,8 @@ class ForwardRunner:
 
     @contextmanager
     def placeholders_set(self, placeholders: Mapping[int, Tensor], training: bool) -> Iterator[None]:
-        """Replace the model's tensors by placeholders for the block, and restore the model and all generators afterwards.
+        """Replace the model's tensors by placeholders for the block, and restore the model and all generators
+        afterwards.
 
         Args:
             placeholders: id of a real tensor to its placeholder.

@@ -57,8 +57,8 @@ class LabelTable:
     ) -> None:
         """Replace the entry of a tensor, see `TensorInfo`.
 
-        If an operator writes other values than zeros into a view, the tensor that it is a view of has no zero dimensions
-        any more.
+        If an operator writes other values than zeros into a view, the tensor that it is a view of has no zero
+        dimensions any more.
         """
         zeros = frozenset(zero_dims)
         known = self._infos.get(id(tensor))

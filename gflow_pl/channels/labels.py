@@ -23,7 +23,8 @@ class TensorInfo:
         labels: For every dimension, the labels of its positions.
         zero_dims: Dimensions along which the slice of a removed unit is zero in the masked network.
         is_activation: Whether the tensor depends on the input of the network.
-        is_uniform: Whether all elements are one number, so that the tensor can take any size (`torch.zeros`, for example).
+        is_uniform: Whether all elements are one number, so that the tensor can take any size (`torch.zeros`, for
+            example).
     """
 
     labels: DimLabels

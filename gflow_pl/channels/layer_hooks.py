@@ -61,8 +61,8 @@ def _is_channel_norm(module: nn.Module) -> bool:
 class LayerHooks:
     """The hooks of one recorded forward pass.
 
-    They tell the recorder which module is running, and write into the record what the layers show. Each layer's output gets
-    a `Boundary`: the layer knows its channels by the inner labels, everything that reads them by the outer ones.
+    They tell the recorder which module is running, and write into the record what the layers show. Each layer's output
+    gets a `Boundary`: the layer knows its channels by the inner labels, everything that reads them by the outer ones.
 
     Args:
         record: The record to fill.
@@ -205,7 +205,8 @@ class LayerHooks:
             for dim, labels in enumerate(self._table.info(tensor).labels):
                 if labels is not None:
                     self._constraints.freeze(labels, "the model's output")
-                    # Channels that were reshaped into the batch dimension are frozen, but do not make their layer an output.
+                    # Channels that were reshaped into the batch dimension are frozen, but do not make their layer an
+                    # output.
                     if dim or tensor.ndim == 1:
                         self._record.outputs.append(labels)
             self._recorder.readers.get(id(tensor), []).append("")

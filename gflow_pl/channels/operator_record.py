@@ -25,15 +25,17 @@ class OperatorRecord:
         name: Name of the operator.
         numbers: All plain numbers among its arguments.
         shapes: Shapes of its outputs.
-        output_labels: For every output, the labels of its dimensions; None for a uniform output, which can have any size.
+        output_labels: For every output, the labels of its dimensions; None for a uniform output, which can have any
+            size.
         all_labels: All label vectors of its operands and outputs.
         module: Name of the module whose forward called it.
         site: Where a rule made a choice and has alternatives left, or None.
         choices_left: Number of alternatives left at that site.
-        expected_counts: (argument position, labels): this argument has to equal the number of these labels that are kept.
+        expected_counts: (argument position, labels): this argument has to equal the number of these labels that are
+            kept.
         location: Where in the user's code it was called; None if locations were not recorded.
-        operand_shapes: Shapes of its operands if the values of its outputs follow from these sizes alone (a sum of ones),
-            else None.
+        operand_shapes: Shapes of its operands if the values of its outputs follow from these sizes alone (a sum of
+            ones), else None.
         is_data_dependent: Whether the sizes of its outputs may depend on the values of its operands.
         output: Its output, kept if the verification is to continue with it instead of calling the operator.
     """

@@ -47,7 +47,8 @@ class PlaceholderMode(TorchDispatchMode):
     Attributes:
         module_stack: Names and modules whose forward is running, outermost first.
         module_inputs: The first argument of each of these modules; None if it is no tensor.
-        keep_alive: Objects that are kept because dictionaries refer to them by id, which is unique only while they live.
+        keep_alive: Objects that are kept because dictionaries refer to them by id, which is unique only while they
+            live.
         constant_placeholders: ids of the placeholders of constants.
     """
 

@@ -44,8 +44,8 @@ class ReplayMode(PlaceholderMode):
 
     Attributes:
         differing: Numbers of the operators that were called with another plain number than at full shapes.
-        is_in_operator: Whether an operator is running; after an error, whether an operator or the code between two of them
-            raised it.
+        is_in_operator: Whether an operator is running; after an error, whether an operator or the code between two of
+            them raised it.
     """
 
     def __init__(

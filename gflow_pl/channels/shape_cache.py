@@ -21,10 +21,10 @@ class ShapeCache:
     """Runs operators on meta tensors, and remembers the shapes of their outputs by the shapes of their inputs.
 
     Networks repeat their blocks and a trace repeats the forward, so most calls are repetitions. Only operators whose
-    outputs share no memory with their inputs are remembered; views and in-place writes always run. For the most frequent
-    operators, functions in this file compute the shapes: torch's meta kernels are Python programs of many operators, and
-    slower. Where the arguments are unusual, these functions return None, and torch is called after all, which also raises
-    its own errors for arguments that do not fit.
+    outputs share no memory with their inputs are remembered; views and in-place writes always run. For the most
+    frequent operators, functions in this file compute the shapes: torch's meta kernels are Python programs of many
+    operators, and slower. Where the arguments are unusual, these functions return None, and torch is called after all,
+    which also raises its own errors for arguments that do not fit.
     """
 
     def __init__(self) -> None:
@@ -65,8 +65,8 @@ class _OperatorTraits(NamedTuple):
     """What is known of an operator before it is called.
 
     Attributes:
-        keeps_shape: For in-place operators: returns whether, for these arguments, the first one is returned unchanged in
-            shape, so that nothing has to be computed.
+        keeps_shape: For in-place operators: returns whether, for these arguments, the first one is returned unchanged
+            in shape, so that nothing has to be computed.
         returns_new: Whether its outputs share no memory with its inputs.
         shape_function: Computes the template of its output, or None.
     """
@@ -149,7 +149,9 @@ def _arithmetic(a: object, b: object, *more: object) -> Template | None:
 
 
 def _arithmetic_keeps_shape(x: Tensor, other: object, *more: object) -> bool:
-    """Return whether in-place arithmetic is certain to succeed: with a number, or with a tensor of equal shape and dtype."""
+    """Return whether in-place arithmetic is certain to succeed: with a number, or with a tensor of equal shape and
+    dtype.
+    """
     if isinstance(other, Tensor):
         return other.shape == x.shape and other.dtype == x.dtype and x.is_floating_point()
     return (

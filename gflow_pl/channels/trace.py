@@ -33,27 +33,29 @@ def trace_channels(
 ) -> ChannelGraph:
     """Find out which channels of a network belong together and can be removed, for any module and without hints.
 
-    The trace records all operators of a forward in training mode and of one in evaluation mode. A rule for every operator
-    tells which channels of its outputs depend on which channels of its inputs. Then the trace verifies the result: it runs
-    the network at smaller shapes, and freezes channels where a size does not come out as predicted. Both run on meta tensors,
-    where nothing is computed, unless the forward looks at values. The model and all random generators are restored
-    afterwards.
+    The trace records all operators of a forward in training mode and of one in evaluation mode. A rule for every
+    operator tells which channels of its outputs depend on which channels of its inputs. Then the trace verifies the
+    result: it runs the network at smaller shapes, and freezes channels where a size does not come out as predicted.
+    Both run on meta tensors, where nothing is computed, unless the forward looks at values. The model and all random
+    generators are restored afterwards.
 
     Args:
         model: The network; a LightningModule is traced through its `forward`.
-        example_inputs: Input of the forward: a tuple holds the positional arguments, anything else is the only argument.
-            Only shapes and dtypes matter, unless the forward looks at values.
-        residual: ``"expand"``: every layer that writes into a residual stream loses filters independently, and the stream
-            keeps its width. ``"remove"``: the stream shrinks, and all layers that write into it lose the same channels.
+        example_inputs: Input of the forward: a tuple holds the positional arguments, anything else is the only
+            argument. Only shapes and dtypes matter, unless the forward looks at values.
+        residual: ``"expand"``: every layer that writes into a residual stream loses filters independently, and the
+            stream keeps its width. ``"remove"``: the stream shrinks, and all layers that write into it lose the same
+            channels.
         exact_only: Whether to freeze units whose removal changes what the remaining channels compute.
-        frozen: ``"expand"``: layers that could not lose any filter otherwise are expanded. ``"keep"``: they stay as they are.
+        frozen: ``"expand"``: layers that could not lose any filter otherwise are expanded. ``"keep"``: they stay as
+            they are.
 
     Returns:
         The graph: groups of units, and the reason for every layer that is frozen.
 
     Raises:
-        SettingsError: `residual` or `frozen` has an unknown value, or a lazy layer of the model has no shape yet. A model
-            that cannot be followed does not raise; its layers are frozen.
+        SettingsError: `residual` or `frozen` has an unknown value, or a lazy layer of the model has no shape yet. A
+            model that cannot be followed does not raise; its layers are frozen.
 
     Example:
         >>> import torch
@@ -103,9 +105,9 @@ def _trace(
 def _first_record(model: nn.Module, args: tuple[object, ...]) -> tuple[ForwardRunner, Record]:
     """Return the first runner whose forward works in both modes, with its record.
 
-    Meta tensors come first, because nothing is computed on them; then real tensors, for forwards that look at values. Inputs of
-    one example are doubled at first, because batch norms may refuse them in training mode. If every forward fails, the
-    runner with the fewest errors is returned.
+    Meta tensors come first, because nothing is computed on them; then real tensors, for forwards that look at values.
+    Inputs of one example are doubled at first, because batch norms may refuse them in training mode. If every forward
+    fails, the runner with the fewest errors is returned.
     """
     attempts = []
     for meta in (True, False):

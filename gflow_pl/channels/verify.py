@@ -29,8 +29,8 @@ InexactLabels = list[tuple[Labels, str]]
 class Verifier:
     """Trial removals of some units of every group.
 
-    A trial runs the forward in both modes without the removed units, and compares every operator with its record: the sizes
-    of its outputs have to be those that the labels predict.
+    A trial runs the forward in both modes without the removed units, and compares every operator with its record: the
+    sizes of its outputs have to be those that the labels predict.
 
     Args:
         runner: The model and its inputs.
@@ -65,8 +65,8 @@ class Verifier:
     def find_inexact(self) -> tuple[InexactLabels, Correction | None]:
         """Find labels whose removal changes a plain number that an operator is called with (such as a scale).
 
-        Call it after `check_shapes`, whose first trial it continues: the units known to be inexact are excluded, and the
-        trial is repeated until no number differs any more.
+        Call it after `check_shapes`, whose first trial it continues: the units known to be inexact are excluded, and
+        the trial is repeated until no number differs any more.
 
         Returns:
             The inexact labels beyond those of the record; and the correction that a repeated trial called for, if any.
@@ -129,7 +129,8 @@ class Verifier:
     def _choose_removed(self, exact_only: bool, inexact: InexactLabels, trial: int) -> Labels:
         """Choose the units to remove, and note in `_is_skipped` the inexact ones that stay.
 
-        Trial 0 removes a share of every group, trial 1 one unit of every group, trial 2 units of about half of the groups.
+        Trial 0 removes a share of every group, trial 1 one unit of every group, trial 2 units of about half of the
+        groups.
 
         Returns:
             (labels,) whether a label is removed.
@@ -155,8 +156,8 @@ class Verifier:
     def _correction_for(self, index: OperatorIndex, error: Exception, *, is_between: bool) -> Correction:
         """Return what the next recording has to do differently, given an error of a trial.
 
-        Preferably another choice near the error; without one, the labels of the nearest operator with removable channels
-        are frozen.
+        Preferably another choice near the error; without one, the labels of the nearest operator with removable
+        channels are frozen.
 
         Args:
             index: The operator that failed, or the next one after the error.

@@ -20,8 +20,8 @@ def measure_accuracies(
     """Measure the accuracy on the test data and, if the data module has `plain_train_dataloader`, on the training data.
 
     Returns:
-        ``test_accuracy`` and ``train_accuracy`` in [0, 1], in the form of the arguments of `Size.report`. An accuracy is
-        None if the module logs none.
+        ``test_accuracy`` and ``train_accuracy`` in [0, 1], in the form of the arguments of `Size.report`. An accuracy
+        is None if the module logs none.
     """
     with _whole_test_set_on_every_rank(datamodule, trainer):
         test = trainer.test(module, datamodule=datamodule)
@@ -43,9 +43,10 @@ def _logged_accuracy(results: list[Mapping[str, float]] | None) -> float | None:
 def _whole_test_set_on_every_rank(datamodule: pl.LightningDataModule, trainer: pl.Trainer) -> Iterator[None]:
     """Test on all images in every process, if the data module leaves the distribution of its images to Lightning.
 
-    Lightning repeats images so that all ranks have equally many; the repeated images would count twice. Unequal parts are
-    no alternative: Lightning weights its means over ranks by the batch size, and a module that logs without `sync_dist`
-    logs the mean of its own part. Data modules that distribute their images themselves, such as ours, do not change.
+    Lightning repeats images so that all ranks have equally many; the repeated images would count twice. Unequal parts
+    are no alternative: Lightning weights its means over ranks by the batch size, and a module that logs without
+    `sync_dist` logs the mean of its own part. Data modules that distribute their images themselves, such as ours, do
+    not change.
     """
     if trainer.world_size == 1:
         yield

@@ -18,11 +18,11 @@ from gflow_pl.callbacks.lightning.ranks import is_first_process
 from gflow_pl.callbacks.lightning.training_loss import batch_inputs
 from gflow_pl.callbacks.lightning.unsupported import check_supported
 from gflow_pl.cli.checkpoint_settings import network_name, take_settings_from_checkpoint
-from gflow_pl.cli.checks import check_before_start, check_network
 from gflow_pl.cli.claimed_folder import ClaimedFolder
 from gflow_pl.cli.comparison import UnprunedNetwork, report
 from gflow_pl.cli.default_classes import chosen_class_paths
 from gflow_pl.cli.parser import OneSentenceParser
+from gflow_pl.cli.run_checks import check_before_start, check_network
 from gflow_pl.cli.run_output import (
     copy_unpruned_network,
     output_callbacks,

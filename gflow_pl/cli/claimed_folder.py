@@ -27,8 +27,8 @@ class ClaimedFolder:
     def claim(self, root: str, name: str) -> Path:
         """Create a new folder in `root`: `name`, or the first of name-2, name-3, ... that does not exist.
 
-        Only the first process creates a folder. Processes that Lightning starts use the folder of the first process. Processes
-        that torchrun, SLURM or the user start write nothing, so for them the name alone is enough.
+        Only the first process creates a folder. Processes that Lightning starts use the folder of the first process.
+        Processes that torchrun, SLURM or the user start write nothing, so for them the name alone is enough.
 
         Raises:
             SettingsError: The folder cannot be written, or `name` is not the name of one folder.
@@ -70,7 +70,8 @@ def _new_folder(root: Path, name: str) -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise SettingsError(
-                    f"The output folder '{folder}' cannot be created because a file has that name: choose another --out."
+                    f"The output folder '{folder}' cannot be created because a file has that name: choose another "
+                    "--out."
                 ) from None
             number += 1
         except OSError as error:

@@ -59,7 +59,8 @@ def report(
     base: str | None = None,
     counts_only: bool = False,
 ) -> None:
-    """Compare the size and accuracy of a module with its unpruned self; print a table and write report.json and layers.png.
+    """Compare the size and accuracy of a module with its unpruned self; print a table and write report.json and
+    layers.png.
 
     Args:
         trainer: Runs the tests.

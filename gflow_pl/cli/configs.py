@@ -49,5 +49,6 @@ def _config_path(name: str) -> str:
     close = difflib.get_close_matches(stem, shipped, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise SettingsError(
-        f"There is no settings file '{name}', neither at that path nor among the shipped ones: {', '.join(shipped)}.{hint}"
+        f"There is no settings file '{name}', neither at that path nor among the shipped ones: "
+        f"{', '.join(shipped)}.{hint}"
     )

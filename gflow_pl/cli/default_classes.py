@@ -14,11 +14,11 @@ __all__ = ["chosen_class_paths", "full_class_path"]
 def chosen_class_paths(arguments: Sequence[str], base_classes: Mapping[str, type]) -> dict[str, str]:
     """Return the class path that the arguments choose for every key, such as ``model`` and ``data``.
 
-    The defaults of the parser must name these classes before it parses: jsonargparse fills in the default class with all
-    its default values first, and a class that is chosen later would inherit the values of equal name.
+    The defaults of the parser must name these classes before it parses: jsonargparse fills in the default class with
+    all its default values first, and a class that is chosen later would inherit the values of equal name.
 
-    Values are searched where the parser finds them: ``--model CLASS``, ``--model FILE``, ``--model.class_path CLASS`` and
-    settings files after ``--config``, the last one first. What cannot be read or imported is left to the parser to
+    Values are searched where the parser finds them: ``--model CLASS``, ``--model FILE``, ``--model.class_path CLASS``
+    and settings files after ``--config``, the last one first. What cannot be read or imported is left to the parser to
     report.
 
     Args:

@@ -21,7 +21,8 @@ from gflow_pl.common.errors import SettingsError
 __all__ = ["run"]
 
 _BUG_REPORT = (
-    "gflow: this error is a bug in gflow_pl or in a class that your settings name. If it is in gflow_pl, please report it in "
+    "gflow: this error is a bug in gflow_pl or in a class that your settings name. If it is in gflow_pl, please "
+    "report it in "
     "the issue tracker of the project, with the lines above, the command and these versions: "
     f"gflow_pl {gflow_pl.__version__}, "
     f"torch {torch.__version__}, pytorch-lightning {pl.__version__}."
@@ -31,8 +32,8 @@ _BUG_REPORT = (
 def run(arguments: list[str]) -> int:
     """Run one command.
 
-    Processes of further ranks are started by Lightning with the command line of this process (`sys.argv`). In the ``gflow``
-    command that is the same command again; a script that calls this function is started as a whole.
+    Processes of further ranks are started by Lightning with the command line of this process (`sys.argv`). In the
+    ``gflow`` command that is the same command again; a script that calls this function is started as a whole.
 
     Args:
         arguments: The command and its options.

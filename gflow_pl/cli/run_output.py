@@ -55,7 +55,10 @@ def output_callbacks(command: str, settings: Namespace, folder: Path) -> list[Ca
 
 
 def writes_progress_bar(callbacks: Sequence[Callback]) -> bool:
-    """Return whether one of the callbacks is a progress bar. Without a terminal, the recorder prints a line per epoch."""
+    """Return whether one of the callbacks is a progress bar.
+
+    Without a terminal, the recorder prints a line per epoch.
+    """
     return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 

@@ -1,4 +1,6 @@
-"""Checks of single settings; each raises a `SettingsError` that names the setting, what was expected and what was given."""
+"""Checks of single settings; each raises a `SettingsError` that names the setting, what was expected and what was
+given.
+"""
 
 from __future__ import annotations
 

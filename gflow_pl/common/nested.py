@@ -24,8 +24,8 @@ def iter_tensors(value: object) -> Iterator[Tensor]:
     """Yield every tensor in a value; a tensor that can be reached in several ways may be yielded several times.
 
     Searches lists, tuples, dicts and every other container that `torch.utils._pytree` knows, other mappings and
-    collections, and the attributes of any other object (data classes, images with annotations, ...). Modules, classes and
-    functions are not searched.
+    collections, and the attributes of any other object (data classes, images with annotations, ...). Modules, classes
+    and functions are not searched.
     """
     seen: set[int] = set()
     queue: deque[object] = deque([value])
@@ -46,8 +46,8 @@ def iter_tensors(value: object) -> Iterator[Tensor]:
 def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
     """Return a copy of a nested value with `change` applied to every tensor in it.
 
-    Containers and objects that hold tensors are copied, everything else is shared. An object that cannot be copied stays
-    as it is, with its tensors unchanged.
+    Containers and objects that hold tensors are copied, everything else is shared. An object that cannot be copied
+    stays as it is, with its tensors unchanged.
     """
     copies: dict[int, Any] = {}
 

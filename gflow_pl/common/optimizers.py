@@ -24,10 +24,10 @@ OptimizerLike = Optimizer | OptimizerWrapper
 def unwrap_optimizer(optimizer: OptimizerLike) -> Optimizer:
     """Return the torch optimizer whose state and attributes training uses.
 
-    Some wrappers pass for an optimizer themselves: the ``LightningOptimizer`` of ``module.optimizers()`` is an instance of
-    the wrapped class and forwards what is read, but an attribute that is set on it does not reach the wrapped optimizer.
-    Such a wrapper shares its state with the optimizer inside. An optimizer that holds another one and keeps state of its
-    own (Lookahead, for example) is no wrapper and is returned as it is.
+    Some wrappers pass for an optimizer themselves: the ``LightningOptimizer`` of ``module.optimizers()`` is an instance
+    of the wrapped class and forwards what is read, but an attribute that is set on it does not reach the wrapped
+    optimizer. Such a wrapper shares its state with the optimizer inside. An optimizer that holds another one and keeps
+    state of its own (Lookahead, for example) is no wrapper and is returned as it is.
 
     Args:
         optimizer: A torch optimizer, or a wrapper that holds one as ``.optimizer``.

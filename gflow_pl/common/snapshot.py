@@ -37,8 +37,8 @@ class ModuleSnapshot:
 
     `restore` can be called any number of times. It restores:
 
-    - every attribute, including parameters, buffers, hooks and the training flag: attributes that were added are deleted,
-      attributes that were replaced or deleted get their former value back;
+    - every attribute, including parameters, buffers, hooks and the training flag: attributes that were added are
+      deleted, attributes that were replaced or deleted get their former value back;
     - the items of the lists, dicts, sets and deques among the attributes, in place;
     - the state of the random generators among the attributes;
     - with `copy_tensors`, the values of buffers and of tensors that are plain attributes, in place.
@@ -51,8 +51,8 @@ class ModuleSnapshot:
         exclude: Names of attributes that are neither saved nor restored.
         nested: Whether containers inside containers are saved, too. False bounds the cost for modules that keep a data
             set: only the attributes themselves and the buffers are visited.
-        copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and restored.
-            Writes through ``tensor.data`` are not noticed.
+        copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and
+            restored. Writes through ``tensor.data`` are not noticed.
 
     Attributes:
         tensors: The buffers and other tensors found that are not parameters.
@@ -144,8 +144,8 @@ class TensorSnapshot:
         """Restore the values, also where the tensor was resized or its storage was replaced.
 
         Args:
-            compare: Whether to look for changes by values as well, which finds writes through ``tensor.data`` but makes the
-                host wait for the device. The version counter finds all other writes.
+            compare: Whether to look for changes by values as well, which finds writes through ``tensor.data`` but makes
+                the host wait for the device. The version counter finds all other writes.
         """
         tensor, values = self._tensor, self._values
         if tensor.shape != values.shape:

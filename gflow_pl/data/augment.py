@@ -1,7 +1,7 @@
 """Augmentation and normalization: from uint8 images to the input of a network.
 
-All operations work on batches, on the device of the images. Random numbers are drawn on the CPU, so that they do not depend
-on the device.
+All operations work on batches, on the device of the images. Random numbers are drawn on the CPU, so that they do not
+depend on the device.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class ToInputs:
         """Return normalized images (batch, channels, height, width) and labels (batch,).
 
         Args:
-            batch: A pair of uint8 images (batch, channels, height, width) and labels (batch,), or a list of pairs of one
-                image and one label.
+            batch: A pair of uint8 images (batch, channels, height, width) and labels (batch,), or a list of pairs of
+                one image and one label.
         """
         images, labels = default_collate(batch) if isinstance(batch, list) else batch
         if self.augment:

@@ -69,7 +69,10 @@ class _CIFAR(ImageDataModule):
             raise SettingsError(self._missing_data_message("is not"))
 
     def prepare_data(self) -> None:
-        """Download the archive if it is missing and `download` is true. Lightning calls this in one process on each machine."""
+        """Download the archive if it is missing and `download` is true.
+
+        Lightning calls this in one process on each machine.
+        """
         self.check_data()
         if self.download:
             try:
@@ -98,7 +101,8 @@ class _CIFAR(ImageDataModule):
         """Return the message that the data is missing or damaged, with ways to get it."""
         folder = Path(self.root) / self.dataset.base_folder
         return (
-            f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or unpack "
+            f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or "
+            "unpack "
             f"{self.dataset.filename} in '{self.root}', or set --data.root to the folder that contains "
             f"{self.dataset.base_folder}/."
         )

@@ -41,8 +41,8 @@ class ImageDataModule(pl.LightningDataModule):
         image_size: Side of the images in pixels.
         class_names: Names of the classes; by default their numbers.
         batch_size: Number of images in a batch, for each process.
-        val_fraction: Share of the training images held out for validation, in [0, 1). With 0, the validation images are the
-            test images.
+        val_fraction: Share of the training images held out for validation, in [0, 1). With 0, the validation images are
+            the test images.
         num_workers: Worker processes of a loader. None means 0 for images in memory, else one for each CPU, at most 4.
         seed: Seed for the choice of the images held out.
 

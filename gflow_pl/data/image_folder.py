@@ -40,12 +40,13 @@ class ImageFolder(ImageDataModule):
             batch_size: Number of images in a batch, for each process.
             val_fraction: Share of the training images held out for validation, in [0, 1). With 0, as published, the
                 validation images are the test images: the best epoch is then chosen on test data.
-            num_workers: Worker processes of a loader; null means one for each CPU, at most 4. The augmentation depends on
-                their number.
+            num_workers: Worker processes of a loader; null means one for each CPU, at most 4. The augmentation depends
+                on their number.
             seed: Seed for the choice of the images held out. Shuffling and augmentation use the seed of the run.
 
         Raises:
-            SettingsError: `root`, ``train/`` or ``test/`` is missing or has no classes, or the classes of the two differ.
+            SettingsError: `root`, ``train/`` or ``test/`` is missing or has no classes, or the classes of the two
+                differ.
         """
         if image_size < 1:
             raise SettingsError(f"`image_size` must be at least 1 pixel, got {image_size}.")

@@ -35,7 +35,10 @@ class ImageSet(Dataset[LabelledImages]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledImages:
-        """Return images (batch, 3, height, width) and labels (batch,). A `DataLoader` calls this instead of `__getitem__`."""
+        """Return images (batch, 3, height, width) and labels (batch,).
+
+        A `DataLoader` calls this instead of `__getitem__`.
+        """
         raise NotImplementedError
 
     def subset(self, indices: Tensor) -> ImageSet:

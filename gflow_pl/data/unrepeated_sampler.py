@@ -13,8 +13,8 @@ __all__ = ["UnrepeatedSampler", "even_batch_size"]
 class UnrepeatedSampler(DistributedSampler[Any]):
     """Distributed sampler that returns every image once, in order.
 
-    The sampler that Lightning would add repeats images until all ranks have equally many, and these images count twice in
-    an accuracy. Here the numbers differ by up to one.
+    The sampler that Lightning would add repeats images until all ranks have equally many, and these images count twice
+    in an accuracy. Here the numbers differ by up to one.
 
     Args:
         dataset: Data set with a length.
@@ -34,9 +34,11 @@ class UnrepeatedSampler(DistributedSampler[Any]):
 
 
 def even_batch_size(batch_size: int, num_images: int, num_ranks: int) -> int:
-    """Return the largest batch size, up to `batch_size`, at which all ranks have equally many batches; 0 if there is none.
+    """Return the largest batch size, up to `batch_size`, at which all ranks have equally many batches; 0 if there is
+    none.
 
-    DistributedDataParallel synchronizes buffers in every forward, so a rank with one more batch than the others would block.
+    DistributedDataParallel synchronizes buffers in every forward, so a rank with one more batch than the others would
+    block.
 
     Args:
         batch_size: Upper bound.

@@ -4,15 +4,17 @@ The activations of a layer are found during the forward pass, from the tensors t
 
 1. They start as the output of the layer.
 2. If the first operator that reads this tensor is a norm, they become the output of the norm.
-3. If the first operator that reads the resulting tensor is a non-linearity, they become the output of the non-linearity.
+3. If the first operator that reads the resulting tensor is a non-linearity, they become the output of the
+  non-linearity.
 
 Norms and non-linearities are recognized as modules (`nn.BatchNorm2d`, `nn.ReLU`, and modules of other packages without
-parameters that keep the shape of their input) and as functions (`F.relu`, `torch.relu_`, `Tensor.clamp`, `F.batch_norm`,
-...), in place or not. Dropout and `nn.Identity`, which return their input in evaluation mode, are skipped.
+parameters that keep the shape of their input) and as functions (`F.relu`, `torch.relu_`, `Tensor.clamp`,
+`F.batch_norm`, ...), in place or not. Dropout and `nn.Identity`, which return their input in evaluation mode, are
+skipped.
 
 If another operator reads the tensor first, the activations are those found so far. In a residual block, for instance,
-the norm behind the last convolution is read by an addition, so the activations of that convolution are the output of the
-norm, before any non-linearity. A custom `torch.autograd.Function` cannot be observed and is treated like that, too.
+the norm behind the last convolution is read by an addition, so the activations of that convolution are the output of
+the norm, before any non-linearity. A custom `torch.autograd.Function` cannot be observed and is treated like that, too.
 """
 
 from __future__ import annotations

@@ -46,10 +46,10 @@ class Importance(ABC):
     Attributes:
         name: Name in settings, logs and messages.
         aliases: Other names that are accepted.
-        statistic: Content of `flow`. "weights": the weights; no batch is read. "noise": one uniform number in [0, 1) for
-            each filter, from a private generator. "gradient": the mean gradient g of the loss. "squared_gradient": the
-            mean over batches of the squared gradient of a batch. "hessian_product": the product H g of the Hessian and
-            the gradient. "activation": one number for each filter, see `ActivationImportance`.
+        statistic: Content of `flow`. "weights": the weights; no batch is read. "noise": one uniform number in [0, 1)
+            for each filter, from a private generator. "gradient": the mean gradient g of the loss. "squared_gradient":
+            the mean over batches of the squared gradient of a batch. "hessian_product": the product H g of the Hessian
+            and the gradient. "activation": one number for each filter, see `ActivationImportance`.
         reads: "weight" for the weight of the layer, "norm" for weight and bias of the norm that follows it. A layer
             without a norm is treated as if a norm of weight 1 and bias 0 followed.
         is_signed: Whether scores can be negative.
@@ -61,8 +61,8 @@ class Importance(ABC):
         needs_batches: Derived from `statistic`: whether batches are read.
         needs_gradients: Derived from `statistic`: whether batches and first-order gradients are needed.
         needs_hessian: Derived from `statistic`: whether Hessian-gradient products are needed.
-        needs_own_pass: Derived from `statistic`: whether every tracked step needs a separate pass, because the gradients of
-            training do not contain the statistic.
+        needs_own_pass: Derived from `statistic`: whether every tracked step needs a separate pass, because the
+            gradients of training do not contain the statistic.
         needs_labels: Derived from `statistic`: whether samples are balanced over the classes, if there are labels.
     """
 
@@ -102,7 +102,9 @@ class Importance(ABC):
         """
 
     def finish(self, total: FilterVector) -> FilterVector:
-        """Return the scores, (filters,), computed from the sums of the contributions, (filters,); here the sums themselves."""
+        """Return the scores, (filters,), computed from the sums of the contributions, (filters,); here the sums
+        themselves.
+        """
         return total
 
     def __repr__(self) -> str:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 Batch: TypeAlias = Any
 """Whatever a loader yields: usually (inputs, targets), in general tensors in any nested containers."""
 
-# On a CPU, a Hessian-gradient product of 32 images takes 12 % less time per image than one of 128, thanks to the caches.
+# On a CPU, a Hessian-gradient product of 32 images takes 12 % less time per image than one of 128, thanks to the
+# caches.
 _CPU_BATCH = 32
 
 

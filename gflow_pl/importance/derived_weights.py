@@ -20,8 +20,8 @@ class DerivedWeightGradients:
     """Gradients of the weights that a parametrization or a hook derives from other parameters.
 
     `backward` stores a gradient for parameters only. Therefore a tensor of zeros that requires a gradient is added to
-    each derived weight where it is computed. The ``.grad`` of these zeros is the gradient of the weight, summed over all
-    its uses and over all batches of a step, like the gradient of a parameter. It is wrong only if gradients are
+    each derived weight where it is computed. The ``.grad`` of these zeros is the gradient of the weight, summed over
+    all its uses and over all batches of a step, like the gradient of a parameter. It is wrong only if gradients are
     discarded without a step.
 
     Args:

@@ -10,8 +10,8 @@ __all__ = ["Fisher", "NvidiaTaylor"]
 class Fisher(Importance):
     """Diagonal Fisher information: ``sum theta^2 q``, with q the mean over batches of the squared gradient of a batch.
 
-    As in the published code, the mean gradient of a batch is squared, not the gradient of each example, so scores depend
-    on the batch size. With several ranks the batch is the global one.
+    As in the published code, the mean gradient of a batch is squared, not the gradient of each example, so scores
+    depend on the batch size. With several ranks the batch is the global one.
 
     References: Theis et al. 2018; published code of Lubana and Dick 2021 (whose tracked variant omits the square).
     """

@@ -41,8 +41,8 @@ class FilterFormula:
 
     Args:
         measure: The measure.
-        bias: "none", "magnitude" or "distance_from_init". None: "distance_from_init" if `initial_state` is given, else the
-            default of the measure. A measure without gradients ignores it, with a warning.
+        bias: "none", "magnitude" or "distance_from_init". None: "distance_from_init" if `initial_state` is given, else
+            the default of the measure. A measure without gradients ignores it, with a warning.
         initial_state: Initial weights by name.
 
     Raises:

@@ -1,9 +1,10 @@
 """Two exact strategies for Hessian-gradient products, and the choice between them.
 
-Reverse over forward differentiates the rate of change of the loss along the gradient; double backward differentiates the
-gradient. The first takes 0.8 of the time of the second on a CPU and half of it on a GPU (docs/benchmarks_importance.md,
-docs/benchmarks_gpu.md), but is correct only if the forward derivative of every operator is itself differentiable, which
-PyTorch does not promise. It is therefore used only if all operators of the loss are on a list that the tests verify.
+Reverse over forward differentiates the rate of change of the loss along the gradient; double backward differentiates
+the gradient. The first takes 0.8 of the time of the second on a CPU and half of it on a GPU
+(docs/benchmarks_importance.md, docs/benchmarks_gpu.md), but is correct only if the forward derivative of every operator
+is itself differentiable, which PyTorch does not promise. It is therefore used only if all operators of the loss are on
+a list that the tests verify.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def choose_strategy(
 
     named = f" (custom functions in the graph: {', '.join(custom)})" if custom else ""
     raise SettingsError(
-        f"score_filters: this measure needs second derivatives, which the model does not have{named}: {'; '.join(errors)}"
+        f"score_filters: this measure needs second derivatives, which the model does not have{named}: "
+        f"{'; '.join(errors)}"
     )
 
 
@@ -134,7 +136,8 @@ def hessian_vector_product(
     """Return the rows of H v that belong to `tensors`, from gradients taken with ``create_graph=True``.
 
     Args:
-        gradients: Gradient of a scalar loss with respect to every tensor that v moves; None where the loss does not depend on it.
+        gradients: Gradient of a scalar loss with respect to every tensor that v moves; None where the loss does not
+            depend on it.
         vector: v, one tensor for each of `gradients` and of its shape.
         tensors: Tensors in the graph of the loss.
 
@@ -175,8 +178,8 @@ def _double_backward(
 def _verify_double_backward(model: nn.Module, refs: list[TensorRef], batch: Batch, loss: LossFn) -> None:
     """Raise if the gradients contain a node that cannot be differentiated.
 
-    `torch.autograd.grad` visits only the nodes on the way to its inputs. It would skip the others, and the product would
-    be wrong without an error.
+    `torch.autograd.grad` visits only the nodes on the way to its inputs. It would skip the others, and the product
+    would be wrong without an error.
     """
     with cached_weights(model):
         value = scalar_loss(loss, model, batch)

@@ -160,8 +160,8 @@ class ScoredLayer:
     def tensors(self, reads: Reads) -> list[TensorRef]:
         """Return the tensors that a measure reads.
 
-        A layer without a norm is treated as if a norm of weight 1 and bias 0 followed. The gradients of these two follow
-        from those of the layer's own weight and bias, which are returned then.
+        A layer without a norm is treated as if a norm of weight 1 and bias 0 followed. The gradients of these two
+        follow from those of the layer's own weight and bias, which are returned then.
         """
         if reads == "weight":
             return [self._ref(self.module, self.name, "weight")]
@@ -175,7 +175,8 @@ class ScoredLayer:
 
 
 def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[ScoredLayer]:
-    """Return every convolution, transposed convolution and linear layer of a model, in the order of ``named_modules()``.
+    """Return every convolution, transposed convolution and linear layer of a model, in the order of
+    ``named_modules()``.
 
     Args:
         model: Any module; it is not changed.

@@ -40,8 +40,8 @@ class BiasedLoss(LossPreservation):
 class TrackedBiasedLoss(LossPreservation):
     """Biased loss preservation, averaged exponentially over batches: ``sum |theta| |theta g_batch|``.
 
-    ``running = alpha * new + (1 - alpha) * running``, starting from zero. Without tracking, every batch that filters are
-    scored on is one step of the average.
+    ``running = alpha * new + (1 - alpha) * running``, starting from zero. Without tracking, every batch that filters
+    are scored on is one step of the average.
 
     Args:
         alpha: Weight of the newest batch, in (0, 1].

@@ -40,7 +40,8 @@ class L1Norm(Importance):
 class BatchNormScale(Importance):
     """Absolute scale of the norm that follows a filter: ``|gamma|``; 1 for a layer without a norm.
 
-    References: Liu et al. 2017, Network slimming. The penalty on gamma that the paper trains with is not part of the measure.
+    References: Liu et al. 2017, Network slimming. The penalty on gamma that the paper trains with is not part of the
+        measure.
     """
 
     name = "bn"
@@ -52,7 +53,9 @@ class BatchNormScale(Importance):
 
 
 class Random(Importance):
-    """Uniform random numbers in [0, 1) from a private generator: the same on every rank, without use of the global generators."""
+    """Uniform random numbers in [0, 1) from a private generator: the same on every rank, without use of the global
+    generators.
+    """
 
     name = "random"
     statistic = "noise"

@@ -74,10 +74,12 @@ def _check_facts(cls: type[Importance]) -> None:
     statistic, known = getattr(cls, "statistic", None), get_args(Statistic)
     if statistic not in known:
         raise SettingsError(
-            f"Measure '{cls.name}': `statistic` must be one of {', '.join(known)}, got {statistic!r}; it defines the content of `flow`."
+            f"Measure '{cls.name}': `statistic` must be one of {', '.join(known)}, got {statistic!r}; it defines the "
+            "content of `flow`."
         )
     if (statistic == "activation") != issubclass(cls, ActivationImportance):
         raise SettingsError(
-            f"Measure '{cls.name}': a measure of activations, and no other, must be a subclass of ActivationImportance; "
+            f"Measure '{cls.name}': a measure of activations, and no other, must be a subclass of "
+            "ActivationImportance; "
             f"got statistic {statistic!r}."
         )

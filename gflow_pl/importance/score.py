@@ -68,12 +68,12 @@ def score_filters(
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss. It is used unchanged, without a temperature.
         temperature: Divisor of the logits, > 0. None: the measure's own (200 for grasp, 1 for others).
         num_samples: Number of images of each rank to score on: whole batches until they contain that many, or, for a
-            measure of Hessian products, the first ``num_samples // classes`` images of every class. None: all batches, of
-            which a balanced sample takes as many images of every class as the smallest class has.
+            measure of Hessian products, the first ``num_samples // classes`` images of every class. None: all batches,
+            of which a balanced sample takes as many images of every class as the smallest class has.
         initial_state: Initial weights by state-dict name, for the bias "distance_from_init".
         bias: Factor on the contribution of each weight to its filter, for measures of gradients: "none", "magnitude"
-            (|theta|) or "distance_from_init" (|theta - theta_0|). None: "distance_from_init" if `initial_state` is given,
-            else the measure's own.
+            (|theta|) or "distance_from_init" (|theta - theta_0|). None: "distance_from_init" if `initial_state` is
+            given, else the measure's own.
         logits_fn: ``logits_fn(model, batch)`` returns (logits, labels). None: ``model(batch[0])`` and ``batch[1]``.
         balanced: Whether a measure of Hessian products takes equally many images of every class, if ``batch[1]`` holds
             integer labels.
@@ -82,8 +82,8 @@ def score_filters(
         seed: Seed of the private generator of `random`.
 
     Returns:
-        One vector (filters,) for each layer, by name in the order of ``named_modules()``, on the device of the model, in
-        float32 (float64 for float64 weights).
+        One vector (filters,) for each layer, by name in the order of ``named_modules()``, on the device of the model,
+        in float32 (float64 for float64 weights).
 
     Raises:
         SettingsError: The measure is unknown, a number is out of range, a class has too few images, the loss is not

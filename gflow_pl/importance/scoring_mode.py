@@ -22,8 +22,8 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into the state in which filters are scored, and restore it afterwards.
 
     Inside the block the model is in evaluation mode, every floating-point weight requires a gradient, gradients are
-    enabled and autocast is disabled. Afterwards the training flag of every module, ``requires_grad`` of every weight and
-    the random generators have their former states.
+    enabled and autocast is disabled. Afterwards the training flag of every module, ``requires_grad`` of every weight
+    and the random generators have their former states.
     """
     # A frozen weight may also be a buffer, as in torchvision's FrozenBatchNorm2d.
     buffers = [module._buffers.get(name) for module in model.modules() for name in ("weight", "bias")]
@@ -50,7 +50,8 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cached_weights(model: nn.Module | None = None) -> Iterator[None]:
-    """Compute every derived weight once inside the block, so that the tensor we differentiate is the one the forward used.
+    """Compute every derived weight once inside the block, so that the tensor we differentiate is the one the forward
+    used.
 
     Without this, a parametrization computes a new tensor at every access, and a hook one at every call of its layer.
 

@@ -29,16 +29,17 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Exponential average of the scores of a measure: ``running = alpha * new + (1 - alpha) * running``, starting from zero.
+    """Exponential average of the scores of a measure: ``running = alpha * new + (1 - alpha) * running``, starting from
+    zero.
 
-    One `update` takes one global batch: its gradient, unscaled and before clipping, and the weights that the model has at
-    that moment. Called before the step of the optimizer, gradient and weights belong together, as in the formulas. Called
-    after the step, with the gradients of before, it follows the order of the published code. Squared gradients are
-    squared (the published tracked `fisher` and `nvidia` omit the square).
+    One `update` takes one global batch: its gradient, unscaled and before clipping, and the weights that the model has
+    at that moment. Called before the step of the optimizer, gradient and weights belong together, as in the formulas.
+    Called after the step, with the gradients of before, it follows the order of the published code. Squared gradients
+    are squared (the published tracked `fisher` and `nvidia` omit the square).
 
     Args:
-        measure: Name of a measure, or an `Importance`. A measure of Hessian products costs one product for each batch, a
-            measure of activations one forward pass.
+        measure: Name of a measure, or an `Importance`. A measure of Hessian products costs one product for each batch,
+            a measure of activations one forward pass.
         alpha: Weight of the newest batch, in (0, 1]. None: the measure's own (0.8).
         graph: Graph that names the norm behind each layer.
         bias: As in `score_filters`.
@@ -158,7 +159,8 @@ class Tracker:
             raise SettingsError(f"Tracker: none of the layers has a gradient ({', '.join(missing[:3])}, ...).")
         if missing and not self.has_logged:
             log.warning(
-                "Layers whose weights get no gradient in training (they are frozen, or derived where the derivation cannot be "
+                "Layers whose weights get no gradient in training (they are frozen, or derived where the derivation "
+                "cannot be "
                 "observed) are not scored; a group without a scored layer is kept whole: %s.",
                 ", ".join(missing),
             )

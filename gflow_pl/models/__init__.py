@@ -63,7 +63,8 @@ def check_image_size(model: nn.Module, image_size: int | tuple[int, int]) -> Non
     """Raise if images are too small for a network, so that a command can stop before training starts.
 
     Args:
-        model: A network. Its attribute ``min_image_size`` is the smallest side in pixels; without it, any size is accepted.
+        model: A network. Its attribute ``min_image_size`` is the smallest side in pixels; without it, any size is
+            accepted.
         image_size: Side of the images in pixels, or (height, width).
 
     Raises:

@@ -1,8 +1,9 @@
 """Weight files of the published code: ``{"net": state_dict with "module." prefix, "cfg": ...}``, pruned or not.
 
-The shapes of a pruned network follow from its tensors, so the contents of ``cfg`` are not used. It must be read all the same,
-because it is part of the pickle, and it contains numpy numbers, which ``torch.load(..., weights_only=True)`` refuses. Two
-substitutes for numpy's types, defined here, unpickle them as plain numbers. No code of numpy and no other code is run.
+The shapes of a pruned network follow from its tensors, so the contents of ``cfg`` are not used. It must be read all the
+same, because it is part of the pickle, and it contains numpy numbers, which ``torch.load(..., weights_only=True)``
+refuses. Two substitutes for numpy's types, defined here, unpickle them as plain numbers. No code of numpy and no other
+code is run.
 """
 
 from __future__ import annotations

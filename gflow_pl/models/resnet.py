@@ -1,8 +1,8 @@
 """ResNets of basic blocks for small images: ResNet-56 (16/32/64), ResNet-34 and ResNet-18 (64..512).
 
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. The first conv is 3x3
-with stride 1, and no max pooling follows. As in the code of Lubana and Dick (ICLR 2021), the first block of every stage but
-the first has a 1x1 conv with a norm as its shortcut.
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. The first conv is 3x3 with stride 1, and no max
+pooling follows. As in the code of Lubana and Dick (ICLR 2021), the first block of every stage but the first has a 1x1
+conv with a norm as its shortcut.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A 3x3 conv, stages of basic blocks, global average pooling and a linear layer.
 
-    Stage k is the attribute ``layer{k}``, k >= 1. Every stage but the first halves height and width. At 32x32 the pooling
-    covers 8x8 (three stages) or 4x4 (four stages), as in the published networks.
+    Stage k is the attribute ``layer{k}``, k >= 1. Every stage but the first halves height and width. At 32x32 the
+    pooling covers 8x8 (three stages) or 4x4 (four stages), as in the published networks.
 
     Args:
         num_blocks: Number of blocks in each stage.

@@ -28,8 +28,10 @@ class Counts:
         macs: Multiply-accumulates of convolutions, linear layers and other matrix products, including those of
             attention. A fused multiply-add counts once. Biases, norms, activations, pooling and additions do not count.
         parameters: Number of elements of all parameters, trainable or not. Buffers do not count.
-        layers: Module name to the multiply-accumulates of the module without its children, in the order of the first call.
-        not_counted: Name of every operator that added nothing to `macs`, and the number of its calls. Views are omitted.
+        layers: Module name to the multiply-accumulates of the module without its children, in the order of the first
+            call.
+        not_counted: Name of every operator that added nothing to `macs`, and the number of its calls. Views are
+            omitted.
     """
 
     macs: int

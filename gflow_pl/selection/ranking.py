@@ -54,7 +54,8 @@ def rank_units(
 ) -> Ranking:
     """Rank the units of all groups from the first to be removed to the last.
 
-    The score of a unit is the mean, over the voting layers that are scored, of the mean over its channels in that layer.
+    The score of a unit is the mean, over the voting layers that are scored, of the mean over its channels in that
+    layer.
 
     Args:
         groups: The groups whose units are ranked.

@@ -113,7 +113,8 @@ class PruningSchedule:
     def share(self, k: int, original: float, present: float) -> float:
         """Return the share of what is present that round `k` must remove to leave ``kept_after(k)`` of the original.
 
-        The share refers to what is actually present, so it corrects for earlier rounds that removed too little or too much.
+        The share refers to what is actually present, so it corrects for earlier rounds that removed too little or too
+        much.
 
         Args:
             k: Number of the round, from 1.
@@ -130,8 +131,8 @@ class PruningSchedule:
     def target(self, k: int, original: int, present: int) -> int:
         """Return the number of filters to remove in round `k`.
 
-        The number refers to the original filters, so that rounding errors do not add up over rounds: if every round meets
-        its target, ``original - floor((1 - kept_after(k)) * original)`` filters are left after round k.
+        The number refers to the original filters, so that rounding errors do not add up over rounds: if every round
+        meets its target, ``original - floor((1 - kept_after(k)) * original)`` filters are left after round k.
 
         Args:
             k: Number of the round, from 1.
@@ -199,6 +200,7 @@ def _checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
     for before, after in pairwise(thresholds):
         if before >= after:
             raise SettingsError(
-                f"`thresholds` must ascend (each is the share removed by the end of its round), got {after:g} after {before:g}."
+                f"`thresholds` must ascend (each is the share removed by the end of its round), got {after:g} after "
+                f"{before:g}."
             )
     return tuple(float(value) for value in thresholds)

@@ -39,9 +39,9 @@ def select_units(
     floor(fraction * filters present). Protected units are skipped. Units with equal scores are removed in the order of
     the network. Frozen layers belong to no group and are not counted.
 
-    A unit counts as many filters as it contains, those of depthwise convolutions included. The number of filters removed
-    may therefore be smaller than asked for, by less than one unit. If too many units are protected to reach it, a warning
-    gives the difference.
+    A unit counts as many filters as it contains, those of depthwise convolutions included. The number of filters
+    removed may therefore be smaller than asked for, by less than one unit. If too many units are protected to reach it,
+    a warning gives the difference.
 
     Args:
         graph: The traced network. After a rewrite, groups count with the units they have now.
@@ -144,7 +144,9 @@ def _check_arguments(
 
 
 def _warn_of_unscored_groups(ranking: Ranking, ignored: Iterable[str]) -> None:
-    """Warn of groups that are kept whole because no voting layer of theirs is scored; those that are ignored anyway are not named."""
+    """Warn of groups that are kept whole because no voting layer of theirs is scored; those that are ignored anyway are
+    not named.
+    """
     names = [name for name in ranking.unscored if name not in set(ignored)]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -156,7 +158,8 @@ def _warn_of_unscored_groups(ranking: Ranking, ignored: Iterable[str]) -> None:
 def _warn_of_shortfall(wanted: int, removed: int, total: int, target: str, min_kept: float) -> None:
     """Warn that protected units kept the plan from removing as much as was asked for."""
     warnings.warn(
-        f"Asked to remove {wanted:,} of {total:,} {target}, but only {removed:,} can be removed ({wanted - removed:,} fewer, "
+        f"Asked to remove {wanted:,} of {total:,} {target}, but only {removed:,} can be removed ({wanted - removed:,} "
+        "fewer, "
         f"{removed / max(total, 1):.1%} instead of {wanted / max(total, 1):.1%}): the rest is protected by "
         f"min_kept={min_kept:g}, `ignore` or missing scores.",
         stacklevel=3,

@@ -1,4 +1,7 @@
-"""Rewriting networks to their pruned shape, exactly, and storing that shape in files. Surgery does not choose the units."""
+"""Rewriting networks to their pruned shape, exactly, and storing that shape in files.
+
+Surgery does not choose the units.
+"""
 
 from gflow_pl.surgery.checkpoint import (
     StructureMixin,

@@ -71,8 +71,8 @@ def apply_from_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         checkpoint: Contents of a checkpoint, with a structure or without.
 
     Raises:
-        SettingsError: The structure does not fit the module, or the checkpoint has no structure and its tensors have other
-            shapes than those of the module.
+        SettingsError: The structure does not fit the module, or the checkpoint has no structure and its tensors have
+            other shapes than those of the module.
     """
     if _KEY in checkpoint:
         apply_structure(module, checkpoint[_KEY]["structure"])
@@ -82,7 +82,8 @@ def apply_from_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         found = state.get(name)
         if isinstance(found, Tensor) and isinstance(present, Tensor) and found.shape != present.shape:
             raise SettingsError(
-                f"The file holds '{name}' with shape {tuple(found.shape)}, the network has {tuple(present.shape)}, and the "
+                f"The file holds '{name}' with shape {tuple(found.shape)}, the network has {tuple(present.shape)}, "
+                "and the "
                 "file carries no structure to rebuild it by: load it into a network of that shape, or save it with "
                 "PruningCallback, StructureMixin or save_pruned."
             )
@@ -93,22 +94,22 @@ def load_from_checkpoint(
 ) -> _Module:
     """Load a LightningModule from a checkpoint of a pruned or an unpruned network.
 
-    Like ``cls.load_from_checkpoint``, but the module takes the shape of the file before its weights are loaded. The class
-    needs no `StructureMixin`.
+    Like ``cls.load_from_checkpoint``, but the module takes the shape of the file before its weights are loaded. The
+    class needs no `StructureMixin`.
 
     Args:
         cls: A LightningModule class.
         path: File of a Lightning checkpoint.
-        weights_only: Load plain data and tensors only. None uses Lightning's default; False loads any object, so use it for
-            files that you trust only.
+        weights_only: Load plain data and tensors only. None uses Lightning's default; False loads any object, so use it
+            for files that you trust only.
         kwargs: Passed to Lightning: ``map_location``, ``strict``, and the module's hyperparameters.
 
     Returns:
         The module with the shape and the weights of the file.
 
     Raises:
-        SettingsError: The structure does not fit the module, or the file has none and its tensors have other shapes than those
-            of the module.
+        SettingsError: The structure does not fit the module, or the file has none and its tensors have other shapes
+            than those of the module.
     """
     with _shape_applied_on_load(cls):
         return cls.load_from_checkpoint(path, weights_only=weights_only, **kwargs)

@@ -16,12 +16,13 @@ __all__ = ["find_dead_groups"]
 
 
 def find_dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: PlanMasks) -> set[str]:
-    """Return the groups whose units no layer reads after a plan, because every layer that reads them is emptied or dead.
+    """Return the groups whose units no layer reads after a plan, because every layer that reads them is emptied or
+    dead.
 
-    Only groups for which this is certain are returned. A group is left alone, which costs time but no exactness, if zeros
-    of a single channel might not replace its units (a unit has several channels of its layer, an attribute of another module
-    counts the units, or a norm contains channels of other groups too), or if an unknown type of module holds one of its
-    tensors.
+    Only groups for which this is certain are returned. A group is left alone, which costs time but no exactness, if
+    zeros of a single channel might not replace its units (a unit has several channels of its layer, an attribute of
+    another module counts the units, or a norm contains channels of other groups too), or if an unknown type of module
+    holds one of its tensors.
 
     Args:
         modules: Modules of the network by name.
@@ -66,10 +67,11 @@ def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: Pl
 def _reached_from_emptied(
     candidates: Mapping[str, set[str]], emptied: set[str], without_filters: set[str], graph: ChannelGraph
 ) -> dict[str, set[str]]:
-    """Return the candidates that are dead because of an emptied layer, following the network backwards from these layers.
+    """Return the candidates that are dead because of an emptied layer, following the network backwards from these
+    layers.
 
-    A candidate is dead if all layers that read it have no filters, and one of them is emptied or belongs to a group that is
-    dead. The second condition leaves out groups that only read each other.
+    A candidate is dead if all layers that read it have no filters, and one of them is emptied or belongs to a group
+    that is dead. The second condition leaves out groups that only read each other.
 
     Args:
         candidates: Group name to the layers that read it.

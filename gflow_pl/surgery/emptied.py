@@ -1,11 +1,12 @@
 """Layers that lost all of their filters: their forward is replaced by one that returns zeros.
 
-torch cannot run a convolution without filters. The module gets a replacement ``forward`` as an attribute of the instance:
-a partial function of plain numbers, which is copied, pickled and exported with the module. It returns zeros with one channel
-instead of none, because pooling and resizing need at least one; the expansion behind the last module of the branch makes
-them as wide as the stream.
+torch cannot run a convolution without filters. The module gets a replacement ``forward`` as an attribute of the
+instance: a partial function of plain numbers, which is copied, pickled and exported with the module. It returns zeros
+with one channel instead of none, because pooling and resizing need at least one; the expansion behind the last module
+of the branch makes them as wide as the stream.
 
-The replacement functions are pickled by name with the module they belong to: they must keep their names and stay in this file.
+The replacement functions are pickled by name with the module they belong to: they must keep their names and stay in
+this file.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def update_emptiness(module: nn.Module, *, network_has_emptied_layers: bool = True) -> None:
-    """Replace the forward of a module without output channels and freeze its parameters; undo both if it has channels again.
+    """Replace the forward of a module without output channels and freeze its parameters; undo both if it has channels
+    again.
 
     Args:
         module: Any module.
-        network_has_emptied_layers: Whether pruning has emptied layers of the network. If not, a layer without outputs was
-            built like that and stays as it is.
+        network_has_emptied_layers: Whether pruning has emptied layers of the network. If not, a layer without outputs
+            was built like that and stays as it is.
     """
     if network_has_emptied_layers and output_width(module) == 0:
         module.__dict__["forward"] = _replacement_forward(module)

@@ -1,10 +1,12 @@
-"""Hooks of expanded modules: scatter the kept outputs into zeros of the full width, or gather the inputs that are still read.
+"""Hooks of expanded modules: scatter the kept outputs into zeros of the full width, or gather the inputs that are still
+read.
 
-An expanded layer computes only the filters it kept. Its outputs are scattered to their old positions, so nothing downstream
-changes. If groups of a grouped convolution are removed while its input keeps its width, the inputs of the remaining groups
-are gathered.
+An expanded layer computes only the filters it kept. Its outputs are scattered to their old positions, so nothing
+downstream changes. If groups of a grouped convolution are removed while its input keeps its width, the inputs of the
+remaining groups are gathered.
 
-`scatter_output` and `gather_input` are pickled by name with the module they are registered on: they must stay in this file.
+`scatter_output` and `gather_input` are pickled by name with the module they are registered on: they must stay in this
+file.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Placement(NamedTuple):
 def scatter_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
     """Scatter the output's channels to their positions among zeros of the full width; a forward hook.
 
-    All settings are on the module itself: the positions as a non-persistent buffer, which follows ``.to()`` and is in no
-    state dict, and dim and width as ints.
+    All settings are on the module itself: the positions as a non-persistent buffer, which follows ``.to()`` and is in
+    no state dict, and dim and width as ints.
 
     Args:
         module: The module that the hook is registered on.

@@ -1,8 +1,8 @@
 """Numbers that a module stores beside its tensors (``out_channels``, ``num_heads``): updated after a cut, and restored.
 
-Most of them follow from the shapes of the module's tensors. Others do not: a head count that a forward reads, or the values
-of a buffer that is not in the state dict. Their first value is recorded on the module itself, as plain data, so that it is
-copied and pickled with the module. A structure that does not list them restores the first value.
+Most of them follow from the shapes of the module's tensors. Others do not: a head count that a forward reads, or the
+values of a buffer that is not in the state dict. Their first value is recorded on the module itself, as plain data, so
+that it is copied and pickled with the module. A structure that does not list them restores the first value.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def attributes_from_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ..
 def groups_after_cut(num_groups: int, kept: torch.Tensor) -> int:
     """Return the number of groups of a grouped convolution after a cut of its filters.
 
-    Shapes do not determine it: removing half of the groups and removing half of the filters of every group result in the
-    same shape.
+    Shapes do not determine it: removing half of the groups and removing half of the filters of every group result in
+    the same shape.
 
     Args:
         num_groups: Number of groups before the cut.

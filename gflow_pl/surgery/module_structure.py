@@ -74,14 +74,16 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
     Parameters stay the same objects. Tensors whose shape changes are filled with zeros, so load the weights afterwards;
     other tensors keep their values. Attributes that follow from the shapes, expansions and gathers become those of the
     structure. Applying a structure a second time changes nothing. A structure of a network that contains this one as a
-    submodule (``net.conv1.weight`` for ``conv1.weight``) fits as well. If the structure does not fit, nothing is changed.
+    submodule (``net.conv1.weight`` for ``conv1.weight``) fits as well. If the structure does not fit, nothing is
+    changed.
 
     Args:
         model: A network of the same architecture, of any width.
         structure: Result of `rewrite` or `structure_of`, or its ``as_dict()``.
 
     Raises:
-        SettingsError: The structure has tensors or modules that the network lacks, or tensors with another number of dims.
+        SettingsError: The structure has tensors or modules that the network lacks, or tensors with another number of
+            dims.
     """
     # Check that the structure fits.
     wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
@@ -170,7 +172,9 @@ def _submodule_part(structure: Structure, prefix: str) -> Structure:
 
 
 def _check_fits(table: TensorTable, structure: Structure) -> None:
-    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors with another number of dims."""
+    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors with another number of
+    dims.
+    """
     # Tensors.
     problems = []
     for name, shape in structure.shapes.items():

@@ -31,9 +31,9 @@ def register_state_rule(optimizer: type[Optimizer], rule: StateRule) -> None:
 
     Args:
         optimizer: Optimizer class. The rule holds for its subclasses, too.
-        rule: Called as ``rule(state, parameter, cuts)`` for every parameter that is cut, before anything is assigned: `state`
-            is ``optimizer.state[parameter]``, the parameter has its old shape, and `cuts` are the positions that stay. It
-            returns the new value of every entry that changes and must not change its arguments.
+        rule: Called as ``rule(state, parameter, cuts)`` for every parameter that is cut, before anything is assigned:
+            `state` is ``optimizer.state[parameter]``, the parameter has its old shape, and `cuts` are the positions
+            that stay. It returns the new value of every entry that changes and must not change its arguments.
 
     Example:
         >>> from gflow_pl.surgery import cut_tensor
@@ -60,8 +60,8 @@ def check_optimizers(
         remedy: How the user can have the state dropped, for the message.
 
     Raises:
-        SettingsError: An optimizer distributes its state over the ranks, or `keep_state` is true and an optimizer does not
-            store its state by parameter.
+        SettingsError: An optimizer distributes its state over the ranks, or `keep_state` is true and an optimizer does
+            not store its state by parameter.
     """
     for optimizer in map(unwrap_optimizer, optimizers):
         name = type(optimizer).__name__
@@ -72,7 +72,8 @@ def check_optimizers(
             )
         if keep_state and isinstance(optimizer, torch.optim.LBFGS):
             raise SettingsError(
-                f"{name} stores the state of all parameters in one flat vector, which cannot be cut together with them: "
+                f"{name} stores the state of all parameters in one flat vector, which cannot be cut together with "
+                "them: "
                 f"{remedy}, or use another optimizer."
             )
 
@@ -80,10 +81,10 @@ def check_optimizers(
 def cut_state(optimizers: Iterable[OptimizerLike], cuts: Mapping[Tensor, Sequence[Cut]]) -> list[Callable[[], None]]:
     """Compute the state that optimizers need after a cut, and return the calls that assign it.
 
-    A state tensor with as many dims as the parameter is cut along every dim in which it has the parameter's size. A dim of
-    size 1 is left as it is (factored second moments, as in Adafactor). Numbers stay. If an entry has any other form, the
-    whole state of that parameter is dropped with a warning, and the optimizer starts anew for it. A rule that is registered for
-    the optimizer (`register_state_rule`) replaces all this.
+    A state tensor with as many dims as the parameter is cut along every dim in which it has the parameter's size. A dim
+    of size 1 is left as it is (factored second moments, as in Adafactor). Numbers stay. If an entry has any other form,
+    the whole state of that parameter is dropped with a warning, and the optimizer starts anew for it. A rule that is
+    registered for the optimizer (`register_state_rule`) replaces all this.
 
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
@@ -173,8 +174,8 @@ def drop_state(optimizers: Iterable[OptimizerLike]) -> None:
 def _initialize_fused_momentum(optimizer: torch.optim.SGD) -> None:
     """Set the momentum of a fused SGD to zeros, which leads to the same steps as no momentum.
 
-    The fused kernel allocates a missing momentum without initializing it. If a gradient scaler then skips the step because
-    of an overflow, the next step would use the uninitialized memory.
+    The fused kernel allocates a missing momentum without initializing it. If a gradient scaler then skips the step
+    because of an overflow, the next step would use the uninitialized memory.
     """
     for group in optimizer.param_groups:
         if group.get("fused") and group["momentum"] != 0 and group["dampening"] == 0:
@@ -185,8 +186,8 @@ def _initialize_fused_momentum(optimizer: torch.optim.SGD) -> None:
 def drop_empty_parameters(optimizers: Iterable[OptimizerLike]) -> None:
     """Remove parameters without elements from optimizers. Their parameter groups stay.
 
-    `rewrite` does this for the optimizers that it is given. An optimizer that is built for a network with emptied layers
-    needs it before it loads a saved state, in which such parameters do not occur.
+    `rewrite` does this for the optimizers that it is given. An optimizer that is built for a network with emptied
+    layers needs it before it loads a saved state, in which such parameters do not occur.
 
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.

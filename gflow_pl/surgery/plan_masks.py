@@ -45,7 +45,8 @@ def masks_of_plan(graph: ChannelGraph, plan: Mapping[str, Tensor], *, dead: Coll
         dead: Groups that lose all units, whatever the plan contains, because no layer reads them any longer.
 
     Raises:
-        SettingsError: A group is unknown, a vector has the wrong size, or a group whose units are removed would be empty.
+        SettingsError: A group is unknown, a vector has the wrong size, or a group whose units are removed would be
+            empty.
     """
     units = _checked_units(graph, plan)
     units.update({name: np.zeros_like(units[name]) for name in dead})

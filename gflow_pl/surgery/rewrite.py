@@ -47,29 +47,31 @@ def rewrite(
 ) -> Structure:
     """Remove the units that a plan does not keep from a network, physically and in place.
 
-    Parameters stay the same objects, with their dtype, device, memory format, ``requires_grad`` and hooks, so optimizers,
-    schedulers and tied weights keep working. All gradients of the model are dropped.
+    Parameters stay the same objects, with their dtype, device, memory format, ``requires_grad`` and hooks, so
+    optimizers, schedulers and tied weights keep working. All gradients of the model are dropped.
 
-    Everything is computed before anything is assigned: after an error, model, graph, optimizers and copies are unchanged.
+    Everything is computed before anything is assigned: after an error, model, graph, optimizers and copies are
+    unchanged.
 
-    Objects outside of the model that store its shapes are not changed: build a DistributedDataParallel wrapper anew, and
-    compile a compiled model again.
+    Objects outside of the model that store its shapes are not changed: build a DistributedDataParallel wrapper anew,
+    and compile a compiled model again.
 
     Args:
         model: The network that the graph was traced from.
         graph: Result of `trace_channels`. It is updated in place, so the next plan needs no new trace.
-        plan: Group name to a bool vector over the units now present (True = keep). A group that is missing is kept whole.
+        plan: Group name to a bool vector over the units now present (True = keep). A group that is missing is kept
+            whole.
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``, whose state is cut together with the
             parameters.
-        copies: Objects with the shape of the model that are cut in the same way: other modules (an average of the weights),
-            or dicts of tensors by parameter name (initial weights).
+        copies: Objects with the shape of the model that are cut in the same way: other modules (an average of the
+            weights), or dicts of tensors by parameter name (initial weights).
 
     Returns:
         The new structure of the model.
 
     Raises:
-        SettingsError: The plan does not fit the graph or would empty a group whose units are removed, the graph does not fit
-            the model or a copy, or the state of an optimizer cannot be cut.
+        SettingsError: The plan does not fit the graph or would empty a group whose units are removed, the graph does
+            not fit the model or a copy, or the state of an optimizer cannot be cut.
     """
     # Tensors that are created in inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -246,7 +248,10 @@ def _update_gather(modules: Mapping[str, nn.Module], group: ChannelGroup, masks:
 def _cut_dict(
     tensors: MutableMapping[str, Tensor], table: TensorTable, cuts: Mapping[str, list[Cut]], graph: ChannelGraph
 ) -> list[Commit]:
-    """Cut the tensors in a dict by parameter name, and return the calls that assign them. Other entries are left alone."""
+    """Cut the tensors in a dict by parameter name, and return the calls that assign them.
+
+    Other entries are left alone.
+    """
     commits: list[Commit] = []
     for alias, tensor in tensors.items():
         name = table.aliases.get(alias, alias)

@@ -106,8 +106,8 @@ class TensorTable(Mapping[str, Entry]):
 def _collect_modules(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
     """Add a module and all modules in it to `found`, by full name.
 
-    The result is that of ``named_modules(remove_duplicate=False)``, whose nested generators take longer than the rest of a
-    rewrite.
+    The result is that of ``named_modules(remove_duplicate=False)``, whose nested generators take longer than the rest
+    of a rewrite.
     """
     found[name] = module
     for leaf, child in module._modules.items():

@@ -24,13 +24,13 @@ __all__ = ["ImageClassifier"]
 class ImageClassifier(StructureMixin, pl.LightningModule):
     """Train a network to classify images with SGD and a learning rate that decreases in steps, as in the paper.
 
-    The loss is the cross-entropy of ``logits / temperature``. `train_loss`, `train_accuracy`, `val_loss`, `val_accuracy`,
-    `test_loss` and `test_accuracy` are logged once per epoch.
+    The loss is the cross-entropy of ``logits / temperature``. `train_loss`, `train_accuracy`, `val_loss`,
+    `val_accuracy`, `test_loss` and `test_accuracy` are logged once per epoch.
 
     Args:
         network: The name of a network of this package (vgg13, mobilenet_v1, resnet56, resnet34, resnet18), the
-            ``class_path`` and ``init_args`` of any other network, or, in Python, a module. A module must be passed again
-            when a checkpoint is loaded.
+            ``class_path`` and ``init_args`` of any other network, or, in Python, a module. A module must be passed
+            again when a checkpoint is loaded.
         num_classes: Number of classes, at least 2. The commands take it from the data.
         temperature: The logits are divided by this number in the loss, > 0. The paper trains with 5.
         lr: Initial learning rate, > 0.
@@ -40,8 +40,8 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         milestones: Epochs, counted from 0, at which the learning rate is multiplied by `lr_factor`. Warm-up and pruning
             rounds usually end before the first milestone.
         lr_factor: Factor of the learning rate at each milestone, > 0.
-        pretrained: File to start from, of which only the weights and the shape are used: a checkpoint, pruned or not, or
-            a file of the published code. It is not stored in the hyperparameters.
+        pretrained: File to start from, of which only the weights and the shape are used: a checkpoint, pruned or not,
+            or a file of the published code. It is not stored in the hyperparameters.
 
     Raises:
         SettingsError: A setting is out of range, or the network or the file does not fit.

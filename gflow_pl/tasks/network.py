@@ -51,7 +51,8 @@ def build_network(network: str | dict[str, Any] | nn.Module, num_classes: int) -
     spec: dict[str, Any] = {"class_path": network} if isinstance(network, str) else dict(network)
     if _MODULE_IN_PYTHON in spec:
         raise SettingsError(
-            f"The network of this checkpoint is a {spec[_MODULE_IN_PYTHON]} that was passed as a module, which a file cannot "
+            f"The network of this checkpoint is a {spec[_MODULE_IN_PYTHON]} that was passed as a module, which a file "
+            "cannot "
             "contain: build the module and pass it again, load_from_checkpoint(path, network=...)."
         )
     unknown = set(spec) - {"class_path", "init_args", "dict_kwargs"}

@@ -1,7 +1,7 @@
 """The values that the rooms exchange: groups, graphs, scores, plans and structures.
 
-Each is small, checks its contents on creation, and holds names, numbers or plain tensors. None of them keeps a module or an
-autograd graph alive.
+Each is small, checks its contents on creation, and holds names, numbers or plain tensors. None of them keeps a module
+or an autograd graph alive.
 """
 
 from gflow_pl.values.graph import ChannelGraph

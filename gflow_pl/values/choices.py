@@ -1,6 +1,7 @@
 """Settings that take one of a few strings: a `Literal` type for each, and the check that reads the type.
 
-A signature names the type, and `check_choice` derives the valid values from the same type: no other list of them exists.
+A signature names the type, and `check_choice` derives the valid values from the same type: no other list of them
+exists.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ Bias = Literal["none", "magnitude", "distance_from_init"]
 its initial value."""
 
 TrackOrder = Literal["formula", "published"]
-"""Weights that tracked scores combine with the gradient of a step: those before it (formula) or after it (published)."""
+"""Weights that tracked scores combine with the gradient of a step: those before it (formula) or after it (published).
+"""
 
 
 def check_choice(name: str, value: object, choice: object, *, caller: str = "") -> None:

@@ -20,9 +20,9 @@ __all__ = ["ChannelGraph"]
 class ChannelGraph:
     """The groups of a network, its frozen layers, and what is needed to compute costs.
 
-    A graph holds names and numbers, but no modules or tensors of the network. The same graph therefore serves the model,
-    a deepcopy of it, an EMA model and the initial weights. `rewrite` updates the graph, so that further rounds need no new
-    trace.
+    A graph holds names and numbers, but no modules or tensors of the network. The same graph therefore serves the
+    model, a deepcopy of it, an EMA model and the initial weights. `rewrite` updates the graph, so that further rounds
+    need no new trace.
 
     Attributes:
         groups: The groups of units that can be removed or expanded, in the order of the network.

@@ -114,13 +114,13 @@ class ChannelGroup:
     """Units of the same layers, which are ranked and pruned alike.
 
     Attributes:
-        name: The first layer that produces the units, with a number behind it from the layer's second group on. It does not
-            change over rounds.
-        kind: "remove" (a unit is removed from all tensors) or "expand" (its layer loses the filter, and zeros replace its
-            output).
+        name: The first layer that produces the units, with a number behind it from the layer's second group on. It does
+            not change over rounds.
+        kind: "remove" (a unit is removed from all tensors) or "expand" (its layer loses the filter, and zeros replace
+            its output).
         original_size: Number of units when the network was traced. Floors refer to it.
-        kept: Numbers of the original units that are present, ascending. Row u of every table in `layers` and `slices` is
-            unit ``kept[u]``.
+        kept: Numbers of the original units that are present, ascending. Row u of every table in `layers` and `slices`
+            is unit ``kept[u]``.
         filters: Number of output channels of conv and linear layers in one unit.
         layers: The layers that produce the units, voting layers first.
         slices: All parts of all tensors that belong to the units.

@@ -23,8 +23,8 @@ class KeepPlan(Mapping[str, Tensor]):
 
     Attributes:
         asked: Fraction that was asked for, in [0, 1]; None if the plan was not made for a fraction.
-        reached: Fraction that the plan removes, in [0, 1]; None if unknown. Both are shares of the filters present, or of the
-            parameters or multiply-accumulates if the plan was made for these.
+        reached: Fraction that the plan removes, in [0, 1]; None if unknown. Both are shares of the filters present, or
+            of the parameters or multiply-accumulates if the plan was made for these.
 
     Raises:
         SettingsError: An entry is not a bool vector.

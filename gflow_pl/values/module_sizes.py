@@ -14,9 +14,9 @@ __all__ = ["shape_attributes"]
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Shape]], dict[str, Any]]
 
-# Names of the tensor, of the same shape, that a module computes its tensor `{}` from: under a parametrization (original1 is the
-# direction of weight_norm), or under the older hooks of torch.nn.utils, where `{}_orig` comes first, because spectral_norm
-# has a vector `{}_v` as well.
+# Names of the tensor, of the same shape, that a module computes its tensor `{}` from: under a parametrization
+# (original1 is the direction of weight_norm), or under the older hooks of torch.nn.utils, where `{}_orig` comes first,
+# because spectral_norm has a vector `{}_v` as well.
 _SOURCE_NAMES = ("parametrizations.{}.original", "parametrizations.{}.original1", "{}_orig", "{}_v")
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
@@ -31,7 +31,8 @@ def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
 def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Return channels and groups of a convolution.
 
-    The weight is (out_channels, in_channels of a group, *kernel), with the two exchanged if the convolution is transposed.
+    The weight is (out_channels, in_channels of a group, *kernel), with the two exchanged if the convolution is
+    transposed.
     """
     weight = _shape(shapes, "weight")
     if weight is None:
@@ -143,7 +144,8 @@ _RULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] =
 
 
 def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the attributes (``out_channels``, ``num_features``, ...) that follow from the shapes of a module's own tensors.
+    """Return the attributes (``out_channels``, ``num_features``, ...) that follow from the shapes of a module's own
+    tensors.
 
     Args:
         module: The module with its present attributes, which are not changed. Where the shapes alone are ambiguous (the
@@ -152,8 +154,8 @@ def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
             buffers to the shape that it is going to have.
 
     Returns:
-        Attribute name to its new value: an int, or a tuple of ints for ``normalized_shape``. Empty for a module of an unknown
-        kind or without such tensors.
+        Attribute name to its new value: an int, or a tuple of ints for ``normalized_shape``. Empty for a module of an
+        unknown kind or without such tensors.
 
     Example:
         >>> shape_attributes(nn.Conv2d(3, 8, 3), {"weight": (6, 3, 3, 3), "bias": (6,)})

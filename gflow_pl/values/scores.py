@@ -34,7 +34,8 @@ class Scores(Mapping[str, Tensor]):
         if bad is not None:
             by = f" by measure '{measure}'" if measure else ""
             raise SettingsError(
-                f"Scores of layer '{bad}'{by} hold NaN or infinity: the loss or its gradient is not finite on these batches."
+                f"Scores of layer '{bad}'{by} hold NaN or infinity: the loss or its gradient is not finite on these "
+                "batches."
             )
         self._scores = dict(scores)
         self.measure = measure

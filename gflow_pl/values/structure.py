@@ -19,9 +19,10 @@ class Structure:
 
     Attributes:
         shapes: Name of every parameter and buffer to its shape.
-        attributes: Module name to the attributes that follow from the shapes (out_channels, num_heads, ...) and their values.
-        expansions: Module name to ``{"dim": int, "width": int, "index": [int, ...]}``: the module's outputs are scattered to
-            these positions of a zero tensor of that width.
+        attributes: Module name to the attributes that follow from the shapes (out_channels, num_heads, ...) and their
+            values.
+        expansions: Module name to ``{"dim": int, "width": int, "index": [int, ...]}``: the module's outputs are
+            scattered to these positions of a zero tensor of that width.
         gathers: Module name to entries of the same form: the module reads these positions of an input of that width.
 
     Raises:
@@ -47,7 +48,9 @@ class Structure:
                 raise SettingsError(f"Structure: the expansion of '{name}' scatters outside 0..{width - 1} or twice.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the structure as strings, numbers, lists and dicts, which load with ``weights_only=True``; ``version`` comes first."""
+        """Return the structure as strings, numbers, lists and dicts, which load with ``weights_only=True``; ``version``
+        comes first.
+        """
         return {
             "version": 1,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -66,7 +69,8 @@ class Structure:
         if not isinstance(data, Mapping) or data.get("version") != 1:
             found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
             raise SettingsError(
-                f"Structure: expected plain data of version 1, got {found!r}; this file needs another version of gflow_pl."
+                f"Structure: expected plain data of version 1, got {found!r}; this file needs another version of "
+                "gflow_pl."
             )
         missing = _REQUIRED_KEYS - set(data)
         if missing:

@@ -1,8 +1,8 @@
 """Trains and prunes on real images, to be killed; run by test_callbacks_kill.py.
 
-A server, so that many runs need one import: every line on its input is a run (see `Run`), for which it forks a process a
-rank. It answers with lines of JSON: {"pids": [...]}, {"ready": true} when training begins, {"ended": [statuses]}. When one
-rank was killed it kills the others, as a cluster's scheduler would.
+A server, so that many runs need one import: every line on its input is a run (see `Run`), for which it forks a process
+a rank. It answers with lines of JSON: {"pids": [...]}, {"ready": true} when training begins, {"ended": [statuses]}.
+When one rank was killed it kills the others, as a cluster's scheduler would.
 """
 
 from __future__ import annotations

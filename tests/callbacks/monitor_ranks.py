@@ -1,4 +1,5 @@
-"""Train with a GradientFlowMonitor in two gloo processes, and save the rows of each rank; run by test_callbacks_monitor_ranks.py.
+"""Train with a GradientFlowMonitor in two gloo processes, and save the rows of each rank; run by
+test_callbacks_monitor_ranks.py.
 
 python monitor_ranks.py FOLDER
 """

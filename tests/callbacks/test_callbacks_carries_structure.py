@@ -1,4 +1,6 @@
-"""Checkpoints contain the shape of their network and are written atomically; conversions of SyncBatchNorm keep the structure."""
+"""Checkpoints contain the shape of their network and are written atomically; conversions of SyncBatchNorm keep the
+structure.
+"""
 
 import os
 import subprocess
@@ -53,7 +55,8 @@ def test_expansions_are_restored_when_lightning_converts_back_after_training(fai
     carries.setup(run, module, "fit")
     run.strategy._layer_sync.apply(module)
     carries.on_fit_start(run, module)
-    # Lightning's order: the strategy converts back before the callbacks' `teardown`, which is not called after a failure.
+    # Lightning's order: the strategy converts back before the callbacks' `teardown`, which is not called after a
+    # failure.
     if fails:
         carries.on_exception(run, module, KeyboardInterrupt())
     else:

@@ -114,7 +114,8 @@ def assert_all_readable(folder: Path) -> None:
 def kill_and_resume(servers, folder: Path, moments: int, ranks: int, least_after: float) -> Counter:
     """Kill a run at `moments` moments, resume it each time, and compare its end; return the number of kills by stage.
 
-    Half of the moments are drawn by the clock, from the whole run; the other half are calls of Python, drawn within a stage.
+    Half of the moments are drawn by the clock, from the whole run; the other half are calls of Python, drawn within a
+    stage.
     """
     first, second = servers
     whole, again = folder / "whole", folder / "again"

@@ -296,7 +296,8 @@ def test_a_held_learning_rate_does_not_affect_schedulers_also_after_resuming(nam
     assert held.rates == free.rates
     assert len(set(held.rates)) > 3
     assert not torch.equal(held.net[0].weight, free.net[0].weight)
-    # Lightning leaves the step that ReduceLROnPlateau takes after a checkpoint out when it resumes, with pruning or without.
+    # Lightning leaves the step that ReduceLROnPlateau takes after a checkpoint out when it resumes, with pruning or
+    # without.
     for epoch in (0, 2) if name != "ReduceLROnPlateau" else ():  # while it is held, and afterwards
         again, _, resumed = fit(tmp_path, Module(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **settings(0.001))
         assert again.rates == held.rates[4 * (epoch + 1) :]

@@ -59,10 +59,11 @@ def test_two_ranks_equal_one_process_on_the_same_global_batches(optimizer, tmp_p
 
 @pytest.mark.slow
 def test_synchronized_batch_norm_equals_one_process_and_resumes(tmp_path) -> None:
-    """With `sync_batchnorm=True`, Lightning replaces modules between `setup` and training, and expansions must be restored.
+    """With `sync_batchnorm=True`, Lightning replaces modules between `setup` and training, and expansions must be
+    restored.
 
-    SyncBatchNorm of torch does not train on a CPU; two_ranks.py replaces its forward. The conversion itself is tested in
-    test_callbacks_carries_structure.py.
+    SyncBatchNorm of torch does not train on a CPU; two_ranks.py replaces its forward. The conversion itself is tested
+    in test_callbacks_carries_structure.py.
     """
     callback = {"measure": "loss", "fraction": 0.5, "rounds": 3, "num_samples": 32, "keep_momentum": True}
     options = {"double": True, "norm": True, "callback": callback, "trainer": {"max_epochs": 5, "sync_batchnorm": True}}

@@ -20,7 +20,7 @@ class Attention(nn.Module):
         rows, tokens, _ = x.shape
         qkv = self.qkv(self.norm(x)).reshape(rows, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        if self.fused:  # noqa: SIM108
+        if self.fused:
             y = F.scaled_dot_product_attention(q, k, v)
         else:
             y = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v

@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 for folder in (HERE.parent / "callbacks", HERE.parent / "importance"):
     sys.path.append(str(folder))  # helper modules: small_nets, importance_nets
 
-# Set before CUDA is initialized, and inherited by child processes: reproducible results, and float32 products without TF32.
+# Set before CUDA is initialized, and inherited by child processes: reproducible results, and float32 products without
+# TF32.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 

@@ -27,7 +27,9 @@ BACKEND = "nccl" if ON_CUDA else "gloo"
 
 
 def allow_sync_batch_norm_on_the_cpu():
-    """Replace the forward of SyncBatchNorm, which raises on the CPU, by that of BatchNorm: over one rank they are equal."""
+    """Replace the forward of SyncBatchNorm, which raises on the CPU, by that of BatchNorm: over one rank they are
+    equal.
+    """
     nn.SyncBatchNorm.forward = nn.modules.batchnorm._BatchNorm.forward
     nn.SyncBatchNorm._check_input_dim = lambda self, x: None
     nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None

@@ -1,4 +1,6 @@
-"""Scores on the GPU: they equal those of the CPU, and scoring neither synchronizes nor needs more memory for more batches."""
+"""Scores on the GPU: they equal those of the CPU, and scoring neither synchronizes nor needs more memory for more
+batches.
+"""
 
 from functools import cache
 

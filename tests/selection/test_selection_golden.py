@@ -11,8 +11,9 @@ from gflow_pl.values import ChannelGraph, ChannelGroup, Expansion, LayerUnits, S
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "selection.npz"
 STEM = {"vgg": (), "resnet56": ("conv1",)}
-# Filters kept: ours, which meets the target, and published. The published code restores one filter of every layer that would
-# be empty and so misses its target. Ours may empty a layer whose stream keeps its width, and otherwise removes the next unit.
+# Filters kept: ours, which meets the target, and published. The published code restores one filter of every layer that
+# would be empty and so misses its target. Ours may empty a layer whose stream keeps its width, and otherwise removes
+# the next unit.
 MISSED = {
     ("resnet56", "mag_based", "75"): (532, 547),
     ("resnet56", "l1", "30"): (1490, 1492),
@@ -29,7 +30,9 @@ def golden():
 
 
 def one_group_per_conv(names, sizes, roles):
-    """A graph with one group for each conv; layers of role 2 keep their width in the published code and are expanded here."""
+    """A graph with one group for each conv; layers of role 2 keep their width in the published code and are expanded
+    here.
+    """
     groups = []
     for name, size, role in zip(names, sizes, roles, strict=True):
         index = np.arange(size)[:, None]
@@ -61,7 +64,9 @@ def decide(names, sizes, roles, importance, stem, *, min_kept=0.0, **options):
 
 
 def with_last_filters_protected(importance, sizes, base_sizes):
-    """Scores with the floor of the published vgg: the last int(0.05 * size) + 1 filters of each layer, by index, get 1e7."""
+    """Scores with the floor of the published vgg: the last int(0.05 * size) + 1 filters of each layer, by index, get
+    1e7.
+    """
     importance = importance.astype(np.float64)
     for end, base in zip(np.cumsum(sizes), base_sizes, strict=True):
         importance[end - int(0.05 * base) - 1 : end] = 1e7

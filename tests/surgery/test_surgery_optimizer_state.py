@@ -1,4 +1,6 @@
-"""Optimizer state after a rewrite: training continues bit for bit like that of a small network with state sliced by hand."""
+"""Optimizer state after a rewrite: training continues bit for bit like that of a small network with state sliced by
+hand.
+"""
 
 import copy
 import warnings
@@ -82,7 +84,9 @@ KEPT = {
 
 
 def by_hand(value, kept, old_shape):
-    """A state tensor cut with numpy, one dim after the other; a dim that has another size than the parameter is left alone."""
+    """A state tensor cut with numpy, one dim after the other; a dim that has another size than the parameter is left
+    alone.
+    """
     array = value.numpy()
     for dim, positions in kept.items():
         if array.shape[dim] == old_shape[dim]:

@@ -76,7 +76,9 @@ def vgg_by_hand(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def pruned_mobilenet() -> dict[str, Tensor]:
-    """Return a state dict of MobileNet-V1 whose pointwise convolutions, and the depthwise ones behind them, lost filters."""
+    """Return a state dict of MobileNet-V1 whose pointwise convolutions, and the depthwise ones behind them, lost
+    filters.
+    """
     state = random_weights(build("mobilenet_v1", 10))
     before = torch.arange(0, 32, 3)
     indices = {"conv1.": (before, None), "bn1.": (before, None)}

@@ -18,8 +18,8 @@ __all__ = ["BestAfterCuts"]
 class BestAfterCuts:
     """Makes other callbacks forget what was best before the last cut: it belongs to another network.
 
-    A ModelCheckpoint that monitors no metric treats its newest file as the best one. It may save again between a cut and the
-    end of training, or not: only at the end is it known whether its file is from before the last cut.
+    A ModelCheckpoint that monitors no metric treats its newest file as the best one. It may save again between a cut
+    and the end of training, or not: only at the end is it known whether its file is from before the last cut.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,10 @@ class BestAfterCuts:
         self._steps_at_cut = _last_saved_steps(trainer)
 
     def forget_outdated_files(self, trainer: pl.Trainer) -> None:
-        """Clear the best file of a ModelCheckpoint that has not saved since the last cut. Call this when training ends."""
+        """Clear the best file of a ModelCheckpoint that has not saved since the last cut.
+
+        Call this when training ends.
+        """
         steps = _last_saved_steps(trainer)
         for checkpoint, step in self._steps_at_cut.items():
             if steps.get(checkpoint) == step:

@@ -1,7 +1,7 @@
 """Checkpoints that contain the shape of their network, load into that shape, and are written atomically.
 
-Lightning loads a module's weights before it calls the load hooks of callbacks. The module itself must therefore take the
-shape of the file, so the callback wraps two hooks of the module.
+Lightning loads a module's weights before it calls the load hooks of callbacks. The module itself must therefore take
+the shape of the file, so the callback wraps two hooks of the module.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = ["AtomicCheckpointIO", "CarriesStructure", "use_atomic_checkpoint_io"]
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint plugin that writes beside the target, syncs the file to the disk and renames it over the target.
 
-    Lightning's default writes into the temporary folder and moves the file to the target. If that folder is on another file
-    system, the move is a copy, and a process that is killed meanwhile leaves a damaged checkpoint. Remote paths
+    Lightning's default writes into the temporary folder and moves the file to the target. If that folder is on another
+    file system, the move is a copy, and a process that is killed meanwhile leaves a damaged checkpoint. Remote paths
     (``s3://...``) are left to Lightning.
 
     Example:
@@ -85,11 +85,12 @@ def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -
 
 
 class CarriesStructure(Callback):
-    """Store the network's shape in every checkpoint of a module, and give the module the shape of a checkpoint that it loads.
+    """Store the network's shape in every checkpoint of a module, and give the module the shape of a checkpoint that it
+    loads.
 
-    For networks that were pruned before and are now trained, tested or used without a `PruningCallback`, which does the same.
-    The module needs no changes. Its two checkpoint hooks stay wrapped after training, since the file of a pruned network that
-    is saved later needs the shape as well.
+    For networks that were pruned before and are now trained, tested or used without a `PruningCallback`, which does the
+    same. The module needs no changes. Its two checkpoint hooks stay wrapped after training, since the file of a pruned
+    network that is saved later needs the shape as well.
     """
 
     _structure: Structure | None = None

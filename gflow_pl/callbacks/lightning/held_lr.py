@@ -13,8 +13,8 @@ __all__ = ["HeldLearningRate"]
 class HeldLearningRate:
     """Step hooks that make optimizers step with a held learning rate while a condition is true.
 
-    The optimizers' own learning rates are replaced just before a step and restored just after it. Schedulers read and write
-    them between steps, so that they never see the held one, and no checkpoint contains it.
+    The optimizers' own learning rates are replaced just before a step and restored just after it. Schedulers read and
+    write them between steps, so that they never see the held one, and no checkpoint contains it.
 
     Args:
         lr: The held learning rate, > 0.

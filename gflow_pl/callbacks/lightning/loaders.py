@@ -120,14 +120,16 @@ def independent_copy(loader: _Loader, trainer: pl.Trainer, seed: int | None) -> 
 
 
 def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | None) -> _Loader:
-    """Return a shallow copy of a loader that is not a DataLoader, with copies of the state that an iteration may change.
+    """Return a shallow copy of a loader that is not a DataLoader, with copies of the state that an iteration may
+    change.
 
     Raises:
         SettingsError: The loader is an iterator, so that every batch taken from it would be missing from training.
     """
     if isinstance(loader, Iterator):
         raise SettingsError(
-            f"PruningCallback: the train loader {type(loader).__name__} is an iterator (it has `__next__`), so the batches "
+            f"PruningCallback: the train loader {type(loader).__name__} is an iterator (it has `__next__`), so the "
+            "batches "
             "to score on would be missing from training: give a DataLoader, or an object whose `__iter__` begins anew."
         )
 
@@ -156,8 +158,9 @@ def _dataset_makes_batches(loader: DataLoader[Any]) -> bool:
 def _keys_of_dataset(loader: DataLoader[Any]) -> tuple[Sequence[Any], bool]:
     """Return the keys of the items of a map-style data set, and whether they may be wrong.
 
-    They may be wrong where a custom sampler draws the keys and the data set does not list them: then the indices 0, 1, ...
-    are tried. No item is read to find out, since data sets may open files or draw random numbers when they are first read.
+    They may be wrong where a custom sampler draws the keys and the data set does not list them: then the indices 0, 1,
+    ... are tried. No item is read to find out, since data sets may open files or draw random numbers when they are
+    first read.
 
     Raises:
         SettingsError: The data set has no length.
@@ -173,14 +176,17 @@ def _keys_of_dataset(loader: DataLoader[Any]) -> tuple[Sequence[Any], bool]:
         return list(dataset.keys()), False
     if not hasattr(dataset, "__len__"):
         raise SettingsError(
-            f"PruningCallback: the data set {type(dataset).__name__} has no length, so no batches to score on can be drawn "
+            f"PruningCallback: the data set {type(dataset).__name__} has no length, so no batches to score on can be "
+            "drawn "
             "from it: give it `__len__`."
         )
     return range(len(dataset)), is_custom
 
 
 def _index_sampler(loader: DataLoader[Any]) -> object:
-    """Return the sampler that chooses the indices: the one inside torch's BatchSampler and Lightning's distributed wrapper."""
+    """Return the sampler that chooses the indices: the one inside torch's BatchSampler and Lightning's distributed
+    wrapper.
+    """
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
@@ -202,8 +208,8 @@ def _size_of_batches(batch_sampler: object, loader: DataLoader[Any]) -> int:
 class _RankShareSampler(Sampler[Any]):
     """A sampler of this rank's share of some keys: all ranks use the same order and take every `world_size`-th key.
 
-    The batches of all ranks together are therefore those of one process with a `world_size` times larger batch size. In a
-    shuffled order the shares are equally long, since the ranks score in step; in the plain order no key is left out.
+    The batches of all ranks together are therefore those of one process with a `world_size` times larger batch size. In
+    a shuffled order the shares are equally long, since the ranks score in step; in the plain order no key is left out.
 
     Args:
         keys: Keys of the data set.
@@ -237,6 +243,7 @@ class _IndexingLoader(DataLoader[Any]):
             # The message of an error in a worker process is its whole traceback, with the reason in the last line.
             reason = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
             raise DatasetKeysError(
-                f"PruningCallback: the data set {type(self.dataset).__name__} cannot be read by index ({reason}), so no "
+                f"PruningCallback: the data set {type(self.dataset).__name__} cannot be read by index ({reason}), so "
+                "no "
                 "batches to score on can be drawn from it: give it a method `keys` that lists the keys of its items."
             ) from error

@@ -74,14 +74,18 @@ def trace_module(
                 continue
             return trace_channels(module, arguments, residual=residual, exact_only=exact_only)
     raise SettingsError(
-        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor on the "
-        f"whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's `example_input_array` "
+        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor on "
+        "the "
+        f"whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
+        "`example_input_array` "
         "to inputs that `forward` takes."
     )
 
 
 def _call_of_example(module: pl.LightningModule, forward: _Forward) -> tuple[_Forward, tuple[object, ...]]:
-    """Return a function and its arguments that call `forward` with the module's `example_input_array`, as Lightning does."""
+    """Return a function and its arguments that call `forward` with the module's `example_input_array`, as Lightning
+    does.
+    """
     example = module.trainer.precision_plugin.convert_input(module.example_input_array)
     example = move_data_to_device(example, module.device)
     if isinstance(example, Mapping):

@@ -22,11 +22,12 @@ def both_packages(*classes: type) -> tuple[type, ...]:
     """Return classes of `pytorch_lightning` or `lightning_fabric` and their counterparts in the package `lightning`.
 
     The result is for `isinstance`. A user may train with either package, and neither class is a subclass of the other.
-    Class names are not enough: a user may define a callback called ``EarlyStopping`` that has nothing in common with Lightning's.
+    Class names are not enough: a user may define a callback called ``EarlyStopping`` that has nothing in common with
+    Lightning's.
 
     Args:
-        *classes: The classes, as imported from `pytorch_lightning` or `lightning_fabric`. Classes of other packages have no
-            counterpart.
+        *classes: The classes, as imported from `pytorch_lightning` or `lightning_fabric`. Classes of other packages
+            have no counterpart.
 
     Returns:
         Each class, followed by its counterpart if `lightning` has been imported.
@@ -64,7 +65,8 @@ def private_attribute(owner: object, name: str, purpose: str) -> Any:
         return getattr(owner, name)
     except AttributeError:
         raise SettingsError(
-            f"{type(owner).__name__} of pytorch-lightning {pl.__version__} has no attribute `{name}`, which is needed to "
+            f"{type(owner).__name__} of pytorch-lightning {pl.__version__} has no attribute `{name}`, which is needed "
+            "to "
             f"{purpose}: install a version that gflow_pl was tested with (see the dependencies in its pyproject.toml)."
         ) from None
 

@@ -56,8 +56,8 @@ def gradient_scale(scaler: GradScaler | None, optimizer: Optimizer, device: torc
         optimizer: The optimizer that is about to step.
         device: The device of the gradients.
     """
-    # Private in torch. A fused optimizer divides by the scale inside its step; for others Lightning has divided already.
-    # Without the attribute, gradients of fused optimizers would be taken 65536 times too large.
+    # Private in torch. A fused optimizer divides by the scale inside its step; for others Lightning has divided
+    # already. Without the attribute, gradients of fused optimizers would be taken 65536 times too large.
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
     return scaler.scale(torch.ones((), device=device))

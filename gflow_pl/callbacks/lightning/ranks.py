@@ -1,4 +1,6 @@
-"""Ranks, the processes of a distributed run: what they exchange, and the parts of Lightning's DDP strategy that a cut affects."""
+"""Ranks, the processes of a distributed run: what they exchange, and the parts of Lightning's DDP strategy that a cut
+affects.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +90,8 @@ def broadcast_buffers(trainer: pl.Trainer, module: nn.Module) -> None:
 def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Wrap a rewritten module in a new DistributedDataParallel; do nothing under another strategy.
 
-    The reducer of the old wrapper has buckets for gradients of the old shapes. With ``find_unused_parameters=True`` it would
-    raise no error, and the ranks would drift apart.
+    The reducer of the old wrapper has buckets for gradients of the old shapes. With ``find_unused_parameters=True`` it
+    would raise no error, and the ranks would drift apart.
     """
     strategy = cast(DDPStrategy, trainer.strategy)
     if not isinstance(strategy, both_packages(DDPStrategy)) or not isinstance(strategy.model, DistributedDataParallel):
@@ -97,8 +99,8 @@ def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     # Private: without these two methods the wrapper would lack the settings and communication hooks of the strategy.
     strategy.model = strategy._setup_model(module)
     strategy._register_ddp_hooks()
-    # Private: under `static_graph=True` Lightning itself starts the all-reduce of the first step, once per strategy. Unless the
-    # flag is reset, the gradients of the first step after a cut are not averaged over the ranks.
+    # Private: under `static_graph=True` Lightning itself starts the all-reduce of the first step, once per strategy.
+    # Unless the flag is reset, the gradients of the first step after a cut are not averaged over the ranks.
     private_attribute(
         strategy, "_pl_static_graph_delay_done", "reduce the first gradients of a static graph after a cut"
     )
@@ -109,8 +111,8 @@ def revert_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
     """Convert SyncBatchNorm layers back to BatchNorm, in place, as Lightning does at the end of training."""
     if not isinstance(trainer.strategy, both_packages(ParallelStrategy)):
         return
-    # Private: None unless the Trainer has `sync_batchnorm=True`. Without it a module that training has left by an exception
-    # would keep its SyncBatchNorm layers, which do not run on a CPU.
+    # Private: None unless the Trainer has `sync_batchnorm=True`. Without it a module that training has left by an
+    # exception would keep its SyncBatchNorm layers, which do not run on a CPU.
     layer_sync = private_attribute(trainer.strategy, "_layer_sync", "convert SyncBatchNorm back after an exception")
     if layer_sync is not None:
         layer_sync.revert(module)

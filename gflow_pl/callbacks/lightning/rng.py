@@ -15,7 +15,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 __all__ = ["capture_rng_state", "isolated_rng", "restore_rng_state"]
 
 _SEED_VARIABLE = "PL_GLOBAL_SEED"
-"""The environment variable of `seed_everything`. Its value also decides how the data is shared among ranks in each epoch."""
+"""The environment variable of `seed_everything`.
+
+Its value also decides how the data is shared among ranks in each epoch.
+"""
 
 
 def capture_rng_state() -> dict[str, Any]:

@@ -24,9 +24,9 @@ _END = object()
 def calibration_batches(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterable[Any]:
     """Return training batches in a shuffled order, augmented and moved to the device as in training.
 
-    They come from a loader with the data set, collate function and batch size of the train loader, and with the subset of a
-    SubsetRandomSampler. Under DDP each rank gets its share. A train loader that is not a DataLoader is copied, and iterated
-    in the order and on the share of the data that it chooses.
+    They come from a loader with the data set, collate function and batch size of the train loader, and with the subset
+    of a SubsetRandomSampler. Under DDP each rank gets its share. A train loader that is not a DataLoader is copied, and
+    iterated in the order and on the share of the data that it chooses.
 
     Args:
         trainer: The Trainer, whose train loader has been set up.
@@ -54,7 +54,8 @@ def validation_batches(
         limit: Largest number of batches (int) or share of the batches (float), like `Trainer.limit_val_batches`.
 
     Returns:
-        The batches; None if there is not exactly one validation loader, or if it has no length or cannot be read a second time.
+        The batches; None if there is not exactly one validation loader, or if it has no length or cannot be read a
+        second time.
     """
     loader = trainer.val_dataloaders
     if isinstance(loader, list) and len(loader) == 1:
@@ -70,7 +71,8 @@ def validation_batches(
 
 
 class _TransferredBatches:
-    """Batches of loaders, passed through the transfer hooks of the module and the data module as in training or validation.
+    """Batches of loaders, passed through the transfer hooks of the module and the data module as in training or
+    validation.
 
     Args:
         trainer: The Trainer.
@@ -82,7 +84,8 @@ class _TransferredBatches:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: object, *, training: bool) -> None:
         self._trainer, self._module, self._training = trainer, module, training
         self._loaders = loaders
-        # The flags during training, saved before scoring clears them: parts that training keeps in evaluation mode stay so.
+        # The flags during training, saved before scoring clears them: parts that training keeps in evaluation mode stay
+        # so.
         self._flags = {submodule: training and submodule.training for submodule in module.modules()}
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,7 +96,8 @@ class _TransferredBatches:
                 if batch is _END:
                     return
                 converted = self._trainer.precision_plugin.convert_input(batch)
-                # Private: applies the hook of the module or of the data module. `batch_to_device` applies the other two hooks.
+                # Private: applies the hook of the module or of the data module. `batch_to_device` applies the other two
+                # hooks.
                 converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
                 transferred = self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
             yield transferred
@@ -102,7 +106,8 @@ class _TransferredBatches:
         """Return the batches of the loader, or the combined batches of several loaders."""
         if not isinstance(self._loaders, (dict, list, tuple)):
             return self._loaders  # type: ignore[return-value]
-        # Private: "max_size_cycle", "min_size", ... of training. Without it the loaders would be combined in another way.
+        # Private: "max_size_cycle", "min_size", ... of training. Without it the loaders would be combined in another
+        # way.
         purpose = "combine several loaders as in training"
         combined_loader = private_attribute(self._trainer.fit_loop, "_combined_loader", purpose)
         mode = private_attribute(combined_loader, "_mode", purpose)
@@ -110,7 +115,9 @@ class _TransferredBatches:
 
     @contextmanager
     def _training_or_validating(self) -> Iterator[None]:
-        """Set the Trainer's stage and the modules' training flags, by which data sets and hooks decide whether to augment."""
+        """Set the Trainer's stage and the modules' training flags, by which data sets and hooks decide whether to
+        augment.
+        """
         stage = self._trainer.state.stage
         flags = {submodule: submodule.training for submodule in self._flags}
         setattr(self._trainer, "training" if self._training else "validating", True)

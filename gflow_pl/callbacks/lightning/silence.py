@@ -24,9 +24,9 @@ _EXCLUDED = frozenset(vars(pl.LightningModule())) - {"_buffers"}
 class SideEffects:
     """What running a module has changed in it since this object was created, to be undone.
 
-    Scoring runs the user's `training_step` on batches that are not trained on. Such a step may update metrics and running
-    statistics, append to lists or count its calls. `undo` restores the buffers, metrics and attributes of the module and its
-    submodules, and the items of lists, dicts, sets and deques among them. Parameters are not saved.
+    Scoring runs the user's `training_step` on batches that are not trained on. Such a step may update metrics and
+    running statistics, append to lists or count its calls. `undo` restores the buffers, metrics and attributes of the
+    module and its submodules, and the items of lists, dicts, sets and deques among them. Parameters are not saved.
 
     Args:
         module: The module.
@@ -81,8 +81,9 @@ def _ignore(*_: object, **__: object) -> None:
 def _silent_copy(logger: Logger) -> Logger:
     """Return a shallow copy of a logger whose public methods do nothing.
 
-    Its class is a subclass of the logger's class, since `Trainer.log_dir` and many training steps test the kind of a logger
-    with `isinstance`. Its attributes and properties (`log_dir`, `save_dir`, `version`, ...) are those of the logger.
+    Its class is a subclass of the logger's class, since `Trainer.log_dir` and many training steps test the kind of a
+    logger with `isinstance`. Its attributes and properties (`log_dir`, `save_dir`, `version`, ...) are those of the
+    logger.
     """
     cls = type(logger)
     methods = [name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name))]

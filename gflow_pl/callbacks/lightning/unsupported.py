@@ -50,13 +50,14 @@ def _launcher_problem(trainer: pl.Trainer) -> str | None:
     """Return why the way in which processes are started is not supported; None if it is."""
     if not isinstance(trainer.strategy, both_packages(DDPStrategy)):
         return None
-    # Private: "popen", "spawn", "fork" or "forkserver". Without it a spawned run would be accepted and would fail at its end,
-    # when the main process loads the pruned weights into its module of full size.
+    # Private: "popen", "spawn", "fork" or "forkserver". Without it a spawned run would be accepted and would fail at
+    # its end, when the main process loads the pruned weights into its module of full size.
     start_method = private_attribute(trainer.strategy, "_start_method", "find out how processes are started")
     if start_method == "popen":
         return None
     return (
-        "with spawned or forked processes the main process would load the pruned weights into a module of full size: use "
+        "with spawned or forked processes the main process would load the pruned weights into a module of full size: "
+        "use "
         "strategy='ddp'."
     )
 

@@ -17,8 +17,9 @@ _INPUT = "reads channels that cannot change"
 def _convolution(op: OperatorCall) -> None:
     """Label the output of a convolution.
 
-    ``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``. The weight is (filters,
-    channels of one group, *kernel), and (channels, filters of one group, *kernel) if the convolution is transposed.
+    ``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``. The weight is
+    (filters, channels of one group, *kernel), and (channels, filters of one group, *kernel) if the convolution is
+    transposed.
     """
     x, weight, bias = op.arg(0, "input"), op.arg(1, "weight"), op.arg(2, "bias")
     is_transposed, groups = bool(op.arg(6, "transposed", False)), op.arg(8, "groups", 1)
@@ -59,8 +60,8 @@ def _side_labels(op: OperatorCall, labels: Labels | None, has_same_size: bool) -
 def _grouped_filters(op: OperatorCall, inputs: Labels | None, kernel: DimLabels, groups: int) -> Labels | None:
     """Add the constraints of a grouped convolution, and return the labels of its output channels.
 
-    With at least as many groups as channels in one group, whole groups are removed (a depthwise convolution is the usual
-    case). Otherwise all groups lose the same positions.
+    With at least as many groups as channels in one group, whole groups are removed (a depthwise convolution is the
+    usual case). Otherwise all groups lose the same positions.
 
     Args:
         op: The call.

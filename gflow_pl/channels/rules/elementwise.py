@@ -122,8 +122,8 @@ def note_partial_write(op: OperatorCall) -> None:
 def _is_partial_copy(op: OperatorCall) -> bool:
     """Label the target of an in-place operator that fills a tensor with another one, in whole or in part.
 
-    A part of a tensor without labels cannot take the labels of what is written into it, because the whole has none: these
-    channels are frozen. A uniform tensor that is overwritten as a whole takes all labels.
+    A part of a tensor without labels cannot take the labels of what is written into it, because the whole has none:
+    these channels are frozen. A uniform tensor that is overwritten as a whole takes all labels.
 
     Returns:
         Whether this was such an operator, so that nothing is left to do.

@@ -11,8 +11,8 @@ __all__ = ["INDEXING_RULES"]
 def _index(op: OperatorCall) -> None:
     """Label the output of ``index(x, indices)``, which is ``x[i, :, j]``.
 
-    The indexed dimensions are frozen, and the others keep their labels. The dimensions of the indices, broadcast against
-    each other, replace the indexed dimensions if these are adjacent. Otherwise they come first.
+    The indexed dimensions are frozen, and the others keep their labels. The dimensions of the indices, broadcast
+    against each other, replace the indexed dimensions if these are adjacent. Otherwise they come first.
     """
     x, indices = op.args[0], list(op.args[1])
     info = op.info(x)
@@ -42,8 +42,8 @@ def _index(op: OperatorCall) -> None:
 def _index_select(op: OperatorCall) -> None:
     """Label the output of ``index_select(x, dim, index)`` with the labels of the index.
 
-    An entry of the index and its position in the output are removed together. The gather of an expansion relies on this: its
-    index is a buffer that shrinks with the layer.
+    An entry of the index and its position in the output are removed together. The gather of an expansion relies on
+    this: its index is a buffer that shrinks with the layer.
     """
     x, index = op.operands[0], op.operands[1]
     info = op.info(x)

@@ -16,8 +16,8 @@ _GROUP_NORM = "a group norm over the pruned dim"
 def _batch_norm(op: OperatorCall) -> None:
     """Label the outputs of ``native_batch_norm(x, weight, bias, running_mean, running_var, ...)`` and its variants.
 
-    Every channel is normalized alone, so that the removal of channels is exact. Another pruned dimension is inexact, because the
-    statistics of a channel run over it.
+    Every channel is normalized alone, so that the removal of channels is exact. Another pruned dimension is inexact,
+    because the statistics of a channel run over it.
     """
     x = op.operands[0]
     info = op.info(x)

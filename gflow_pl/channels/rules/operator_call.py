@@ -26,8 +26,8 @@ class OperatorCall:
 
     A trace runs the network once in training mode and once in evaluation mode. After every call of an operator it calls
     the operator's rule with an `OperatorCall`. The rule reads the labels of the operands (`info`), sets the labels of
-    every output (`set_labels`), and states which labels must be pruned together (`join`, `match`), must stay (`freeze`), or
-    are inexact (`mark_inexact`).
+    every output (`set_labels`), and states which labels must be pruned together (`join`, `match`), must stay
+    (`freeze`), or are inexact (`mark_inexact`).
 
     A label is a whole number that stands for one channel of the network. Each dimension of a tensor has either a vector
     with one label for each position along it, or None if pruning cannot change its size. Positions with the same label,
@@ -90,9 +90,9 @@ class OperatorCall:
         Args:
             output: One of the outputs.
             labels: For every dimension of the output, the labels of its positions, or None.
-            zero_dims: Dimensions along which the elements of a channel are zero in the masked network, in which the channel's
-                filter outputs zeros. For ``y = f(x)`` with ``f(0) = 0`` these are the `zero_dims` of ``x``. If a
-                dimension is missing here, later sums over it are reported as inexact.
+            zero_dims: Dimensions along which the elements of a channel are zero in the masked network, in which the
+                channel's filter outputs zeros. For ``y = f(x)`` with ``f(0) = 0`` these are the `zero_dims` of ``x``.
+                If a dimension is missing here, later sums over it are reported as inexact.
             is_uniform: Whether all elements have the same value.
         """
         self.table.set_labels(output, labels, zero_dims, is_activation=self.is_activation, is_uniform=is_uniform)

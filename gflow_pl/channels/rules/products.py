@@ -68,9 +68,9 @@ def _mv(op: OperatorCall) -> None:
 def _attention(op: OperatorCall) -> None:
     """Label the outputs of a scaled dot product attention.
 
-    ``f(query, key, value, ..., scale=None)`` with tensors of shape (..., heads, positions, width). Heads may be removed together
-    from all three. So may positions of the width of query and key, which is inexact if the scale follows the width, and
-    positions of the width of the value, which is the width of the output.
+    ``f(query, key, value, ..., scale=None)`` with tensors of shape (..., heads, positions, width). Heads may be removed
+    together from all three. So may positions of the width of query and key, which is inexact if the scale follows the
+    width, and positions of the width of the value, which is the width of the output.
     """
     query, key, value = op.args[:3]
     labels_q, labels_k, labels_v = (op.info(x).labels for x in (query, key, value))

@@ -94,8 +94,8 @@ def _sort(op: OperatorCall) -> None:
 def _pool(op: OperatorCall) -> None:
     """Label the outputs of pooling and resizing.
 
-    Examples and channels are independent of each other; the spatial dimensions behind them are frozen. The number of spatial
-    dimensions is part of the operator's name: 2 for ``max_pool2d``.
+    Examples and channels are independent of each other; the spatial dimensions behind them are frozen. The number of
+    spatial dimensions is part of the operator's name: 2 for ``max_pool2d``.
     """
     x = op.operands[0]
     info = op.info(x)

@@ -38,7 +38,10 @@ RULES: dict[str, Rule] = {
     **SPLITTING_RULES,
     **VIEW_RULES,
 }
-"""The rule of every operator by its name, without the namespace for torch's own operators. `register_rule` adds to it."""
+"""The rule of every operator by its name, without the namespace for torch's own operators.
+
+`register_rule` adds to it.
+"""
 
 
 class RuleError(SettingsError):
@@ -56,17 +59,17 @@ def register_rule(operator: str, rule: Rule) -> Rule: ...
 def register_rule(operator: str, rule: Rule | None = None) -> Rule | Callable[[Rule], Rule]:
     """Add the rule of an operator, so that layers around the operator can be pruned.
 
-    `trace_channels` follows the channels of a network through every operator that a forward pass calls. An operator without a
-    rule, such as one that was defined with ``torch.library``, freezes all layers whose channels reach it. The rule
-    tells the trace which channels the elements of the operator's outputs belong to. It is a function of one
+    `trace_channels` follows the channels of a network through every operator that a forward pass calls. An operator
+    without a rule, such as one that was defined with ``torch.library``, freezes all layers whose channels reach it. The
+    rule tells the trace which channels the elements of the operator's outputs belong to. It is a function of one
     `OperatorCall`, which is called after each call of the operator during a trace:
 
-    - ``op.args``, ``op.kwargs`` and ``op.output`` are what the operator got and returned. The tensors may be on the meta
-      device: read shapes, not values.
+    - ``op.args``, ``op.kwargs`` and ``op.output`` are what the operator got and returned. The tensors may be on the
+      meta device: read shapes, not values.
     - ``op.info(x).labels`` holds, for each dimension of an operand ``x``, one label (a whole number that stands for a
       channel) for every position along it. It holds None for a dimension that pruning cannot change.
-    - ``op.set_labels(output, labels, zero_dims)`` must be called for each output that is a new tensor. To reorder, pick or
-      concatenate channels, index or concatenate the label vectors with numpy.
+    - ``op.set_labels(output, labels, zero_dims)`` must be called for each output that is a new tensor. To reorder, pick
+      or concatenate channels, index or concatenate the label vectors with numpy.
     - ``op.match(a, b, reason)`` states that two dimensions of operands must keep equal sizes, position by position;
       ``op.freeze(labels, reason)`` states that the operator needs all of these channels; and ``op.mark_inexact(labels,
       reason)`` states that the values of other channels change if some of these are removed.
@@ -109,7 +112,8 @@ def register_rule(operator: str, rule: Rule | None = None) -> Rule | Callable[[R
     namespace, separator, name = operator.partition("::")
     if not separator or not hasattr(getattr(torch.ops, namespace), name):
         raise SettingsError(
-            f"register_rule: there is no operator {operator!r}. Give its name as 'namespace::name', and define it first."
+            f"register_rule: there is no operator {operator!r}. Give its name as 'namespace::name', and define it "
+            "first."
         )
     RULES[operator.removeprefix("aten::")] = _checked(operator, rule)
     return rule

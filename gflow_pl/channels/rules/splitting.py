@@ -1,9 +1,9 @@
 """Rules of split and slice: where the sizes of the parts come from.
 
-A network splits channels either into equal shares of what is there, or into sizes that its code gives as numbers. In the
-second case, the numbers must follow from the channels that remain after pruning, so a module must hold them as
-attributes. A rule lists the interpretations that are possible, and `OperatorCall.choose` picks one; the verification
-of the trace finds out whether it is right.
+A network splits channels either into equal shares of what is there, or into sizes that its code gives as numbers. In
+the second case, the numbers must follow from the channels that remain after pruning, so a module must hold them as
+attributes. A rule lists the interpretations that are possible, and `OperatorCall.choose` picks one; the verification of
+the trace finds out whether it is right.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Interpretation = Callable[[], None]
 
 
 def _split(op: OperatorCall) -> None:
-    """Label the outputs of ``split(x, size, dim=0)``, ``split_with_sizes(x, sizes, dim=0)`` and ``chunk(x, chunks, dim=0)``."""
+    """Label the outputs of ``split(x, size, dim=0)``, ``split_with_sizes(x, sizes, dim=0)`` and ``chunk(x, chunks,
+    dim=0)``.
+    """
     x = op.operands[0]
     info = op.info(x)
     dim = op.arg(2, "dim", 0) % x.ndim

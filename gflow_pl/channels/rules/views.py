@@ -1,8 +1,9 @@
 """The rule of reshaping: which dimension of the output holds the channels of a dimension of the input.
 
-A view splits and merges dimensions. If channels are split into several dimensions (heads and their width, say), only one of
-them can shrink, and all positions along the others belong to the same units. Which one it is follows from where the code
-takes the sizes from, so the rule lists the interpretations that are possible, and `OperatorCall.choose` picks one.
+A view splits and merges dimensions. If channels are split into several dimensions (heads and their width, say), only
+one of them can shrink, and all positions along the others belong to the same units. Which one it is follows from where
+the code takes the sizes from, so the rule lists the interpretations that are possible, and `OperatorCall.choose` picks
+one.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[Dims, Dims
 def _labels_without_kernel(op: OperatorCall, labels: DimLabels, shape: Sequence[int]) -> DimLabels:
     """Freeze the kernel's dimensions if the operand is the weight of a running convolution; return the other labels.
 
-    A convolution that computes its weight (weight standardization) merges its input channels with the kernel. Without the
-    labels of the kernel, the merged dimension can shrink with the channels.
+    A convolution that computes its weight (weight standardization) merges its input channels with the kernel. Without
+    the labels of the kernel, the merged dimension can shrink with the channels.
     """
     if not isinstance(op.module, _ConvNd) or tuple(shape[2:]) != tuple(op.module.kernel_size):
         return labels
@@ -110,7 +111,8 @@ def _labels_without_kernel(op: OperatorCall, labels: DimLabels, shape: Sequence[
 def _unchanged_dim(op: OperatorCall, labels: Labels | None, dim: int) -> Labels | None:
     """Return the labels of a dimension that a view leaves as it is.
 
-    The code may take its size from the tensor, or from an attribute of the module. Linear layers take it from the tensor.
+    The code may take its size from the tensor, or from an attribute of the module. Linear layers take it from the
+    tensor.
     """
     attributes: list[SizeAttribute] = []
     if labels is not None and type(op.module) is not nn.Linear:
@@ -140,8 +142,8 @@ class _Interpretation:
     Attributes:
         dim: The new dimension that shrinks. All positions along the others of its block belong to the same units.
         attribute: The attribute that is its size; None if the size is computed from the tensor.
-        input_labels: (positions, width) labels of the running module's input, which every position goes with; None if the
-            size does not follow from the input.
+        input_labels: (positions, width) labels of the running module's input, which every position goes with; None if
+            the size does not follow from the input.
     """
 
     dim: int

@@ -52,7 +52,9 @@ def check_before_start(command: str, config: Namespace, objects: Namespace) -> N
 
 
 def check_network(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-    """Check that the network of an `ImageClassifier` accepts the images of the data and returns a logit for every class."""
+    """Check that the network of an `ImageClassifier` accepts the images of the data and returns a logit for every
+    class.
+    """
     side = getattr(datamodule, "image_size", None)
     if isinstance(module, ImageClassifier) and side is not None:
         check_image_size(module.network, side)
