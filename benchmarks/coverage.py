@@ -83,15 +83,16 @@ def line(row):
     strict = f"{row['exact_only_off']:.0e} ({row['exact_only']:.0%})" if "exact_only_off" in row else ""
     trains = "" if "trains" not in row else "meta" if row["on_meta"] else "yes"
     cells = [
-        row["model"].removeprefix("tv:"), after, share(row["coverage"]), share(row["coverage_all"]), share(row["inexact"]),
-        off, f"{row['change']:.2g}" if "change" in row else "-", strict, trains, row["rounds"], row["seconds"], why,
+        row["model"].removeprefix("tv:"), after, share(row["coverage"]), share(row["coverage_all"]),
+        share(row["inexact"]), off, f"{row['change']:.2g}" if "change" in row else "-", strict, trains, row["rounds"],
+        row["seconds"], why,
     ]  # fmt: skip
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 COLUMNS = [
-    "model", "M parameters", "prunable", "with outputs", "inexact", "error", "change", "exact_only", "trains", "verifications",
-    "CPU s", "why the rest is frozen",
+    "model", "M parameters", "prunable", "with outputs", "inexact", "error", "change", "exact_only", "trains",
+    "verifications", "CPU s", "why the rest is frozen",
 ]  # fmt: skip
 
 
@@ -145,8 +146,8 @@ def table(options):
         "whose removal",
         "changes what the others compute (the graph gives the reason). *error*: largest difference between the "
         "outputs of the",
-        "pruned and the masked network, relative to the largest output. *change*: the same between the masked and the "
-        "full",
+        "pruned and the masked network, relative to the largest output. *change*: the same between the masked and "
+        "the full",
         "network. *exact_only*: the error, and the share of filters that are still prunable, if only exact units are "
         "removed.",
         "*trains*: \"meta\" if only shapes were run. *verifications*: verifications of the trace. *CPU s*: CPU time "

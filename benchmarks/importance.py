@@ -319,9 +319,12 @@ def main() -> None:
     )
     text = f"""# What importance costs
 
-`python benchmarks/importance.py`: resnet56, batches of {args.size} images of 3x32x32, float32, evaluation mode, default memory
-format; {where}; torch {torch.__version__}. Seconds are CPU time on a CPU and wall time elsewhere, the fastest of {args.repeats}
-alternating runs. "Bare passes" are the passes that the formula needs, written by hand; the limits are those of time / peak memory.
+`python benchmarks/importance.py`: resnet56, batches of {args.size} images of 3x32x32, float32, evaluation mode, \
+default memory
+format; {where}; torch {torch.__version__}. Seconds are CPU time on a CPU and wall time elsewhere, the fastest of \
+{args.repeats}
+alternating runs. "Bare passes" are the passes that the formula needs, written by hand; the limits are those of \
+time / peak memory.
 """
     if "published" in args.only:
         a, b, worst, wall = compare_with_published_code(args.classes, 5, args.size, args.repeats, device, usual_threads)
@@ -333,14 +336,18 @@ alternating runs. "Bare passes" are the passes that the formula needs, written b
 """
     if spent:
         text += f"""
-Double backward costs {spent["double_backward"] / spent["reverse_over_forward"]:.2f} times as much as reverse over forward. The
-strategy follows from the model, never from a clock: reverse over forward if a test verifies every operator in the graph for it,
+Double backward costs {spent["double_backward"] / spent["reverse_over_forward"]:.2f} times as much as \
+reverse over forward. The
+strategy follows from the model, never from a clock: reverse over forward if a test verifies every \
+operator in the graph for it,
 else double backward.
 """
     if "published" in args.only:
         text += f"""
-{args.classes} classes, 5 images each, `grad_preserve`: {a:.2f} s. The published code (samples collected one by one, one batch for
-each class, double backward) takes {b:.2f} s: {b / a:.2f} times as long (goal on a CPU: at least 1.6). Largest difference of the
+{args.classes} classes, 5 images each, `grad_preserve`: {a:.2f} s. The published code (samples collected one by one, \
+one batch for
+each class, double backward) takes {b:.2f} s: {b / a:.2f} times as long (goal on a CPU: at least 1.6). \
+Largest difference of the
 scores, in units of a layer's largest: {worst:.1e}. {wall}
 """
     out = args.out or (Path("docs/benchmarks_importance.md") if list(args.only) == PARTS else None)

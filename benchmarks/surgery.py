@@ -284,15 +284,13 @@ def torch_pruning_part(device: torch.device, batch: int, repeats: int | None) ->
         *rows,
         "",
         f"Median ratio {statistics.median(totals):.2f} (goal: at most 0.8), largest {max(totals):.2f} (goal: at most "
-        "1.5); "
-        f"largest of rewrite alone {max(alone):.2f} (goal: at most 0.2).",
+        f"1.5); largest of rewrite alone {max(alone):.2f} (goal: at most 0.2).",
         "",
         f"DenseNet-201 is traced in {densenet201_trace():.2f} s (goal: under 3 s).",
         "",
-        "mobilenet_v3_small is closest to the limits: in four runs, the ratio was 1.31 to 1.42 for trace and rewrite, "
-        "and 0.17 "
-        "to 0.18 for the rewrite alone. Its 209 tensors are small, and the time is spread over some thousand small "
-        "operations.",
+        "mobilenet_v3_small is closest to the limits: in four runs, the ratio was 1.31 to 1.42 for trace and "
+        "rewrite, and 0.17 to 0.18 for the rewrite alone. Its 209 tensors are small, and the time is spread over "
+        "some thousand small operations.",
         "",
     ]
 
@@ -303,8 +301,8 @@ def step_part(device: torch.device, batch: int, repeats: int | None) -> list[str
         "## A rewrite, compared with a training step",
         "",
         f"ResNet-56, batch {batch}, SGD with momentum: one step {step['step']:.4f} s, one rewrite (including the "
-        "optimizer state) "
-        f"{step['rewrite']:.4f} s, {100 * step['rewrite'] / step['step']:.1f} % of a step (goal on a CPU: under 5 %).",
+        f"optimizer state) {step['rewrite']:.4f} s, {100 * step['rewrite'] / step['step']:.1f} % of a step (goal on a "
+        "CPU: under 5 %).",
         "",
     ]
 
@@ -315,18 +313,17 @@ def gain_part(device: torch.device, batch: int, repeats: int | None) -> list[str
         "## Training an expanded instead of a masked network",
         "",
         f"ResNet-56, {100 * gain['removed']:.1f} % of the filters of both convolutions of each block removed, forward "
-        "and backward of a "
-        f"batch of {batch}: dense "
-        f"{gain['dense']:.4f} s, masked {gain['masked']:.4f} s, expanded {gain['expanded']:.4f} s: "
-        f"{gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal on a CPU: at least 1.8).",
+        f"and backward of a batch of {batch}: dense {gain['dense']:.4f} s, masked {gain['masked']:.4f} s, expanded "
+        f"{gain['expanded']:.4f} s: {gain['masked'] / gain['expanded']:.2f} times as fast as masked (goal on a CPU: "
+        "at least 1.8).",
         "",
     ]
     if device.type == "cpu":
         return [
             *lines,
             f"One profiled step of the expanded network spends {100 * gain['convolutions']:.0f} % of its time in "
-            "convolutions and "
-            f"their gradients, and {100 * gain['scatter']:.0f} % in the scatter into zeros and its gradient.",
+            f"convolutions and their gradients, and {100 * gain['scatter']:.0f} % in the scatter into zeros and its "
+            "gradient.",
             "",
         ]
     rows = [

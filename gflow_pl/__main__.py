@@ -27,7 +27,8 @@ commands:
 {commands}
 
 To list the options of a command, use gflow COMMAND --help. Settings can also come from YAML files, which are given by
-their path or by the name of a shipped file: gflow prune --config demo. Every run writes to a new folder in checkpoints/.
+their path or by the name of a shipped file: gflow prune --config demo. Every run writes to a new folder \
+in checkpoints/.
 """
 
 

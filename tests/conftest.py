@@ -1,5 +1,6 @@
 """Settings for all tests: an import path for shared helpers, one thread, no command-line arguments."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+
+# Lightning calls names that jsonargparse 4 has deprecated. The `gflow` command turns this warning off, too.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 @pytest.fixture(autouse=True)

@@ -100,7 +100,7 @@ def _image_set() -> tuple[Tensor, Tensor]:
 
 
 def golden_images() -> Tensor:
-    """Return the images, (160, 3, 32, 32), float64 (with values of float32 precision); batches are 16 consecutive ones."""
+    """Return the images, (160, 3, 32, 32), float64 with values of float32; a batch is 16 consecutive images."""
     return _image_set()[0].clone()
 
 

@@ -1,4 +1,4 @@
-"""A slow, obvious reference for pruned networks: the network at full size with the slices of removed units set to zero."""
+"""A slow, obvious reference for pruned networks: the full-size network with the slices of removed units zeroed."""
 
 import copy
 
@@ -44,7 +44,7 @@ def random_plan(graph, share=0.5, seed=0, only=lambda group: True):
 
 
 def masked_network(model, graph, plan):
-    """Return a copy in which every slice of a removed unit is zero, and so are the removed outputs of expanded layers."""
+    """Return a copy in which every slice of a removed unit and the removed outputs of expanded layers are zero."""
     masked = copy.deepcopy(model)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     modules = dict(masked.named_modules())

@@ -24,16 +24,17 @@ __all__ = ["MODES", "NAMES", "TIMM", "TORCHVISION", "faults", "measure"]
 
 TORCHVISION = [f"tv:{name}" for name in torchvision.models.list_models(module=torchvision.models)]
 TIMM = """bat_resnext26ts botnet26t_256 cait_xxs24_224 caformer_s18 coat_lite_tiny coatnet_0_rw_224 convformer_s18
-convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_tiny_240 cspdarknet53 cspresnet50 darknet53 davit_tiny
-deit_tiny_patch16_224 densenet121 dla34 dm_nfnet_f0 dpn48b eca_nfnet_l0 ecaresnet26t edgenext_xx_small efficientformer_l1
-efficientformerv2_s0 efficientnet_lite0 efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw fastvit_t8 fbnetc_100 focalnet_tiny_srf
-gcresnet33ts gernet_s ghostnet_100 gmixer_24_224 gmlp_s16_224 halonet26t hardcorenas_a hgnetv2_b0 hrnet_w18_small
-inception_next_tiny inception_resnet_v2 inception_v4 lambda_resnet26t lcnet_050 legacy_seresnet18 levit_128 mixer_s16_224 mixnet_s
-mobilenetv4_conv_small mobileone_s0 mobilevit_s mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small nfnet_l0 pit_ti_224 poolformer_s12
-pvt_v2_b0 regnetx_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resmlp_12_224 resnest14d resnet18 resnetv2_50 rexnet_100
-selecsls42b semnasnet_075 seresnet18 sequencer2d_s skresnet18 spnasnet_100 starnet_s1 swin_tiny_patch4_window7_224
-swinv2_cr_tiny_224 tf_efficientnet_b0 tiny_vit_5m_224 tinynet_a tnt_s_legacy_patch16_224 tresnet_m twins_svt_small
-vit_tiny_patch16_224 visformer_tiny volo_d1_224 vovnet39a wide_resnet50_2 xception41 xcit_nano_12_p16_224""".split()  # noqa: SIM905
+convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_tiny_240 cspdarknet53 cspresnet50 darknet53
+davit_tiny deit_tiny_patch16_224 densenet121 dla34 dm_nfnet_f0 dpn48b eca_nfnet_l0 ecaresnet26t edgenext_xx_small
+efficientformer_l1 efficientformerv2_s0 efficientnet_lite0 efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw fastvit_t8
+fbnetc_100 focalnet_tiny_srf gcresnet33ts gernet_s ghostnet_100 gmixer_24_224 gmlp_s16_224 halonet26t hardcorenas_a
+hgnetv2_b0 hrnet_w18_small inception_next_tiny inception_resnet_v2 inception_v4 lambda_resnet26t lcnet_050
+legacy_seresnet18 levit_128 mixer_s16_224 mixnet_s mobilenetv4_conv_small mobileone_s0 mobilevit_s mobilevitv2_050
+mvitv2_tiny nest_tiny nextvit_small nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0 regnetx_002 repghostnet_050 repvgg_a0
+repvit_m0_9 res2net50_26w_4s resmlp_12_224 resnest14d resnet18 resnetv2_50 rexnet_100 selecsls42b semnasnet_075
+seresnet18 sequencer2d_s skresnet18 spnasnet_100 starnet_s1 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+tf_efficientnet_b0 tiny_vit_5m_224 tinynet_a tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vit_tiny_patch16_224
+visformer_tiny volo_d1_224 vovnet39a wide_resnet50_2 xception41 xcit_nano_12_p16_224""".split()  # noqa: SIM905
 NAMES = [*TORCHVISION, *TIMM]
 # Settings of `trace_channels`, by the name of the mode.
 MODES = {
@@ -157,7 +158,7 @@ def distances(model, graph, plan, x):
 
 
 def is_rebuilt(name, small, structure, x, out):
-    """Return whether a fresh network computes the same output bit for bit, given structure and state dict from a file."""
+    """Return whether a new network with structure and state dict from a file computes the same output bit for bit."""
     file = io.BytesIO()
     torch.save({"structure": structure.as_dict(), "state_dict": small.state_dict()}, file)
     file.seek(0)
@@ -189,7 +190,7 @@ def is_exact(group):
 
 
 def measure(name, mode, compare=True):
-    """Return all facts about one model in one mode; without `compare`, the pruned network is run on meta tensors only."""
+    """Return all facts about one model in one mode; without `compare`, run the pruned network on meta tensors only."""
     model, native = build(name)
     row = {"model": name, "mode": mode, "params": sum(p.numel() for p in model.parameters())}
     row["on_meta"] = row["params"] > MAX_COMPUTED or not compare

@@ -109,8 +109,7 @@ class GradientFlowMonitor(Callback):
         if stage == "fit" and self.hessian and self.loss_fn is None and not pl_module.automatic_optimization:
             raise SettingsError(
                 f"GradientFlowMonitor: {type(pl_module).__name__} uses manual optimization, so its `training_step` "
-                "does not "
-                "return the loss of a batch: give `loss_fn(module, batch)`, or leave `hessian` out."
+                "does not return the loss of a batch: give `loss_fn(module, batch)`, or leave `hessian` out."
             )
 
     @override
@@ -123,8 +122,7 @@ class GradientFlowMonitor(Callback):
         if self._initial_state and any(self._shape_of_initial(name) != p.shape for name, p in present.items()):
             rank_zero_warn(
                 f"GradientFlowMonitor: the saved initial parameters are not of this {type(pl_module).__name__}, so "
-                "distances "
-                "are measured from its present parameters."
+                "distances are measured from its present parameters."
             )
             self._initial_state.clear()
         initial = self._initial_state or present
@@ -217,8 +215,9 @@ class GradientFlowMonitor(Callback):
         return self._initial_state[name].shape if name in self._initial_state else None
 
     def _statistics(self, name: str, parameter: Tensor, gradient: Tensor | None) -> Tensor:
-        """Return (5,) theta . theta, theta . g, g . g, |theta - theta_0|^2 and 1 (a count of steps), on the parameter's
-        device.
+        """Return the statistics (5,) of a parameter in one step, on the parameter's device.
+
+        They are theta . theta, theta . g, g . g, |theta - theta_0|^2 and 1 (a count of steps).
 
         Args:
             name: Name of the parameter.
@@ -235,10 +234,8 @@ class GradientFlowMonitor(Callback):
         if initial is not None and initial.shape != value.shape:
             raise SettingsError(
                 f"GradientFlowMonitor: '{name}' has shape {tuple(value.shape)}, but had {tuple(initial.shape)} "
-                "initially: code "
-                "that rewrites the network during training must rewrite the tensors of `tensors_by_name()` alike; "
-                "otherwise set "
-                "`distance=False`."
+                "initially: code that rewrites the network during training must rewrite the tensors of "
+                "`tensors_by_name()` alike; otherwise set `distance=False`."
             )
         statistics = (
             value.square().sum(),
@@ -305,7 +302,7 @@ def _is_last_batch(trainer: pl.Trainer) -> bool:
 
 
 def _unscaled_gradient(parameter: Tensor, scale: Tensor | None) -> Tensor | None:
-    """Return a parameter's gradient as a dense tensor, divided by the scale that it still carries; None if it has none."""
+    """Return a parameter's gradient as a dense tensor, divided by the scale it still carries; None if it has none."""
     gradient = parameter.grad
     if gradient is None:
         return None

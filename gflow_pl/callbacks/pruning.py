@@ -212,10 +212,8 @@ class PruningCallback(PruningState):
             if self.loss_fn is None and not training_step_returns_loss(pl_module):
                 raise SettingsError(
                     f"PruningCallback: {type(pl_module).__name__} uses manual optimization or fetches its batches "
-                    "itself, so "
-                    "its `training_step` does not return the loss of a batch: set `loss_fn(module, batch)`, which "
-                    "returns the "
-                    "scalar loss to score by."
+                    "itself, so its `training_step` does not return the loss of a batch: set `loss_fn(module, "
+                    "batch)`, which returns the scalar loss to score by."
                 )
             self._scoring = Scoring(self.scoring_settings)
         super().setup(trainer, pl_module, stage)

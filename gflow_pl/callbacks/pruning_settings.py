@@ -134,8 +134,9 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """Further settings of a round: optimizer state, learning rate, evaluation and files. Fields as in
-    `PruningCallback`.
+    """Further settings of a round: optimizer state, learning rate, evaluation and files.
+
+    The fields are as in `PruningCallback`.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -301,7 +302,6 @@ class CutTimes:
         if max_epochs is not None and max_epochs >= 0 and last >= max_epochs:
             raise SettingsError(
                 f"The last of {self.num_rounds} rounds is due at the start of epoch {last} (counted from 0), but "
-                "training "
-                f"ends after {max_epochs} epochs: set max_epochs to at least {last + 1}, or lower `rounds` or "
+                f"training ends after {max_epochs} epochs: set max_epochs to at least {last + 1}, or lower `rounds` or "
                 "`warmup_epochs`."
             )

@@ -137,7 +137,7 @@ class PruningState(SettingAttributes, CarriesStructure):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather the random states of all ranks, for checkpoints of the first epoch; write the rows of a resumed run."""
+        """Gather all ranks' random states, for checkpoints of the first epoch; write the rows of a resumed run."""
         self._gather_rng(trainer)
         self._rows_file.choose_name(trainer)
         if self.rows:
@@ -170,9 +170,8 @@ class PruningState(SettingAttributes, CarriesStructure):
         if self.graph is not None and any(self.graph.shapes.get(name) != shape for name, shape in shapes.items()):
             raise SettingsError(
                 f"PruningCallback: this {type(module).__name__} has other shapes than the network that the callback "
-                "has pruned "
-                f"({self.rounds_done} of {self.schedule.num_rounds} rounds): make a new PruningCallback for every "
-                "network."
+                f"has pruned ({self.rounds_done} of {self.schedule.num_rounds} rounds): make a new PruningCallback for "
+                "every network."
             )
 
     def _schedule_as_dict(self) -> dict[str, Any]:

@@ -89,11 +89,9 @@ class RoundRow:
         accuracy = self.accuracy_after_cut
         return (
             f"Round {self.round} of {num_rounds} by {self.measure} (epoch {self.epoch}): asked for "
-            f"{self.fraction_asked:.1%} of the {target}, reached {self.fraction_reached:.1%}; "
-            f"{self.units_removed} units with {self.filters_removed} filters removed, {self.filters_left} filters "
-            "left, "
-            f"{self.parameters:,} parameters, "
-            f"{self.macs:,} multiply-accumulates; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+            f"{self.fraction_asked:.1%} of the {target}, reached {self.fraction_reached:.1%}; {self.units_removed} "
+            f"units with {self.filters_removed} filters removed, {self.filters_left} filters left, {self.parameters:,} "
+            f"parameters, {self.macs:,} multiply-accumulates; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
             + (f", accuracy after the cut {accuracy:.2%}" if not isinstance(accuracy, str) else "")
             + f"; {self.seconds:.1f} s"
         )
@@ -183,8 +181,8 @@ class RowsFile:
             if not self._has_warned:
                 rank_zero_warn(
                     f"PruningCallback: the rounds' rows cannot be written to '{os.fspath(path)}' "
-                    f"({error.strerror or error}); "
-                    "training goes on, and the callback's `rows` and the loggers have them."
+                    f"({error.strerror or error}); training goes on, and the callback's `rows` and the loggers have "
+                    "them."
                 )
             self._has_warned = True
 

@@ -174,8 +174,9 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _line(row: dict[str, Any], max_epochs: int | None) -> str:
-    """Return an epoch in one line, counted from 0: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330
-    filters".
+    """Return one line about an epoch, counted from 0.
+
+    For example: "epoch 2/13 (pruning): train 90.71%, test 88.73%, lr 0.05, 1330 filters".
     """
     total = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
     parts = [

@@ -148,10 +148,8 @@ class Scoring:
             if not self._module_is_classifier:
                 rank_zero_info(
                     f"PruningCallback: the forward pass of {type(module).__name__} and its batches do not give logits "
-                    "and "
-                    "labels, so filters are scored by the module's loss as it is, without a temperature, on batches "
-                    "that are "
-                    "not balanced over classes: set `logits_fn` to change that."
+                    "and labels, so filters are scored by the module's loss as it is, without a temperature, on "
+                    "batches that are not balanced over classes: set `logits_fn` to change that."
                 )
         return self._module_is_classifier
 
@@ -210,9 +208,8 @@ class Scoring:
     def _report_custom_samplers(self, loaders: object, what: str) -> None:
         for name in custom_sampler_names(loaders):
             message = (
-                f"PruningCallback: {what} on the whole data set: the custom sampler {name} is ignored. To restrict "
-                "the data "
-                "set, wrap it in a Subset."
+                f"PruningCallback: {what} on the whole data set: the custom sampler {name} is ignored. To restrict the "
+                "data set, wrap it in a Subset."
             )
             if self._messages.is_new(message):
                 rank_zero_info(message)

@@ -54,15 +54,13 @@ def report_tracking(scoring: ScoringSettings, tracking: TrackingSettings, keep_m
     if measure.is_tracked or tracking.track:
         rank_zero_info(
             f"PruningCallback: {measure.name} with track {tracking.track}, bias "
-            f"{scoring.bias or measure.default_bias}, "
-            f"keep_momentum {keep_momentum}."
+            f"{scoring.bias or measure.default_bias}, keep_momentum {keep_momentum}."
         )
     uses_training_gradients = tracking.track and measure.needs_gradients and not measure.needs_hessian
     if uses_training_gradients and scoring.temperature is not None:
         rank_zero_warn(
             f"PruningCallback: the temperature {scoring.temperature:g} has no effect, since tracked scores come from "
-            "the "
-            "gradients of training as they are: leave `temperature` out, or set track to false."
+            "the gradients of training as they are: leave `temperature` out, or set track to false."
         )
 
 

@@ -125,8 +125,7 @@ class ForwardRunner:
 
     @contextmanager
     def placeholders_set(self, placeholders: Mapping[int, Tensor], training: bool) -> Iterator[None]:
-        """Replace the model's tensors by placeholders for the block, and restore the model and all generators
-        afterwards.
+        """Replace the model's tensors by placeholders for the block; then restore the model and all generators.
 
         Args:
             placeholders: id of a real tensor to its placeholder.

@@ -51,7 +51,7 @@ class _ModuleKind(NamedTuple):
 
 
 def _is_channel_norm(module: nn.Module) -> bool:
-    """Return whether a module normalizes every channel separately, so that removing one leaves the others as they are."""
+    """Return whether a module normalizes every channel separately, so that removing one leaves the others unchanged."""
     if isinstance(module, _NormBase):
         return True
     tensors = {**module._parameters, **module._buffers}  # scripted modules cannot be iterated, but unpacked
@@ -190,7 +190,7 @@ class LayerHooks:
         self._recorder.readers[id(output)] = []
 
     def _weight_of(self, layer: nn.Module) -> str | None:
-        """Return the name of the tensor that holds a layer's weight, also where a parametrization computes the weight."""
+        """Return the name of the tensor that holds a layer's weight, also if a parametrization computes the weight."""
         tensors: list[Tensor | None] = [layer._parameters.get(name) for name in _WEIGHTS]
         parametrized = getattr(layer, "parametrizations", {})
         if "weight" in parametrized:

@@ -91,8 +91,9 @@ def _freeze_locations(record: Record, corrections: Corrections) -> None:
 
 
 def _drop_shared_norms(record: Record) -> None:
-    """Scatter the outputs of layers that share a norm at the layers themselves: an expansion at the norm is for one
-    layer.
+    """Scatter the outputs of layers that share a norm at the layers themselves.
+
+    An expansion at the norm can serve only one layer.
     """
     norms = [norm for norm in record.expands_at_norm.values() if norm is not None]
     for layer, norm in record.expands_at_norm.items():

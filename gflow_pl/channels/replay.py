@@ -20,9 +20,10 @@ __all__ = ["Mismatch", "ReplayMode"]
 _LAYOUT_DEPENDENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
 # Operators whose int arguments are sizes: these show in the shapes of the outputs.
 _TAKES_SIZES = frozenset(
-    """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
-    new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided native_layer_norm _fused_rms_norm
-    native_group_norm convolution _convolution slice as_strided arange channel_shuffle native_channel_shuffle""".split()  # noqa: SIM905
+    """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split
+    unsafe_split_with_sizes chunk new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided
+    native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange channel_shuffle
+    native_channel_shuffle""".split()  # noqa: SIM905
 )
 # Operators that take a shape, followed by the value to fill it with.
 _TAKES_FILL_VALUE = frozenset(["full", "new_full"])
@@ -91,7 +92,7 @@ class ReplayMode(PlaceholderMode):
 
     @property
     def failed_at(self) -> int:
-        """After an error, the number of the operator that failed, or of the next one if the code between two raised it."""
+        """After an error, the number of the operator that failed, or of the next one if code between two raised it."""
         is_in_operator = self.is_in_operator or self._following == len(self._records)
         return self._current if is_in_operator else self._following
 

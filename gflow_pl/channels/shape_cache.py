@@ -120,7 +120,7 @@ def _from_template(template: Template) -> Any:
     return template.detach()
 
 
-# -- shape functions: None where the arguments are unusual ---------------------------------------------------------------
+# -- shape functions: None where the arguments are unusual -------------------------------------------------------------
 
 
 def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Template:
@@ -149,9 +149,7 @@ def _arithmetic(a: object, b: object, *more: object) -> Template | None:
 
 
 def _arithmetic_keeps_shape(x: Tensor, other: object, *more: object) -> bool:
-    """Return whether in-place arithmetic is certain to succeed: with a number, or with a tensor of equal shape and
-    dtype.
-    """
+    """Return whether in-place arithmetic is certain to succeed: with a number, or a tensor of equal shape and dtype."""
     if isinstance(other, Tensor):
         return other.shape == x.shape and other.dtype == x.dtype and x.is_floating_point()
     return (

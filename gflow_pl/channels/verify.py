@@ -87,7 +87,7 @@ class Verifier:
         return inexact, None
 
     def _inexact_near(self, index: OperatorIndex) -> InexactLabels:
-        """Return the removable labels of an operator or, if it has none that were tried, of the nearest one before it."""
+        """Return the removable labels of an operator or, if it has none that were tried, of the nearest before it."""
         operators = self._record.operators[index.training]
         reason = _width_reason(operators[index.number])
         for operator in reversed(operators[: index.number + 1]):

@@ -145,7 +145,7 @@ class GflowCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Store the file to start from, which is loaded later: the size of the network is measured at full size first."""
+        """Store the file to start from, which is loaded later: the network's size is measured at full size first."""
         config = self.config[self._command]
         init_args = config.model.get("init_args") or Namespace()
         given = [path for path in (config.get("pretrained"), init_args.get("pretrained")) if path]

@@ -59,8 +59,9 @@ def report(
     base: str | None = None,
     counts_only: bool = False,
 ) -> None:
-    """Compare the size and accuracy of a module with its unpruned self; print a table and write report.json and
-    layers.png.
+    """Compare the size and accuracy of a module with its unpruned self.
+
+    Print a table, and write report.json and layers.png.
 
     Args:
         trainer: Runs the tests.
@@ -116,7 +117,7 @@ def _full_size(module: pl.LightningModule, example: object | None) -> Size:
 
 
 def _known_example(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> object | None:
-    """Return an example input without reading data, or None if neither the module nor the data describe their inputs."""
+    """Return an example input without reading data; None if neither the module nor the data describe their inputs."""
     if module.example_input_array is not None:
         return module.example_input_array
     side = getattr(datamodule, "image_size", None)

@@ -12,7 +12,7 @@ __all__ = ["config_folder", "with_config_paths"]
 
 
 def config_folder() -> Path:
-    """Return the folder of the shipped settings files: in the installed package, or beside the package in a checkout."""
+    """Return the folder of shipped settings files: in the installed package, or beside the package in a checkout."""
     package = Path(gflow_pl.__file__).parent
     installed, checkout = package / "configs", package.parent / "configs"
     return installed if installed.is_dir() else checkout

@@ -40,7 +40,7 @@ class OneSentenceParser(LightningArgumentParser):
 
     @override
     def add_instantiator(self, instantiator: Callable[..., Any], class_type: type, *args: Any, **kwargs: Any) -> None:
-        """Register a function that creates objects of a class, so that its errors pass through `instantiate_classes`."""
+        """Register a function that creates a class's objects, so that its errors pass through `instantiate_classes`."""
         super().add_instantiator(self._recording_errors(instantiator), class_type, *args, **kwargs)
 
     @override

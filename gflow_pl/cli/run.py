@@ -22,10 +22,8 @@ __all__ = ["run"]
 
 _BUG_REPORT = (
     "gflow: this error is a bug in gflow_pl or in a class that your settings name. If it is in gflow_pl, please "
-    "report it in "
-    "the issue tracker of the project, with the lines above, the command and these versions: "
-    f"gflow_pl {gflow_pl.__version__}, "
-    f"torch {torch.__version__}, pytorch-lightning {pl.__version__}."
+    "report it in the issue tracker of the project, with the lines above, the command and these versions: gflow_pl "
+    f"{gflow_pl.__version__}, torch {torch.__version__}, pytorch-lightning {pl.__version__}."
 )
 
 

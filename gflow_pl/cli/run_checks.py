@@ -52,9 +52,7 @@ def check_before_start(command: str, config: Namespace, objects: Namespace) -> N
 
 
 def check_network(module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
-    """Check that the network of an `ImageClassifier` accepts the images of the data and returns a logit for every
-    class.
-    """
+    """Check that the network of an `ImageClassifier` accepts the data's images and returns a logit for every class."""
     side = getattr(datamodule, "image_size", None)
     if isinstance(module, ImageClassifier) and side is not None:
         check_image_size(module.network, side)
@@ -64,7 +62,7 @@ def check_network(module: pl.LightningModule, datamodule: pl.LightningDataModule
 
 
 def _check_checkpoint(path: str, module: pl.LightningModule, *, resumes_without_pruning: bool) -> None:
-    """Refuse a checkpoint of a network for other classes, and a pruning run that would be resumed without its callback."""
+    """Refuse a checkpoint of a network for other classes, and a pruning run that would resume without its callback."""
     contents: Mapping[str, Any] = read_file(path)
     num_classes = (contents.get("hyper_parameters") or {}).get("num_classes")
     if isinstance(module, ImageClassifier) and num_classes not in (None, module.hparams["num_classes"]):

@@ -1,6 +1,4 @@
-"""Checks of single settings; each raises a `SettingsError` that names the setting, what was expected and what was
-given.
-"""
+"""Checks of single settings. Each raises a `SettingsError` that names the setting, the expected and the given value."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ModuleSnapshot:
         nested: Whether containers inside containers are saved, too. False bounds the cost for modules that keep a data
             set: only the attributes themselves and the buffers are visited.
         copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and
-            restored. Writes through ``tensor.data`` are not noticed.
+            restored.
 
     Attributes:
         tensors: The buffers and other tensors found that are not parameters.
@@ -144,15 +144,16 @@ class TensorSnapshot:
         """Restore the values, also where the tensor was resized or its storage was replaced.
 
         Args:
-            compare: Whether to look for changes by values as well, which finds writes through ``tensor.data`` but makes
-                the host wait for the device. The version counter finds all other writes.
+            compare: Whether to write only where something has changed, which makes the host wait for the device.
+                Without, the values are always written, and the version counter stays: a batch norm in training mode
+                does not increase it either, so that it cannot tell what has changed.
         """
         tensor, values = self._tensor, self._values
         if tensor.shape != values.shape:
             tensor.data = values
-        elif tensor._version != self._version or (
-            compare and tensor.layout == torch.strided and not _is_equal(tensor, values)
-        ):
+        elif not compare:
+            tensor.data.copy_(values)
+        elif tensor._version != self._version or (tensor.layout == torch.strided and not _is_equal(tensor, values)):
             tensor.copy_(values)
 
 

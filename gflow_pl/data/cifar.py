@@ -102,8 +102,7 @@ class _CIFAR(ImageDataModule):
         folder = Path(self.root) / self.dataset.base_folder
         return (
             f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or "
-            "unpack "
-            f"{self.dataset.filename} in '{self.root}', or set --data.root to the folder that contains "
+            f"unpack {self.dataset.filename} in '{self.root}', or set --data.root to the folder that contains "
             f"{self.dataset.base_folder}/."
         )
 

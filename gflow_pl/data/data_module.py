@@ -138,7 +138,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_names(self) -> list[str]:
-        """Return the names of the images of `predict_dataloader`, in order: paths relative to the root, or positions."""
+        """Return the names of the images of `predict_dataloader`, in order: paths below the root, or positions."""
         images = self._part("test")
         return [images.name(index) for index in range(len(images))]
 

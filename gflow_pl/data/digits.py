@@ -15,8 +15,9 @@ _TEST_EVERY = 5
 
 
 class Digits(ImageDataModule):
-    """The 1,797 handwritten digits of scikit-learn, enlarged from 8x8 to 3x32x32. A fixed fifth of each digit is for
-    testing.
+    """The 1,797 handwritten digits of scikit-learn, enlarged from 8x8 to 3x32x32.
+
+    A fixed fifth of each digit is for testing.
 
     Images are not augmented, because a flipped digit is not a digit.
     """

@@ -34,8 +34,7 @@ class UnrepeatedSampler(DistributedSampler[Any]):
 
 
 def even_batch_size(batch_size: int, num_images: int, num_ranks: int) -> int:
-    """Return the largest batch size, up to `batch_size`, at which all ranks have equally many batches; 0 if there is
-    none.
+    """Return the largest batch size up to `batch_size` at which all ranks have equally many batches; 0 if none exists.
 
     DistributedDataParallel synchronizes buffers in every forward, so a rank with one more batch than the others would
     block.

@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 _NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "rms_norm"})
 _NON_LINEARITIES = frozenset({
-    "celu", "clamp", "clamp_min", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid",
-    "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "tanh",
-    "tanhshrink", "threshold",
+    "celu", "clamp", "clamp_min", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink",
+    "softsign", "tanh", "tanhshrink", "threshold",
 })  # fmt: skip
 
 _NOT_ELEMENTWISE = (nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin)
@@ -218,7 +218,7 @@ class ActivationObserver(TorchFunctionMode):
         return after_layer
 
     def _before_module(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Take the candidate that a norm or a non-linearity is called with; its inner operators are then not observed."""
+        """Take the candidate that a norm or a non-linearity is called with; do not observe its inner operators."""
         candidate = self._candidate(_first_argument(args, kwargs))
         self._inside.append(candidate)
         if candidate is not None:

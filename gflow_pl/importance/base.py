@@ -102,9 +102,7 @@ class Importance(ABC):
         """
 
     def finish(self, total: FilterVector) -> FilterVector:
-        """Return the scores, (filters,), computed from the sums of the contributions, (filters,); here the sums
-        themselves.
-        """
+        """Return the scores, (filters,), from the sums of the contributions, (filters,); by default the sums."""
         return total
 
     def __repr__(self) -> str:

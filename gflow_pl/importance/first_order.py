@@ -34,7 +34,7 @@ def mean_gradients(stream: Gradients, refs: list[TensorRef], ranks: Ranks) -> di
 def mean_squared_rows(
     stream: Gradients, refs: list[TensorRef], ranks: Ranks, formula: FilterFormula, layers: list[ScoredLayer]
 ) -> dict[str, Tensor]:
-    """Return the mean over batches, weighted by size, of the squared gradient of a global batch, in rows by layer name."""
+    """Return the size-weighted mean over batches of a global batch's squared gradient, in rows by layer name."""
     sums: dict[str, Tensor] = {}
     count = 0
     for size, gradients in stream:

@@ -157,6 +157,5 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
     if any("CheckpointFunction" in node.name() for node in graph_nodes(loss)):
         raise SettingsError(
             "score_filters: the model uses reentrant activation checkpointing, whose gradients cannot be computed "
-            "separately; "
-            "call torch.utils.checkpoint with use_reentrant=False."
+            "separately; call torch.utils.checkpoint with use_reentrant=False."
         )

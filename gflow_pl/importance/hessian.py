@@ -52,8 +52,9 @@ def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]
 
 
 class HessianProducts:
-    """Products H g of a mean loss over samples, with g its gradient with respect to all tensors that gradient flow
-    moves.
+    """Hessian-gradient products H g of the mean loss over samples.
+
+    The gradient g and the Hessian H are those of all tensors that gradient flow moves.
 
     The strategy is chosen on two examples, before anything is spent on the others. A batch that the model computes with
     other operators (a branch that depends on the data) gets its own strategy.

@@ -43,12 +43,12 @@ log = logging.getLogger(__name__)
 Strategy = Literal["reverse_over_forward", "double_backward"]
 
 FORWARD_DIFFERENTIABLE_TWICE = frozenset({
-    "torch::autograd::AccumulateGrad", "Convolution", "Addmm", "Mm", "T", "NativeBatchNorm", "NativeGroupNorm",
-    "Relu", "Hardtanh", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Sigmoid", "Tanh", "Softplus", "Softmax",
-    "Add", "Sub", "Mul", "Div", "Neg", "Pow", "Exp", "Abs", "Sum", "Mean", "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D",
-    "UpsampleNearest2D", "UpsampleBilinear2D", "ConstantPadNd", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose",
-    "Permute", "Expand", "Slice", "Select", "Split", "Cat", "Stack", "Clone", "Index", "IndexSelect", "IndexCopy",
-    "LogSoftmax", "NllLoss", "MseLoss",
+    "torch::autograd::AccumulateGrad", "Convolution", "Addmm", "Mm", "T", "NativeBatchNorm", "NativeGroupNorm", "Relu",
+    "Hardtanh", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Sigmoid", "Tanh", "Softplus", "Softmax",
+    "Add", "Sub", "Mul", "Div", "Neg", "Pow", "Exp", "Abs", "Sum", "Mean", "MaxPool2DWithIndices", "AvgPool2D",
+    "AdaptiveAvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D", "ConstantPadNd", "View", "UnsafeView",
+    "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose", "Permute", "Expand", "Slice", "Select", "Split", "Cat",
+    "Stack", "Clone", "Index", "IndexSelect", "IndexCopy", "LogSoftmax", "NllLoss", "MseLoss",
 })  # fmt: skip
 """Operators whose forward derivative is itself differentiable, each verified by a test. Others may give a wrong product
 without an error: the forward derivative of a layer norm, for instance, treats mean and variance as constants."""

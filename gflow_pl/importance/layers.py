@@ -175,8 +175,7 @@ class ScoredLayer:
 
 
 def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[ScoredLayer]:
-    """Return every convolution, transposed convolution and linear layer of a model, in the order of
-    ``named_modules()``.
+    """Return every convolution, transposed convolution and linear layer, in the order of ``named_modules()``.
 
     Args:
         model: Any module; it is not changed.

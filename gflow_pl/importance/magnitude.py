@@ -53,8 +53,9 @@ class BatchNormScale(Importance):
 
 
 class Random(Importance):
-    """Uniform random numbers in [0, 1) from a private generator: the same on every rank, without use of the global
-    generators.
+    """Uniform random numbers in [0, 1) from a private generator.
+
+    They are the same on every rank, and the global generators are not used.
     """
 
     name = "random"

@@ -80,6 +80,5 @@ def _check_facts(cls: type[Importance]) -> None:
     if (statistic == "activation") != issubclass(cls, ActivationImportance):
         raise SettingsError(
             f"Measure '{cls.name}': a measure of activations, and no other, must be a subclass of "
-            "ActivationImportance; "
-            f"got statistic {statistic!r}."
+            f"ActivationImportance; got statistic {statistic!r}."
         )

@@ -50,8 +50,9 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cached_weights(model: nn.Module | None = None) -> Iterator[None]:
-    """Compute every derived weight once inside the block, so that the tensor we differentiate is the one the forward
-    used.
+    """Compute every derived weight once inside the block.
+
+    The tensor that we differentiate is then the one that the forward used.
 
     Without this, a parametrization computes a new tensor at every access, and a hook one at every call of its layer.
 

@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Exponential average of the scores of a measure: ``running = alpha * new + (1 - alpha) * running``, starting from
-    zero.
+    """Exponential average of the scores of a measure.
+
+    ``running = alpha * new + (1 - alpha) * running``, starting from zero.
 
     One `update` takes one global batch: its gradient, unscaled and before clipping, and the weights that the model has
     at that moment. Called before the step of the optimizer, gradient and weights belong together, as in the formulas.
@@ -160,8 +161,7 @@ class Tracker:
         if missing and not self.has_logged:
             log.warning(
                 "Layers whose weights get no gradient in training (they are frozen, or derived where the derivation "
-                "cannot be "
-                "observed) are not scored; a group without a scored layer is kept whole: %s.",
+                "cannot be observed) are not scored; a group without a scored layer is kept whole: %s.",
                 ", ".join(missing),
             )
         wanted = [ref.name for ref in unique_refs(scored, self.measure.reads)]

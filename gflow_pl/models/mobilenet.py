@@ -34,7 +34,7 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map features (batch, in_channels, height, width) to (batch, out_channels, height / stride, width / stride)."""
+        """Map (batch, in_channels, height, width) to (batch, out_channels, height / stride, width / stride)."""
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)))
 

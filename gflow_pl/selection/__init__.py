@@ -1,5 +1,6 @@
-"""From rounds to fractions, and from scores to the units that stay: decisions on names and numbers, without modules or
-data.
+"""From rounds to fractions, and from scores to the units that stay.
+
+These are decisions on names and numbers, without modules or data.
 """
 
 from gflow_pl.selection.costs import cost_after

@@ -169,7 +169,7 @@ def _check_fraction(name: str, fraction: object) -> None:
 
 
 def percent_hint(fraction: object) -> str:
-    """Return a sentence with the fraction to write, for a number that looks like a percentage; "" for any other value."""
+    """Return a hint with the fraction to write, for a number that looks like a percentage; "" for any other value."""
     if is_number(fraction) and 1 < fraction <= 100:
         return f" It is a fraction: for {fraction:g} % write {fraction / 100:g}."
     return ""

@@ -144,9 +144,7 @@ def _check_arguments(
 
 
 def _warn_of_unscored_groups(ranking: Ranking, ignored: Iterable[str]) -> None:
-    """Warn of groups that are kept whole because no voting layer of theirs is scored; those that are ignored anyway are
-    not named.
-    """
+    """Warn of groups that are kept whole because none of their voting layers is scored, unless they are ignored."""
     names = [name for name in ranking.unscored if name not in set(ignored)]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -159,8 +157,7 @@ def _warn_of_shortfall(wanted: int, removed: int, total: int, target: str, min_k
     """Warn that protected units kept the plan from removing as much as was asked for."""
     warnings.warn(
         f"Asked to remove {wanted:,} of {total:,} {target}, but only {removed:,} can be removed ({wanted - removed:,} "
-        "fewer, "
-        f"{removed / max(total, 1):.1%} instead of {wanted / max(total, 1):.1%}): the rest is protected by "
+        f"fewer, {removed / max(total, 1):.1%} instead of {wanted / max(total, 1):.1%}): the rest is protected by "
         f"min_kept={min_kept:g}, `ignore` or missing scores.",
         stacklevel=3,
     )

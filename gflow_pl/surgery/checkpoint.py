@@ -82,10 +82,9 @@ def apply_from_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         found = state.get(name)
         if isinstance(found, Tensor) and isinstance(present, Tensor) and found.shape != present.shape:
             raise SettingsError(
-                f"The file holds '{name}' with shape {tuple(found.shape)}, the network has {tuple(present.shape)}, "
-                "and the "
-                "file carries no structure to rebuild it by: load it into a network of that shape, or save it with "
-                "PruningCallback, StructureMixin or save_pruned."
+                f"The file holds '{name}' with shape {tuple(found.shape)}, the network has {tuple(present.shape)}, and "
+                "the file carries no structure to rebuild it by: load it into a network of that shape, or save it "
+                "with PruningCallback, StructureMixin or save_pruned."
             )
 
 

@@ -16,8 +16,7 @@ __all__ = ["find_dead_groups"]
 
 
 def find_dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: PlanMasks) -> set[str]:
-    """Return the groups whose units no layer reads after a plan, because every layer that reads them is emptied or
-    dead.
+    """Return the groups whose units no layer reads after a plan: every layer that reads them is emptied or dead.
 
     Only groups for which this is certain are returned. A group is left alone, which costs time but no exactness, if
     zeros of a single channel might not replace its units (a unit has several channels of its layer, an attribute of
@@ -67,8 +66,7 @@ def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: Pl
 def _reached_from_emptied(
     candidates: Mapping[str, set[str]], emptied: set[str], without_filters: set[str], graph: ChannelGraph
 ) -> dict[str, set[str]]:
-    """Return the candidates that are dead because of an emptied layer, following the network backwards from these
-    layers.
+    """Return the candidates that are dead because of an emptied layer, found backwards from these layers.
 
     A candidate is dead if all layers that read it have no filters, and one of them is emptied or belongs to a group
     that is dead. The second condition leaves out groups that only read each other.
@@ -133,7 +131,7 @@ def _is_input_of_layer(part: Slice, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _readers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the layers that read the units of a group, or an empty set if a module of an unknown type may read them."""
+    """Return the layers that read the units of a group; an empty set if a module of unknown type may read them."""
     producers, readers = {layer.layer for layer in group.layers}, set()
     for part in group.slices:
         name = part.tensor.rpartition(".")[0]

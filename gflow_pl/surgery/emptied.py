@@ -45,8 +45,9 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def update_emptiness(module: nn.Module, *, network_has_emptied_layers: bool = True) -> None:
-    """Replace the forward of a module without output channels and freeze its parameters; undo both if it has channels
-    again.
+    """Replace the forward of a module without output channels and freeze its parameters.
+
+    Undo both if it has channels again.
 
     Args:
         module: Any module.

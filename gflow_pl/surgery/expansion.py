@@ -1,5 +1,4 @@
-"""Hooks of expanded modules: scatter the kept outputs into zeros of the full width, or gather the inputs that are still
-read.
+"""Hooks of expanded modules: scatter the kept outputs into zeros of the full width, or gather the remaining inputs.
 
 An expanded layer computes only the filters it kept. Its outputs are scattered to their old positions, so nothing
 downstream changes. If groups of a grouped convolution are removed while its input keeps its width, the inputs of the

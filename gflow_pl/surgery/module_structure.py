@@ -172,9 +172,7 @@ def _submodule_part(structure: Structure, prefix: str) -> Structure:
 
 
 def _check_fits(table: TensorTable, structure: Structure) -> None:
-    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors with another number of
-    dims.
-    """
+    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors of other ndim."""
     # Tensors.
     problems = []
     for name, shape in structure.shapes.items():

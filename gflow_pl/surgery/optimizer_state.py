@@ -73,8 +73,7 @@ def check_optimizers(
         if keep_state and isinstance(optimizer, torch.optim.LBFGS):
             raise SettingsError(
                 f"{name} stores the state of all parameters in one flat vector, which cannot be cut together with "
-                "them: "
-                f"{remedy}, or use another optimizer."
+                f"them: {remedy}, or use another optimizer."
             )
 
 

@@ -84,7 +84,7 @@ def _mask_without(removed: np.ndarray, index: np.ndarray, size: int, cache: Inde
 
 
 def _num_filters(graph: ChannelGraph, part: LayerUnits) -> int:
-    """Return the number of filters of a layer; of one that the graph does not list, the number that the group implies."""
+    """Return the number of filters of a layer, or, if the graph does not list it, the number its group implies."""
     layer = graph.layers.get(part.layer)
     return layer.num_filters if layer is not None else int(part.index.max(initial=-1)) + 1
 

@@ -116,7 +116,7 @@ def _collect_modules(module: nn.Module, name: str, found: dict[str, nn.Module]) 
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield local name, tensor and whether it is a parameter, for all tensors of a module itself (not of its children)."""
+    """Yield local name, tensor and whether it is a parameter, for all tensors of a module without its children."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None and not is_lazy(parameter):
             yield leaf, parameter, True

@@ -52,8 +52,7 @@ def build_network(network: str | dict[str, Any] | nn.Module, num_classes: int) -
     if _MODULE_IN_PYTHON in spec:
         raise SettingsError(
             f"The network of this checkpoint is a {spec[_MODULE_IN_PYTHON]} that was passed as a module, which a file "
-            "cannot "
-            "contain: build the module and pass it again, load_from_checkpoint(path, network=...)."
+            "cannot contain: build the module and pass it again, load_from_checkpoint(path, network=...)."
         )
     unknown = set(spec) - {"class_path", "init_args", "dict_kwargs"}
     if "class_path" not in spec or unknown:

@@ -82,7 +82,7 @@ class ChannelGraph:
         return sum(group.num_filters for group in self.groups)
 
     def coverage(self) -> float:
-        """Return the share of conv and linear output channels that are in groups, without those of the model's outputs."""
+        """Return the share of conv and linear output channels that are in groups; the model's outputs do not count."""
         prunable: dict[str, int] = {}
         for group in self.groups:
             for part in group.layers:

@@ -64,4 +64,5 @@ class KeepPlan(Mapping[str, Tensor]):
         return cls(keep, asked=data.get("asked"), reached=data.get("reached"))
 
     def __repr__(self) -> str:
-        return f"KeepPlan({len(self)} groups, {self.num_removed} units to remove, asked {self.asked}, reached {self.reached})"
+        counts = f"{len(self)} groups, {self.num_removed} units to remove"
+        return f"KeepPlan({counts}, asked {self.asked}, reached {self.reached})"

@@ -22,7 +22,7 @@ _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
-    """Return the shape of a tensor of the module, also if the tensor is computed from another one; None if it has none."""
+    """Return the shape of a tensor of the module, also if it is computed from another tensor; None if missing."""
     if name in shapes:
         return tuple(shapes[name])
     return next((tuple(shapes[key]) for source in _SOURCE_NAMES if (key := source.format(name)) in shapes), None)
@@ -144,8 +144,7 @@ _RULES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] =
 
 
 def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return the attributes (``out_channels``, ``num_features``, ...) that follow from the shapes of a module's own
-    tensors.
+    """Return the attributes (``out_channels``, ...) that follow from the shapes of a module's own tensors.
 
     Args:
         module: The module with its present attributes, which are not changed. Where the shapes alone are ambiguous (the

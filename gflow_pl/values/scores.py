@@ -63,4 +63,5 @@ class Scores(Mapping[str, Tensor]):
         return len(self._scores)
 
     def __repr__(self) -> str:
-        return f"Scores({self.measure or 'no measure named'}, {len(self)} layers, {sum(v.numel() for v in self.values())} filters)"
+        num_filters = sum(vector.numel() for vector in self.values())
+        return f"Scores({self.measure or 'no measure named'}, {len(self)} layers, {num_filters} filters)"

@@ -48,8 +48,9 @@ class Structure:
                 raise SettingsError(f"Structure: the expansion of '{name}' scatters outside 0..{width - 1} or twice.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the structure as strings, numbers, lists and dicts, which load with ``weights_only=True``; ``version``
-        comes first.
+        """Return the structure as strings, numbers, lists and dicts, which load with ``weights_only=True``.
+
+        The key ``version`` comes first.
         """
         return {
             "version": 1,

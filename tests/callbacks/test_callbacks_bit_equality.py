@@ -59,7 +59,7 @@ class Module(pl.LightningModule):
 
 
 def filters_that_stay(*weights: Tensor, gone: int) -> list[Tensor]:
-    """Return the positions of the filters that stay in each conv when the `gone` filters with the smallest L2 norms go."""
+    """Return the positions of the filters that stay in each conv without the `gone` filters of smallest L2 norm."""
     norms = [weight.detach().flatten(1).norm(dim=1) for weight in weights]
     limit = torch.cat(norms).sort().values[gone]
     return [(norm >= limit).nonzero().flatten() for norm in norms]

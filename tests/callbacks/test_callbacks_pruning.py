@@ -249,7 +249,8 @@ def test_a_run_of_a_subclass_is_continued_by_another_class(tmp_path) -> None:
         pass
 
     pruning = Own("magnitude", fraction=0.5, rounds=2)
-    _, _, run = fit(tmp_path, pruning=pruning, max_epochs=2)
+    with pytest.warns(UserWarning, match="after 1 of 2 rounds"):
+        _, _, run = fit(tmp_path, pruning=pruning, max_steps=8)
     assert find_pruning_callback(run) is pruning
     run.save_checkpoint(tmp_path / "own.ckpt")
     state = pruning_state_in(torch.load(tmp_path / "own.ckpt", weights_only=True))

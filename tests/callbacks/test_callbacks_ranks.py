@@ -1,4 +1,4 @@
-"""Two gloo processes on one machine: the ranks agree bit by bit, and agree with one process on the same global batches."""
+"""Two gloo processes on one machine agree bit by bit, and agree with one process on the same global batches."""
 
 import json
 import subprocess

@@ -55,7 +55,7 @@ class Recorder(PruningCallback):
 
 
 def sync_batch_norm_on_the_cpu(self, x):
-    """Normalize by the statistics of the global batch, like SyncBatchNorm on a GPU; torch refuses to do so on the CPU."""
+    """Normalize by the statistics of the global batch, like SyncBatchNorm, which torch refuses to do on the CPU."""
     if not self.training:
         return torch.nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps

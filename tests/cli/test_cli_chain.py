@@ -187,10 +187,8 @@ def test_a_resumed_run_equals_the_uninterrupted_run_and_contains_all_rows(tmp_pa
     shorter = ["--config", "stop.yaml"]
     Path("stop.yaml").write_text("trainer: {callbacks: [{class_path: stopper.Stopper}]}\n")
     Path("stopper.py").write_text(
-        "from pytorch_lightning.callbacks import Callback\n"
-        "class Stopper(Callback):\n"
-        "    def on_train_epoch_end(self, trainer, pl_module):\n"
-        "        trainer.should_stop = trainer.current_epoch == 1\n"
+        "from pytorch_lightning.callbacks import Callback\nclass Stopper(Callback):\n    def on_train_epoch_end(self, "
+        "trainer, pl_module):\n        trainer.should_stop = trainer.current_epoch == 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["prune", *options, *TINY, *shorter, "--trainer.max_epochs", "4", "--name", "part"]) == 0

@@ -77,10 +77,9 @@ def printed_settings(capsys: pytest.CaptureFixture[str], *arguments: str) -> str
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["Module", "make_module"])
-def test_settings_are_printed_with_the_defaults_of_the_chosen_class(name, capsys) -> None:
-    printed = printed_settings(capsys, "--model", f"own_classes.{name}")
-    assert f"lr: {'0.125' if name == 'Module' else '0.5'}\n" in printed
+def test_settings_are_printed_with_the_defaults_of_the_chosen_class(capsys) -> None:
+    printed = printed_settings(capsys, "--model", "own_classes.Module")
+    assert "lr: 0.125\n" in printed
     assert "milestones" not in printed
 
 

@@ -184,7 +184,7 @@ def check_download(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, root, train=True, download=False):
             asked.append(download)
 
-    monkeypatch.setattr(CIFAR10, "source", Source)
+    monkeypatch.setattr(CIFAR10, "dataset", Source)
     with pytest.raises(ValueError, match=r"--data\.download"):
         parsed(command, *VGG, "--data", "CIFAR10")
     parsed(command, *VGG, "--data", "CIFAR10", "--data.download", "true").datamodule.prepare_data()

@@ -15,10 +15,8 @@ def test_the_run_is_recognised_when_it_is_resumed(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("own_pruning.py").write_text(
-        "from gflow_pl import PruningCallback\n"
-        "class Own(PruningCallback):\n"
-        "    def should_prune(self, epoch):\n"
-        "        return epoch == 1\n"
+        "from gflow_pl import PruningCallback\nclass Own(PruningCallback):\n    def should_prune(self, epoch):\n      "
+        "  return epoch == 1\n"
     )
     Path("own.yaml").write_text(
         "trainer: {callbacks: [{class_path: own_pruning.Own, init_args: {num_samples: 8, fraction: 0.3}}]}\n"

@@ -24,7 +24,7 @@ def moved(batches, device=DEVICE):
 
 
 def distance(ours, theirs):
-    """Return the largest absolute difference divided by the largest absolute value, in float64; infinity if one is NaN."""
+    """Return the largest absolute difference over the largest absolute value, in float64; infinity for NaN."""
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     assert ours.shape == theirs.shape, (tuple(ours.shape), tuple(theirs.shape))
     if not ours.numel():

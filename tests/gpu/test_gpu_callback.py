@@ -1,4 +1,4 @@
-"""Whole runs on the GPU: mixed precision, fused optimizers, resumed ones, one rank over NCCL, compiled ones, commands."""
+"""Whole runs on the GPU: mixed precision, fused optimizers, resuming, one rank over NCCL, compilation, commands."""
 
 import json
 import os

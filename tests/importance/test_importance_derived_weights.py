@@ -123,7 +123,7 @@ def by_hand(net, batches, *, accumulate, clip, order, steps, skip=0):
 
 
 def values_of(net: Normed) -> dict[str, torch.Tensor]:
-    """The weights derived from the current parameters, computed in a copy, because a hook computes them only in a pass."""
+    """Return the weights derived from the current parameters, computed in a copy: hooks compute them in a pass."""
     duplicate = Normed("hooks" if "weight_v" in dict(net.weighted.named_parameters()) else "parametrizations").eval()
     duplicate.load_state_dict(net.state_dict())
     with torch.no_grad():

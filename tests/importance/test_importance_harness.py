@@ -24,8 +24,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "measures.md").read_text(encoding="
 
 def test_promised_names_and_classes_are_there():
     promised = {
-        "magnitude", "mag_based", "loss", "loss_based", "biased_loss", "grasp", "grad_preserve", "biased_loss_tracked", "tfo",
-        "fisher", "nvidia", "l1", "bn", "random",
+        "magnitude", "mag_based", "loss", "loss_based", "biased_loss", "grasp", "grad_preserve", "biased_loss_tracked",
+        "tfo", "fisher", "nvidia", "l1", "bn", "random",
     }  # fmt: skip
     assert promised <= set(measure_names(aliases=True))
     exported = {getattr(importance, name) for name in importance.__all__}

@@ -110,7 +110,7 @@ def test_every_decision_of_one_round_is_the_published_one_to_the_last_filter(gol
 
 
 def vgg_with_slices(names, sizes):
-    """The graph of vgg13 (10 classes) by hand: 3x3 convs without bias, each followed by a norm, and one linear layer."""
+    """Return the graph of vgg13 (10 classes) by hand: 3x3 convs without bias, a norm behind each, one linear layer."""
     positions = [32 * 32] * 2 + [16 * 16] * 2 + [8 * 8] * 2 + [4 * 4] * 2 + [2 * 2] * 2
     graph = one_group_per_conv(names, sizes, np.ones(10))
     shapes, uses, groups = {"linear.weight": (10, int(sizes[-1])), "linear.bias": (10,)}, {"linear.weight": 1}, []

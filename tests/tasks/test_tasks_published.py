@@ -103,7 +103,7 @@ def mobilenet_by_hand(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def pruned_resnet() -> dict[str, Tensor]:
-    """Return a state dict of ResNet-18 with fewer filters in the first, and zeroed filters in the second convolutions."""
+    """Return a state dict of ResNet-18 with fewer filters in the first and zeroed ones in the second convolutions."""
     state = random_weights(build("resnet18", 10))
     indices = {}
     for stage in range(1, 5):

@@ -85,8 +85,7 @@ def on_load_checkpoint(module: pl.LightningModule, checkpoint: dict[str, Any]) -
 
 
 class CarriesStructure(Callback):
-    """Store the network's shape in every checkpoint of a module, and give the module the shape of a checkpoint that it
-    loads.
+    """Store the network's shape in all checkpoints of a module, and give the module the shape of a checkpoint it loads.
 
     For networks that were pruned before and are now trained, tested or used without a `PruningCallback`, which does the
     same. The module needs no changes. Its two checkpoint hooks stay wrapped after training, since the file of a pruned
@@ -114,7 +113,7 @@ class CarriesStructure(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the structure after a conversion to SyncBatchNorm, and remove empty parameters from the optimizers."""
+        """Restore the structure after conversion to SyncBatchNorm, and remove empty parameters from the optimizers."""
         self._has_sync_batch_norm = any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules())
         if self._structure is not None and self._has_sync_batch_norm:
             # Between `setup` and this hook the conversion has replaced modules, and dropped their hooks and buffers.

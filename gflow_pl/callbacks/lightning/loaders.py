@@ -120,8 +120,7 @@ def independent_copy(loader: _Loader, trainer: pl.Trainer, seed: int | None) -> 
 
 
 def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | None) -> _Loader:
-    """Return a shallow copy of a loader that is not a DataLoader, with copies of the state that an iteration may
-    change.
+    """Return a shallow copy of a loader that is not a DataLoader, with copies of the state that iterating may change.
 
     Raises:
         SettingsError: The loader is an iterator, so that every batch taken from it would be missing from training.
@@ -129,8 +128,8 @@ def _copy_of_custom_loader(loader: _Loader, trainer: pl.Trainer, seed: int | Non
     if isinstance(loader, Iterator):
         raise SettingsError(
             f"PruningCallback: the train loader {type(loader).__name__} is an iterator (it has `__next__`), so the "
-            "batches "
-            "to score on would be missing from training: give a DataLoader, or an object whose `__iter__` begins anew."
+            "batches to score on would be missing from training: give a DataLoader, or an object whose `__iter__` "
+            "begins anew."
         )
 
     def copy_state(part: object) -> object:
@@ -177,15 +176,15 @@ def _keys_of_dataset(loader: DataLoader[Any]) -> tuple[Sequence[Any], bool]:
     if not hasattr(dataset, "__len__"):
         raise SettingsError(
             f"PruningCallback: the data set {type(dataset).__name__} has no length, so no batches to score on can be "
-            "drawn "
-            "from it: give it `__len__`."
+            "drawn from it: give it `__len__`."
         )
     return range(len(dataset)), is_custom
 
 
 def _index_sampler(loader: DataLoader[Any]) -> object:
-    """Return the sampler that chooses the indices: the one inside torch's BatchSampler and Lightning's distributed
-    wrapper.
+    """Return the sampler that chooses the indices.
+
+    It is the one inside torch's BatchSampler and Lightning's distributed wrapper, where these are in use.
     """
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is BatchSampler:
@@ -234,7 +233,7 @@ class _RankShareSampler(Sampler[Any]):
 
 
 class _IndexingLoader(DataLoader[Any]):
-    """A DataLoader that reads a data set by index although training uses a custom sampler, which may draw other keys."""
+    """A DataLoader that reads data by index although training uses a custom sampler, which may draw other keys."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
@@ -244,6 +243,6 @@ class _IndexingLoader(DataLoader[Any]):
             reason = traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
             raise DatasetKeysError(
                 f"PruningCallback: the data set {type(self.dataset).__name__} cannot be read by index ({reason}), so "
-                "no "
-                "batches to score on can be drawn from it: give it a method `keys` that lists the keys of its items."
+                "no batches to score on can be drawn from it: give it a method `keys` that lists the keys of its "
+                "items."
             ) from error

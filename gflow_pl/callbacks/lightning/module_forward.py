@@ -75,16 +75,15 @@ def trace_module(
             return trace_channels(module, arguments, residual=residual, exact_only=exact_only)
     raise SettingsError(
         f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor on "
-        "the "
-        f"whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
-        "`example_input_array` "
-        "to inputs that `forward` takes."
+        f"the whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
+        "`example_input_array` to inputs that `forward` takes."
     )
 
 
 def _call_of_example(module: pl.LightningModule, forward: _Forward) -> tuple[_Forward, tuple[object, ...]]:
-    """Return a function and its arguments that call `forward` with the module's `example_input_array`, as Lightning
-    does.
+    """Return a function and its arguments that call `forward` with the module's example input.
+
+    This is its `example_input_array`, prepared as Lightning does.
     """
     example = module.trainer.precision_plugin.convert_input(module.example_input_array)
     example = move_data_to_device(example, module.device)

@@ -66,8 +66,8 @@ def private_attribute(owner: object, name: str, purpose: str) -> Any:
     except AttributeError:
         raise SettingsError(
             f"{type(owner).__name__} of pytorch-lightning {pl.__version__} has no attribute `{name}`, which is needed "
-            "to "
-            f"{purpose}: install a version that gflow_pl was tested with (see the dependencies in its pyproject.toml)."
+            f"to {purpose}: install a version that gflow_pl was tested with (see the dependencies in its "
+            "pyproject.toml)."
         ) from None
 
 

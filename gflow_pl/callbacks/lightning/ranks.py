@@ -1,6 +1,4 @@
-"""Ranks, the processes of a distributed run: what they exchange, and the parts of Lightning's DDP strategy that a cut
-affects.
-"""
+"""Ranks (processes of a distributed run): what they exchange, and what a cut affects in Lightning's DDP strategy."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def num_ranks(trainer: pl.Trainer) -> int:
 
 
 def mean_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that averages a tensor over the ranks, with bitwise equal results; None for a single process."""
+    """Return a function that averages a tensor over the ranks, with bitwise equal results; None for one process."""
     if num_ranks(trainer) == 1:
         return None
 

@@ -71,8 +71,7 @@ def validation_batches(
 
 
 class _TransferredBatches:
-    """Batches of loaders, passed through the transfer hooks of the module and the data module as in training or
-    validation.
+    """Batches of loaders, passed through the transfer hooks of module and data module as in training or validation.
 
     Args:
         trainer: The Trainer.
@@ -115,9 +114,7 @@ class _TransferredBatches:
 
     @contextmanager
     def _training_or_validating(self) -> Iterator[None]:
-        """Set the Trainer's stage and the modules' training flags, by which data sets and hooks decide whether to
-        augment.
-        """
+        """Set the Trainer's stage and modules' training flags, which tell data sets and hooks whether to augment."""
         stage = self._trainer.state.stage
         flags = {submodule: submodule.training for submodule in self._flags}
         setattr(self._trainer, "training" if self._training else "validating", True)

@@ -39,11 +39,9 @@ def training_loss(module: pl.LightningModule, batch: object) -> Tensor:
     except Exception as error:
         if not module.training:
             error.add_note(
-                f"PruningCallback ran `training_step` of {type(module).__name__} in evaluation mode, to score "
-                "filters. If the "
-                "step does not support evaluation mode, give the callback a `loss_fn(module, batch)` that returns the "
-                "scalar "
-                "loss."
+                f"PruningCallback ran `training_step` of {type(module).__name__} in evaluation mode, to score filters. "
+                "If the step does not support evaluation mode, give the callback a `loss_fn(module, batch)` that "
+                "returns the scalar loss."
             )
         raise
     loss = output.get("loss") if isinstance(output, Mapping) else output

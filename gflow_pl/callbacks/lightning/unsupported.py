@@ -57,8 +57,7 @@ def _launcher_problem(trainer: pl.Trainer) -> str | None:
         return None
     return (
         "with spawned or forked processes the main process would load the pruned weights into a module of full size: "
-        "use "
-        "strategy='ddp'."
+        "use strategy='ddp'."
     )
 
 

@@ -49,8 +49,9 @@ def _restride(op: OperatorCall) -> None:
 
 
 def _fill(op: OperatorCall) -> None:
-    """Label the output of ``zero_(x)``, ``fill_(x, value)``, ``normal_(x)`` and others: the same positions with new
-    values.
+    """Label the output of ``zero_(x)``, ``fill_(x, value)``, ``normal_(x)`` and others.
+
+    The output has the same positions with new values.
     """
     note_partial_write(op)
     info = op.info(op.operands[0])

@@ -13,9 +13,10 @@ from gflow_pl.channels.rules.rule_table import rule_table
 __all__ = ["ELEMENTWISE_RULES", "elementwise", "note_partial_write"]
 
 _OF_ZERO_ZERO = frozenset(
-    """abs alias alpha_dropout clone celu ceil contiguous detach dropout elu erf expm1 fix floor gelu hardswish leaky_relu
-    lift_fresh log1p mish native_dropout neg _prelu_kernel prelu relu relu6 round rrelu_with_noise selu sgn sign silu sin
-    sinh softshrink sqrt square tan tanh threshold _to_copy to asin asinh atan atanh hardshrink""".split()  # noqa: SIM905
+    """abs alias alpha_dropout clone celu ceil contiguous detach dropout elu erf expm1 fix floor gelu hardswish
+    leaky_relu lift_fresh log1p mish native_dropout neg _prelu_kernel prelu relu relu6 round rrelu_with_noise selu sgn
+    sign silu sin sinh softshrink sqrt square tan tanh threshold _to_copy to asin asinh atan atanh
+    hardshrink""".split()  # noqa: SIM905
 )
 """Functions f with f(0) = 0, for all values of the other arguments."""
 
@@ -149,8 +150,8 @@ def _is_partial_copy(op: OperatorCall) -> bool:
 
 
 _NAMES: dict[Rule, str] = {
-    elementwise: """copy copy_ gelu dropout native_dropout hardswish hardsigmoid elu celu selu leaky_relu hardtanh relu relu6 silu
-        mish threshold softplus log_sigmoid log_sigmoid_forward prelu _prelu_kernel rrelu_with_noise clamp where masked_fill
-        rsub softshrink hardshrink add sub mul div addcmul addcdiv lerp pow""",
+    elementwise: """copy copy_ gelu dropout native_dropout hardswish hardsigmoid elu celu selu leaky_relu hardtanh relu
+        relu6 silu mish threshold softplus log_sigmoid log_sigmoid_forward prelu _prelu_kernel rrelu_with_noise clamp
+        where masked_fill rsub softshrink hardshrink add sub mul div addcmul addcdiv lerp pow""",
 }
 ELEMENTWISE_RULES = rule_table(_NAMES)

@@ -107,7 +107,7 @@ _NAMES: dict[Rule, str] = {
     _cat: "cat concat",
     _stack: "stack",
     _pad_with_constant: "constant_pad_nd",
-    _pad_with_border: """reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-        _pad_circular""",
+    _pad_with_border: """reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+        replication_pad3d _pad_circular""",
 }
 JOINING_RULES = rule_table(_NAMES)

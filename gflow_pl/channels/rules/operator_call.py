@@ -144,7 +144,7 @@ class OperatorCall:
         return self.table.constraints.new_labels(Auxiliary.SUM, size)
 
     def add_activations(self, a: Labels, b: Labels) -> None:
-        """Join the labels of two activations that are added: a residual stream, unless something else joins them too."""
+        """Join the labels of two added activations: a residual stream, unless something else joins them too."""
         self.table.constraints.adds.append((a, b))
 
     # -- sizes that the code gives as numbers -----------------------------------------------------------------------

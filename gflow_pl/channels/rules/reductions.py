@@ -114,10 +114,11 @@ _NAMES: dict[Rule, str] = {
         logsumexp count_nonzero aminmax""",
     _mix_along: "_softmax softmax _log_softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp",
     _sort: "sort topk argsort kthvalue median mode msort",
-    _pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
-        _adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d mkldnn_max_pool2d quantized_max_pool2d fractional_max_pool2d upsample_nearest1d upsample_nearest2d
-        upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
-        upsample_trilinear3d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""",
+    _pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+        avg_pool3d _adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d
+        adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d quantized_max_pool2d fractional_max_pool2d
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+        upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d upsample_linear1d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa""",
 }
 REDUCTION_RULES = rule_table(_NAMES)

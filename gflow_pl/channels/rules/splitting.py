@@ -27,8 +27,9 @@ Interpretation = Callable[[], None]
 
 
 def _split(op: OperatorCall) -> None:
-    """Label the outputs of ``split(x, size, dim=0)``, ``split_with_sizes(x, sizes, dim=0)`` and ``chunk(x, chunks,
-    dim=0)``.
+    """Label the outputs of an operator that splits a tensor.
+
+    The operator is ``split(x, size, dim=0)``, ``split_with_sizes(x, sizes, dim=0)`` or ``chunk(x, chunks, dim=0)``.
     """
     x = op.operands[0]
     info = op.info(x)
@@ -91,7 +92,7 @@ def _constrain_parts(op: OperatorCall, parts: Sequence[Labels]) -> None:
 
 
 def _list_attributes(op: OperatorCall, sizes: Sequence[int]) -> list[SizeAttribute]:
-    """Return the elements of an attribute of the running module that is the list of these sizes, none if there is none."""
+    """Return the elements of an attribute of the running module that lists these sizes, none if there is none."""
     for name, value in op.sequence_attributes():
         if all(type(item) is int for item in value) and list(value) == sizes:
             return [SizeAttribute(op.module_name, name, i) for i in range(len(sizes))]
