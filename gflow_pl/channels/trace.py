@@ -166,12 +166,13 @@ def _partition(
 
 def _graph(runner: ForwardRunner, record: Record, groups: Partition) -> ChannelGraph:
     """Collect what is known of layers, tensors and groups in a graph."""
+    # Layers, in the order of `named_modules`.
     order = [name for name in runner.modules if name in record.layers]
     layers: dict[str, Layer] = {}
     uses: dict[str, int] = {}
     for name in order:
         facts = record.layers[name]
-        positions = facts.positions.get(False, facts.positions.get(True, 0))
+        positions = facts.positions.get(False, facts.positions.get(True, 0))  # evaluation mode first
         layers[name] = Layer(
             name=name,
             weight=facts.weight,
@@ -182,6 +183,7 @@ def _graph(runner: ForwardRunner, record: Record, groups: Partition) -> ChannelG
             is_output=name in groups.outputs,
         )
         uses[facts.weight] = uses.get(facts.weight, 0) + positions
+    # Tensors and groups. The index buffers of expansions are no part of the network.
     return ChannelGraph(
         groups=groups.groups,
         frozen={name: groups.frozen[name] for name in order if name in groups.frozen},

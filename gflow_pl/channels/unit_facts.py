@@ -34,6 +34,7 @@ class UnitFacts:
         constraints = record.constraints
         self.root = root = connected_labels(constraints, expansions.boundaries)
 
+        # Reasons why labels are frozen or inexact.
         frozen = [(np.array([FIXED]), "padded with constants"), *constraints.frozen]
         expanded = expansions.boundaries
         frozen += [(b.outer, expanded[b.key]) for b in constraints.boundaries if b.key in expanded]
@@ -43,6 +44,7 @@ class UnitFacts:
         self.frozen_reason, self.frozen_reasons = self._first_reasons(frozen)
         self.inexact_reason, self.inexact_reasons = self._first_reasons(inexact)
 
+        # Units with a voting layer, and the expanded layer of each unit (-1: none).
         self.votes = np.zeros(constraints.num_labels, dtype=bool)
         self.expanded = np.full(constraints.num_labels, -1)
         for number, facts in enumerate(record.layers.values()):
@@ -86,11 +88,13 @@ def freeze_shared_expansions(
     """
     if not expansions.layers:
         return
+    # Pairs of an expanded layer and a source (a tensor or an attribute) that one of its units has labels in.
     constraints, root = record.constraints, unit_facts.root
     layers = list(record.layers.values())
     expanded_layer = unit_facts.expanded[root]
     candidates = np.flatnonzero((expanded_layer >= 0) & is_owned[source_of])
     pairs = expanded_layer[candidates] * len(constraints.sources) + source_of[candidates]
+    # Freeze the units of each pair whose source is neither the layer's own nor the norm's.
     for pair in np.unique(pairs).tolist():
         facts = layers[pair // len(constraints.sources)]
         source = constraints.sources[pair % len(constraints.sources)]

@@ -65,7 +65,7 @@ def _new_folder(root: Path, name: str) -> Path:
     while True:
         folder = root / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True)  # fails if another run has created it in the meantime
             break
         except FileExistsError:
             if not folder.is_dir():

@@ -85,6 +85,7 @@ class FilterFormula:
         """
         vectors = {}
         for layer in layers:
+            # The weights and the statistic, one row for each filter.
             theta = weight_rows(layer, self.measure.reads, values)
             if flows is not None:
                 flow = flows[layer.name]
@@ -92,6 +93,7 @@ class FilterFormula:
                 flow = _noise(theta, generator)
             else:
                 flow = theta
+            # The formula.
             terms = self.measure.summand(theta, flow)
             if not isinstance(terms, Tensor) or terms.ndim != 2 or len(terms) != len(theta):
                 raise SettingsError(

@@ -136,10 +136,12 @@ class ChannelGraph:
 
     def __str__(self) -> str:
         """Return a table of the layers: number of filters, groups, and what happens to the filters."""
+        # The groups of every layer.
         in_groups: dict[str, list[ChannelGroup]] = {}
         for group in self.groups:
             for part in group.layers:
                 in_groups.setdefault(part.layer, []).append(group)
+        # One row for every layer.
         rows = [("layer", "filters", "group", "what happens")]
         for layer in self.layers.values():
             groups = in_groups.get(layer.name, [])
@@ -151,6 +153,7 @@ class ChannelGraph:
             if layer.name in self.frozen:
                 what = f"{what}; " * bool(what) + f"frozen: {self.frozen[layer.name]}"
             rows.append((layer.name, str(layer.num_filters), names, what))
+        # Columns of equal width; the last one ends where its text ends.
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
             "  ".join([*(c.ljust(w) for c, w in zip(r[:3], widths, strict=True)), r[3]]).rstrip() for r in rows

@@ -70,11 +70,13 @@ def _group_norm(op: OperatorCall) -> None:
     If there are at least as many groups as channels in one group, and the module counts its groups, whole groups are
     removed, which is exact. Otherwise all groups lose the same positions, which is inexact.
     """
+    # Weight and bias have the channels of the input.
     x, groups = op.operands[0], op.arg(6, "group")
     info = op.info(x)
     channels = info.labels[1]
     for vector in op.operands[1:]:
         op.match(channels, op.info(vector).labels[0], _FIXED_CHANNELS)
+    # What can be removed together.
     if channels is not None and groups < len(channels):
         channels_of = channels.reshape(groups, -1)
         counts_groups = any(attribute.name == "num_groups" for attribute in op.size_attributes(groups))
@@ -89,6 +91,7 @@ def _group_norm(op: OperatorCall) -> None:
     for dim in range(2, x.ndim):
         op.mark_inexact(info.labels[dim], _GROUP_NORM)
 
+    # The output, and the mean and the reciprocal deviation of every group.
     output, *moments = op.outputs
     op.set_labels(output, info.labels, _zero_dims_of_norm(op))
     for moment in moments:

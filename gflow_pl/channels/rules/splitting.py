@@ -73,6 +73,7 @@ def _constrain_parts(op: OperatorCall, parts: Sequence[Labels]) -> None:
         join_parts()
         op.note_count(attribute, labels)
 
+    # Everything that the sizes can mean, the most likely first.
     interpretations: list[Interpretation] = []
     if has_sizes:
         candidates: list[Sequence[SizeAttribute | None]] = [_list_attributes(op, sizes), *_single_attributes(op, sizes)]
@@ -83,6 +84,7 @@ def _constrain_parts(op: OperatorCall, parts: Sequence[Labels]) -> None:
         interpretations += [partial(count_shares, a, parts[0]) for a in op.size_attributes(sizes[0])]
         interpretations += [partial(count_shares, a, np.concatenate(parts)) for a in op.size_attributes(sum(sizes))]
 
+    # Verification asks for the next one if a choice fails; the last choice freezes all parts.
     choice = op.choose(len(interpretations) + 1)
     if choice < len(interpretations):
         interpretations[choice]()
