@@ -740,6 +740,7 @@ def test_strategies_that_shard_parameters_raise(strategy, tmp_path) -> None:
         check_supported(run, callback(), PruningCallback)
 
 
+@pytest.mark.filterwarnings("ignore:PruningCallback. training ended in epoch")
 @pytest.mark.parametrize("max_steps", [6, -1], ids=["between rounds", "finished"])
 def test_a_callback_cannot_be_used_again_for_another_network(max_steps, tmp_path) -> None:
     pruning = callback()

@@ -171,6 +171,7 @@ def test_fit_with_the_callback_in_its_settings_is_the_same_run_as_prune(tmp_path
     ).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:PruningCallback. training ended in epoch")
 def test_a_resumed_run_equals_the_uninterrupted_run_and_contains_all_rows(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = [

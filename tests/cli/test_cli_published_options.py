@@ -411,6 +411,7 @@ def cases():
             yield pytest.param(row, COMMANDS[script], takes, id=f"{script}-{row.option}")
 
 
+@pytest.mark.filterwarnings("ignore:Asked to remove")
 @pytest.mark.parametrize(("row", "command", "takes"), list(cases()))
 def test_a_published_option_has_a_setting_that_takes_effect(row, command, takes, request) -> None:
     known = {"command": lambda: command, "split": lambda: row.option.removesuffix("_acc")}

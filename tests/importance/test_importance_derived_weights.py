@@ -185,6 +185,7 @@ def test_tracked_gradients_are_unscaled_also_where_the_optimizer_unscales_within
     assert_same(pruning.seen[0], by_hand(duplicate.net, batches, accumulate=1, clip=None, order="formula", steps=3))
 
 
+@pytest.mark.filterwarnings("ignore:Asked to remove")
 def test_a_module_that_controls_its_steps_is_tracked_without_its_derived_weights(tmp_path, caplog):
     class Skipping(Module):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
