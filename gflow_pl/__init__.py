@@ -68,6 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name, or a subpackage (a "room", see docs/design.md), when it is first used."""
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _ROOM_OF_NAME:

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gflow: unknown command '{arguments[0]}'. Known: {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
 
-    # Run the command. Lightning uses three names that jsonargparse will remove in version 5, which we exclude.
+    # Run the command. Lightning uses names that jsonargparse has deprecated: silence the warnings. Version 5, which
+    # removes these names, is excluded by our requirements.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from gflow_pl.cli import run
 

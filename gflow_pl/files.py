@@ -61,8 +61,8 @@ def _write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]],
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    # In the same folder: across file systems a rename would be a copy. Not with `tempfile`, whose files only their
-    # owner may read.
+    # In the folder of the target, because files cannot be renamed across file systems. `tempfile` is not used: only the
+    # owner may read its files.
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.part")
     try:
         with open(temporary, "xb") as file:

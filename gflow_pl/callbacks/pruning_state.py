@@ -29,7 +29,7 @@ _KEYS = {"rows", "schedule", "graph", "original_costs", "rng"}
 
 
 def pruning_state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the state of the `PruningCallback` of a training checkpoint, or of a subclass; None if there is none.
+    """Return the state of a `PruningCallback` (or of a subclass of it) in a training checkpoint; None if there is none.
 
     It is found by its keys: Lightning stores the states of callbacks under the names of their classes.
 

@@ -97,7 +97,8 @@ class ForwardRunner:
         """Return a placeholder for every parameter and buffer, by the id of the real tensor.
 
         Args:
-            kept: Tensor name to dimension to the positions that are kept. All other dimensions keep all positions.
+            kept: For each tensor name, and for each dimension that shrinks, the positions to keep. All other dimensions
+                keep all positions.
         """
         made = {}
         for name, tensor in self.tensors.items():

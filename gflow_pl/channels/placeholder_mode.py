@@ -127,7 +127,7 @@ class PlaceholderMode(TorchDispatchMode):
 
 
 def collect_inputs(values: Iterable[object], tensors: list[Tensor], numbers: list[Number]) -> None:
-    """Append the tensors and the plain numbers among arguments, which are nested in lists at most, to two lists."""
+    """Append the tensors and the plain numbers among arguments, also inside (nested) lists, to two lists."""
     for value in values:
         cls = value.__class__
         if cls is int or cls is float or cls is bool:

@@ -73,7 +73,7 @@ def run_logger(folder: Path) -> Logger | bool:
 
 
 def copy_unpruned_network(ckpt_path: str, folder: Path) -> None:
-    """Copy unpruned.ckpt of a pruning run that is resumed after its first cut into the folder of the new run.
+    """Copy unpruned.ckpt into the folder of a resumed run, if the checkpoint was saved after the first cut.
 
     The file beside the checkpoint may belong to another run. It belongs to this one if it was saved in the epoch of the
     first cut.

@@ -225,7 +225,10 @@ def _select(batch: Batch, chosen: Tensor, size: int) -> Batch:
 
 
 def _merge(parts: list[Batch], full_size: int) -> list[Batch]:
-    """Join parts of batches and split them into full batches. A Hessian product is linear, so it does not change."""
+    """Join the chosen examples of many batches, and split them into full batches, which take fewer passes.
+
+    The mean Hessian-gradient product over all examples stays the same, because it is linear in the examples.
+    """
     if not parts:
         return []
     whole = _concatenate(parts)

@@ -125,7 +125,10 @@ class FilterFormula:
 
 
 def _noise(theta: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return one uniform number in [0, 1) for each filter, (filters, 1)."""
+    """Return one uniform number in [0, 1) for each filter, (filters, 1), with the dtype and device of `theta`.
+
+    The numbers are drawn in float32, so that they are the same for weights of any dtype.
+    """
     assert generator is not None
     shape = (len(theta), 1)
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).to(theta)

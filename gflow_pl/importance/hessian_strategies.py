@@ -78,12 +78,13 @@ def choose_strategy(
 ) -> tuple[Strategy, frozenset[str]]:
     """Choose the strategy for all batches that are computed with the same operators as this one.
 
-    The strategies that the loss allows are tried on the batch. If the faster one fails, the reason is logged.
+    The strategies that are possible with the operators of the loss are tried on the batch, the fastest one first. If it
+    fails, the reason is logged and the next one is tried.
 
     Args:
         model: The model, in `scoring_mode`.
-        refs: Tensors that gradient flow moves.
-        scored: Positions in `refs` of the tensors whose products are needed.
+        refs: Tensors with respect to which the loss is differentiated: all parameters that training changes.
+        scored: Positions in `refs` of the tensors for which Hessian-gradient products are needed.
         batch: A few examples on the model's device.
         loss: Mean loss of a batch.
         strategy: The only strategy to try; None for `possible_strategies`.
@@ -94,7 +95,7 @@ def choose_strategy(
     Raises:
         SettingsError: The model has no second derivatives. The message names the operator.
     """
-    # The direction of the trial is the gradient of this batch.
+    # The trial multiplies the Hessian by the gradient of this batch.
     with cached_weights(model):
         value, operators = loss_and_operators(loss, model, batch)
         refuse_reentrant_checkpointing(value)

@@ -147,9 +147,9 @@ def score_filters(
 
 
 def private_generator(measure: Importance, device: torch.device, seed: int) -> torch.Generator | None:
-    """Return the seeded generator of a measure of noise, None for any other measure.
+    """Return a seeded generator for a measure whose statistic is "noise"; None for any other measure.
 
-    It gives the same numbers on every rank, and the global generators are not used.
+    It gives the same numbers on every rank. The global generators are not used.
     """
     return torch.Generator(device).manual_seed(seed) if measure.statistic == "noise" else None
 

@@ -87,7 +87,7 @@ def resnet56(num_classes: int = 100) -> ResNet:
 
 
 def resnet34(num_classes: int = 100) -> ResNet:
-    """Return a ResNet-34 for 3x32x32 images: 3, 4, 6, 3 blocks, 64/128/256/512 channels. Other sizes work as well.
+    """Return a ResNet-34 with 3, 4, 6, 3 blocks of 64/128/256/512 channels, for 3x32x32 images (or other image sizes).
 
     Args:
         num_classes: Number of classes.

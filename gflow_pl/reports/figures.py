@@ -121,7 +121,7 @@ def layers_figure(
 
 
 def _draw_filters(axes: Axes, epochs: Sequence[int], filters: Sequence[float]) -> None:
-    """Draw a horizontal step for every epoch: the number holds from the cut at its start to its end."""
+    """Draw the number of filters as one horizontal step for every epoch: cuts happen at the start of an epoch."""
     axes.step([epochs[0] - 0.5, *(e + 0.5 for e in epochs)], [filters[0], *filters], where="pre", color=_FILTERS)
     axes.set_ylabel("filters left (number)")
     axes.set_ylim(0, 1.08 * max(value for value in filters if not math.isnan(value)))

@@ -48,7 +48,8 @@ class NetworkReport:
 def comparison_table(networks: Sequence[NetworkReport], *, title: str | None = None) -> Table:
     """Return a table with one column for every network. A table of two networks fits in 80 columns.
 
-    The compression of a network is the saved size of the first network divided by its own.
+    The compression of a network is the size of the saved state dict of the first network divided by that of this
+    network.
 
     Args:
         networks: The networks, the unpruned one first. With two networks, a last column shows the size of the second

@@ -59,12 +59,12 @@ def match_groups(groups: Iterable[ChannelGroup], layers: Collection[str], names:
 def protected_units(ranking: Ranking, ignored: Collection[str], min_kept: float) -> np.ndarray:
     """Return a mask of the units that must stay.
 
-    Groups that are ignored or not scored are protected whole. In every other group the units with the best scores are
-    protected, up to the group's floor; among equal scores, those that would be removed last.
+    All units of a group that is ignored or not scored must stay. In every other group, the units with the best scores
+    must stay, as many as the floor of the group says; among equal scores, those that would be removed last.
 
     Args:
         ranking: The ranked units.
-        ignored: Names of the groups that stay whole.
+        ignored: Names of the groups of which no unit may be removed.
         min_kept: Share of its original units that every group keeps, in [0, 1].
 
     Returns:

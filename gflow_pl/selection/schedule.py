@@ -98,7 +98,11 @@ class PruningSchedule:
         return self.rounds
 
     def kept_after(self, k: int) -> float:
-        """Return the share of the original filters that is left after round `k`; 1.0 for k = 0."""
+        """Return the share of the original filters that is left after round `k`; 1.0 for k = 0.
+
+        The share follows from the thresholds if there are any, otherwise from the schedule of the paper: with n rounds
+        and a final fraction f, round k leaves n (1 - f) / (k f + n (1 - f)).
+        """
         if k == 0:
             return 1.0
         _check_round(k, self.num_rounds)
@@ -146,7 +150,7 @@ class PruningSchedule:
         return min(max(present - (original - removed), 0), present)
 
     def _truncated_percentage(self, k: int) -> int:
-        """Return the integer percentage that the published code assumes to be kept after round `k`."""
+        """Return the percentage of filters left after round `k`, truncated to an integer as in the authors' code."""
         percent = 100
         for past in range(1, k + 1):
             percent = int(percent * (1 - self._untruncated_fraction(past)))

@@ -47,7 +47,8 @@ def find_dead_groups(modules: Mapping[str, nn.Module], graph: ChannelGraph, mask
 
 def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: PlanMasks) -> dict[str, set[str]]:
     """Return the groups that may be dead, with the names of the layers that read them."""
-    # Groups whose units an attribute of another module counts, such as the number of heads.
+    # Groups whose number of units is stored as an attribute of a module that is not a layer, such as the number of
+    # heads.
     counted = {
         group
         for attribute, rule in graph.patches.items()
@@ -66,10 +67,11 @@ def _candidates(modules: Mapping[str, nn.Module], graph: ChannelGraph, masks: Pl
 def _reached_from_emptied(
     candidates: Mapping[str, set[str]], emptied: set[str], without_filters: set[str], graph: ChannelGraph
 ) -> dict[str, set[str]]:
-    """Return the candidates that are dead because of an emptied layer, found backwards from these layers.
+    """Return the candidates that are dead because of emptied layers, searched backwards from the emptied layers.
 
-    A candidate is dead if all layers that read it have no filters, and one of them is emptied or belongs to a group
-    that is dead. The second condition leaves out groups that only read each other.
+    A candidate is dead, its channels have no effect, if no layer that reads it has filters left, and if at least one of
+    these layers was emptied or belongs to a dead group. Without the second condition, groups in a loop that read only
+    each other would count as dead.
 
     Args:
         candidates: Group name to the layers that read it.

@@ -146,7 +146,7 @@ def _rewrite_network(
 
 
 def _cut_tensors(table: TensorTable, graph: ChannelGraph, cuts: Mapping[str, list[Cut]]) -> list[Commit]:
-    """Cut the parameters and buffers of a network, and return the calls that assign them."""
+    """Compute the cut parameters and buffers of a network, and return the calls that will assign them."""
     commits: list[Commit] = []
     for name, ops in cuts.items():
         _check_shape(name, table[name].tensor if name in table else None, graph)
@@ -155,7 +155,8 @@ def _cut_tensors(table: TensorTable, graph: ChannelGraph, cuts: Mapping[str, lis
         if entry.persistent:
             commits.append(partial(entry.put, value))
         else:
-            # Not in the state dict: its values are recorded on the module and become part of the structure.
+            # A buffer outside of the state dict would be lost in a file: also record its values as module attributes,
+            # which a `Structure` contains.
             commits += [partial(set_attribute, module, leaf, value, record=True) for module, leaf in entry.places]
     return commits
 

@@ -34,8 +34,9 @@ def build_network(network: str | dict[str, Any] | nn.Module, num_classes: int) -
     """Build the network that a description refers to.
 
     Args:
-        network: The name of a network of this package ("resnet56"), a class path with its arguments
-            (``{"class_path": "torchvision.models.resnet18", "init_args": {...}}``), or a module, which is returned.
+        network: The name of a network of this package ("resnet56"), a class path ("torchvision.models.resnet18"), a
+            class path with its arguments (``{"class_path": ..., "init_args": {...}}``; `dict_kwargs` holds arguments
+            beyond the signature), or a module, which is returned.
         num_classes: Number of classes. It is passed to the class as `num_classes` if the class has such a parameter.
 
     Raises:

@@ -46,11 +46,11 @@ TrackOrder = Literal["formula", "published"]
 
 
 def check_choice(name: str, value: object, choice: object, *, caller: str = "") -> None:
-    """Raise if a setting has none of its valid values.
+    """Raise if the value of a setting is not one of its valid values.
 
     Args:
         name: Name of the setting, for the message.
-        value: Value of the setting. A setting that may be None must be checked by the caller only if it is not.
+        value: Value of the setting. None is never valid: callers skip the check if a setting may be None and is None.
         choice: A `Literal` type, such as `Target`.
         caller: Function or class that takes the setting; starts the message if given.
 

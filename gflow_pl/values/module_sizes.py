@@ -22,7 +22,7 @@ _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
-    """Return the shape of a tensor of the module, also if it is computed from another tensor; None if missing."""
+    """Return the shape of a tensor of the module, also of a parametrized one; None if the module has no such tensor."""
     if name in shapes:
         return tuple(shapes[name])
     return next((tuple(shapes[key]) for source in _SOURCE_NAMES if (key := source.format(name)) in shapes), None)
@@ -31,8 +31,8 @@ def _shape(shapes: Mapping[str, Shape], name: str) -> Shape | None:
 def _conv(module: _ConvNd, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Return channels and groups of a convolution.
 
-    The weight is (out_channels, in_channels of a group, *kernel), with the two exchanged if the convolution is
-    transposed.
+    The weight is (out_channels, in_channels per group, *kernel), and (in_channels, out_channels per group, *kernel) if
+    the convolution is transposed.
     """
     weight = _shape(shapes, "weight")
     if weight is None:

@@ -56,8 +56,9 @@ def gradient_scale(scaler: GradScaler | None, optimizer: Optimizer, device: torc
         optimizer: The optimizer that is about to step.
         device: The device of the gradients.
     """
-    # Private in torch. A fused optimizer divides by the scale inside its step; for others Lightning has divided
-    # already. Without the attribute, gradients of fused optimizers would be taken 65536 times too large.
+    # `_step_supports_amp_scaling` is a private attribute of torch's fused optimizers, which divide by the scale inside
+    # their step; for all others Lightning has divided already. If torch renamed it, the gradients of fused optimizers
+    # would be taken with the scale, up to 65536 times too large.
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
     return scaler.scale(torch.ones((), device=device))

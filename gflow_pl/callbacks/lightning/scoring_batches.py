@@ -95,8 +95,8 @@ class _TransferredBatches:
                 if batch is _END:
                     return
                 converted = self._trainer.precision_plugin.convert_input(batch)
-                # Private: applies the hook of the module or of the data module. `batch_to_device` applies the other two
-                # hooks.
+                # `_on_before_batch_transfer` is private: it applies the hook of that name of the module or the data
+                # module. `batch_to_device` applies `transfer_batch_to_device` and `on_after_batch_transfer`.
                 converted = self._module._on_before_batch_transfer(converted, dataloader_idx=0)
                 transferred = self._trainer.strategy.batch_to_device(converted, dataloader_idx=0)
             yield transferred

@@ -25,7 +25,10 @@ def _create_uniform(op: OperatorCall) -> None:
 
 
 def _create(op: OperatorCall) -> None:
-    """Label the output of ``arange(n)``, ``randn(sizes)`` and others, whose sizes are given as numbers."""
+    """Label the output of ``arange(n)``, ``randn(sizes)`` and others: None, no channel, in every dimension.
+
+    The sizes are plain numbers. Whether a size is the number of some channels is found out by the verification.
+    """
     for output in op.outputs:
         op.set_labels(output, [None] * output.ndim)
 

@@ -116,7 +116,8 @@ def _flip(op: OperatorCall) -> None:
 def _roll(op: OperatorCall) -> None:
     """Label the output of ``roll(x, shifts, dims=())``.
 
-    The shift is a number of positions, so that all channels of a rolled dimension stay.
+    The shift is a fixed number of positions and would not follow a removed channel: all channels of a rolled dimension
+    are frozen.
     """
     x = op.operands[0]
     info = op.info(x)
