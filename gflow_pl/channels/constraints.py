@@ -149,7 +149,7 @@ class Constraints:
         return labels
 
     def ranges(self) -> Iterator[tuple[Source, int, int]]:
-        """Yield, for every source (a tensor dimension or an attribute), its first label and the label after its last."""
+        """Yield every source (a tensor dimension or attribute), its first label and the label after its last."""
         for source, (start, stop) in zip(self.sources, pairwise(self.starts), strict=True):
             yield source, start, stop
 
