@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeAlias, TypeVar, overload
 
 from gflow_pl.common.checks import (
+    check_choice,
     check_flag,
     check_function,
     check_names,
@@ -20,7 +21,7 @@ from gflow_pl.common.checks import (
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.importance import Importance, resolve_measure
 from gflow_pl.importance.gradients import LogitsFn, LossFn
-from gflow_pl.values.choices import Bias, Residual, Scope, Target, TrackOrder, UnitScore, check_choice
+from gflow_pl.values.choices import Bias, Residual, Scope, Target, TrackOrder, UnitScore
 
 __all__ = [
     "CutTimes",

@@ -11,9 +11,10 @@ from gflow_pl.channels.grouping import Partition, partition
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.record_forward import record_forward
 from gflow_pl.channels.verify import InexactLabels, Verifier
+from gflow_pl.common.checks import check_choice
 from gflow_pl.common.snapshot import garbage_collection_paused
 from gflow_pl.values import ChannelGraph, Layer
-from gflow_pl.values.choices import Frozen, Residual, check_choice
+from gflow_pl.values.choices import Frozen, Residual
 from gflow_pl.values.expansion_names import is_index_buffer
 
 __all__ = ["trace_channels"]

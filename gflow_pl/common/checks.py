@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
 from gflow_pl.common.errors import SettingsError
 
 __all__ = [
+    "check_choice",
     "check_flag",
     "check_function",
     "check_names",
@@ -40,8 +41,7 @@ def check_flag(name: str, value: object) -> None:
 def check_whole_number(name: str, value: object, least: int, *, caller: str = "") -> None:
     """Raise unless a setting is a whole number of at least `least`; `caller` starts the message if given."""
     if not (is_whole_number(value) and value >= least):
-        where = f"{caller}: " if caller else ""
-        raise SettingsError(f"{where}`{name}` must be a whole number >= {least}, got {value!r}.")
+        raise SettingsError(f"{_prefix(caller)}`{name}` must be a whole number >= {least}, got {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -65,11 +65,41 @@ def check_names(name: str, value: object) -> None:
 def check_function(name: str, value: object, *, caller: str = "") -> None:
     """Raise unless a setting can be called; `caller` starts the message if given."""
     if not callable(value):
-        where = f"{caller}: " if caller else ""
-        raise SettingsError(f"{where}`{name}` must be a function (module, batch), got {value!r}.")
+        raise SettingsError(f"{_prefix(caller)}`{name}` must be a function (module, batch), got {value!r}.")
 
 
 def check_path(name: str, value: object) -> None:
     """Raise unless a setting is the path of a file, as a string or a path object."""
     if not isinstance(value, (str, os.PathLike)):
         raise SettingsError(f"`{name}` must be the path of a file, got {value!r}.")
+
+
+def check_choice(name: str, value: object, choice: object, *, caller: str = "") -> None:
+    """Raise if the value of a setting is not one of its valid values.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: Value of the setting. None is never valid: callers skip the check if a setting may be None and is None.
+        choice: A `Literal` type of valid values.
+        caller: Function or class that takes the setting; starts the message if given.
+
+    Raises:
+        SettingsError: `value` is not one of the values of `choice`.
+
+    Example:
+        >>> from typing import Literal
+        >>> Scope = Literal["global", "layer"]
+        >>> check_choice("scope", "global", Scope)
+        >>> check_choice("scope", "local", Scope)
+        Traceback (most recent call last):
+        ...
+        gflow_pl.common.errors.SettingsError: `scope` must be one of global, layer, got 'local'.
+    """
+    valid = get_args(choice)
+    if value not in valid:
+        raise SettingsError(f"{_prefix(caller)}`{name}` must be one of {', '.join(valid)}, got {value!r}.")
+
+
+def _prefix(caller: str) -> str:
+    """Return the start of a message: the function or class that takes the setting, if it is given."""
+    return f"{caller}: " if caller else ""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gflow_pl.common.checks import check_choice
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.selection.costs import CostModel
 from gflow_pl.selection.floors import match_groups, protected_units
@@ -16,7 +17,7 @@ from gflow_pl.selection.ranking import Ranking, rank_units
 from gflow_pl.selection.rounding import floor_count
 from gflow_pl.selection.schedule import percent_hint
 from gflow_pl.values import ChannelGraph, KeepPlan, Scores
-from gflow_pl.values.choices import Scope, Target, UnitScore, check_choice
+from gflow_pl.values.choices import Scope, Target, UnitScore
 
 __all__ = ["select_units"]
 

@@ -35,6 +35,7 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(timeout=60)
+        self.process.stdout.close()
 
     def _answer(self, folder: Path) -> dict:
         assert select.select([self.process.stdout], [], [], 240)[0], f"no answer\n{log(folder)}"

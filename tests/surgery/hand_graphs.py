@@ -1,7 +1,5 @@
 """Small networks with graphs written by hand, to test surgery without the tracer; and masked networks."""
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
@@ -219,19 +217,6 @@ def random_plan(graph, seed=0, share=0.5):
             bits[rng.integers(g.size)] = True
         keep[g.name] = torch.from_numpy(bits)
     return KeepPlan(keep)
-
-
-def masked_network(model, graph, plan):
-    """A deepcopy with every slice of a removed unit set to zero, in producing and in consuming layers."""
-    masked = copy.deepcopy(model)
-    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
-    with torch.no_grad():
-        for g in graph.groups:
-            removed = ~plan[g.name].numpy()
-            for part in g.slices:
-                positions = torch.from_numpy(part.index[removed].ravel())
-                tensors[part.tensor].index_fill_(part.dim, positions, 0.0)
-    return masked
 
 
 def assert_equal_states(a, b):

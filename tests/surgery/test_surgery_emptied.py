@@ -3,7 +3,8 @@ import pickle
 
 import pytest
 import torch
-from hand_graphs import assert_equal_states, build, column, example, group, make_graph, masked_network, norm_slices
+from hand_graphs import assert_equal_states, build, column, example, group, make_graph, norm_slices
+from masked_networks import masked_network
 from torch import nn
 
 from gflow_pl.surgery import apply_structure, drop_empty_parameters, rewrite, structure_of

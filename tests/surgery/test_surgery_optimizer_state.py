@@ -255,7 +255,8 @@ def test_drop_state_restores_the_initial_sum_of_adagrad():
         assert state["step"] == 0
 
 
-def test_lbfgs_with_state_is_refused_and_nothing_changes():
+def lbfgs_after_a_step():
+    """Return a small network and its LBFGS optimizer, which has state."""
     model = build("plain", dtype=torch.float32)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
 
@@ -266,6 +267,11 @@ def test_lbfgs_with_state_is_refused_and_nothing_changes():
         return loss
 
     optimizer.step(closure)
+    return model, optimizer
+
+
+def test_lbfgs_with_state_is_refused_and_nothing_changes():
+    model, optimizer = lbfgs_after_a_step()
     with pytest.raises(ValueError, match=r"LBFGS.*one flat vector"):
         rewrite(model, graph := model.graph(), random_plan(graph, 0), optimizers=[optimizer])
     assert model.conv1.weight.shape[0] == 8
@@ -386,16 +392,7 @@ def test_a_wrapped_optimizer_is_cut_through_its_wrapper(wrap):
 @pytest.mark.parametrize("wrap", [Wrapper, LightningOptimizer])
 def test_attributes_of_a_wrapped_optimizer_are_reset_not_those_of_the_wrapper(wrap):
     """Of a LightningOptimizer, attributes are read from the optimizer inside, but set on the wrapper."""
-    model = build("plain", dtype=torch.float32)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(example(model)).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    model, optimizer = lbfgs_after_a_step()
     assert optimizer._numel_cache == sum(p.numel() for p in model.parameters())
     drop_state([wrap(optimizer)])
     assert not optimizer.state

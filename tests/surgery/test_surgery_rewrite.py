@@ -13,9 +13,9 @@ from hand_graphs import (
     example,
     group,
     make_graph,
-    masked_network,
     random_plan,
 )
+from masked_networks import masked_network
 from torch import nn
 
 from gflow_pl.surgery import rewrite, structure_of

@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 import torchvision
-from hand_graphs import assert_equal_states, masked_network, random_plan, randomise
+from hand_graphs import assert_equal_states, random_plan, randomise
+from masked_networks import masked_network
 from torch import nn
 
 from gflow_pl import models
