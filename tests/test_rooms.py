@@ -13,6 +13,7 @@ BELOW = {
     "common": set(),
     "files": set(),
     "values": {"common"},
+    "types": {"values"},
     "models": {"common", "files"},
     "data": {"common", "files"},
     "channels": GROUND,
