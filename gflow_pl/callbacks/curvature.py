@@ -20,7 +20,7 @@ __all__ = ["curvature_along_gradient"]
 def curvature_along_gradient(
     module: pl.LightningModule, batch: object, loss_fn: LossFn, reduce: Reduce | None = None
 ) -> dict[str, Tensor]:
-    """Return theta . H g of every trained parameter.
+    """Return the dot product theta . H g for every trained parameter theta.
 
     g is the gradient and H the Hessian of the mean loss with respect to the trained parameters, in evaluation mode.
     Frozen parameters are constants, since gradient flow does not move them. Side effects on the module are undone.
@@ -29,7 +29,7 @@ def curvature_along_gradient(
         module: The module.
         batch: A batch on the module's device.
         loss_fn: ``loss_fn(module, batch)`` returns the scalar mean loss.
-        reduce: Averages a tensor over the ranks, so that g and H are of the batches of all ranks.
+        reduce: Averages a tensor over the ranks, so that g and H are those of the loss over the batches of all ranks.
 
     Returns:
         A scalar on the module's device for each parameter name.

@@ -288,7 +288,7 @@ class PruningCallback(PruningState):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of rounds that were never cut; let no file from before the last cut count as best."""
+        """Warn about rounds that did not take place, and forget best checkpoints from before the last cut."""
         self._best_after_cuts.forget_outdated_files(trainer)
         if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
             rank_zero_warn(

@@ -165,7 +165,7 @@ class PruningState(SettingAttributes, CarriesStructure):
             )
 
     def _check_same_network(self, module: pl.LightningModule) -> None:
-        """Raise if the network is not the one of the rounds done."""
+        """Raise if the module has other shapes than the network that this callback has pruned so far."""
         shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         if self.graph is not None and any(self.graph.shapes.get(name) != shape for name, shape in shapes.items()):
             raise SettingsError(

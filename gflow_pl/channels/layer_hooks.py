@@ -86,7 +86,11 @@ class LayerHooks:
     # -- before a module ---------------------------------------------------------------------------------------------
 
     def before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Note that a module starts; return other arguments for a grouped convolution."""
+        """Add a module that starts to the recorder's stack, and relabel the input of a grouped convolution.
+
+        Returns:
+            The arguments to call the module with, or None to call it with those given.
+        """
         self._recorder.module_stack.append((name, module))
         x = args[0] if args and isinstance(args[0], Tensor) else None
         self._recorder.module_inputs.append(x)
@@ -134,7 +138,10 @@ class LayerHooks:
     # -- behind a module ---------------------------------------------------------------------------------------------
 
     def after(self, name: str, module: nn.Module, output: object) -> None:
-        """Note that a module is done, and what its output shows."""
+        """Remove a module that has ended from the recorder's stack, and relabel the output of a layer or channel norm.
+
+        For a layer, this also updates the facts about it in the record.
+        """
         x = self._recorder.module_inputs.pop()
         self._recorder.module_stack.pop()
         if isinstance(output, Tensor) and output.ndim:
@@ -209,7 +216,7 @@ class LayerHooks:
                     # output.
                     if dim or tensor.ndim == 1:
                         self._record.outputs.append(labels)
-            self._recorder.readers.get(id(tensor), []).append("")
+            self._recorder.readers.get(id(tensor), []).append("")  # the name of the model itself
         for key, (facts, boundary) in self._boundary_of_output.items():
             only_norm = boundary.norm if set(self._recorder.readers[key]) == {boundary.norm} else None
             known = self._record.expands_at_norm.setdefault(facts.name, only_norm)

@@ -18,7 +18,7 @@ __all__ = ["record_forward"]
 
 
 def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
-    """Run the forward in both modes under a recorder and return what both passes showed.
+    """Record a forward pass in training mode and one in evaluation mode, and return one record of both.
 
     Args:
         runner: The model and its inputs.

@@ -51,12 +51,15 @@ class Verifier:
         self._differing: list[OperatorIndex] = []
 
     def check_shapes(self) -> Correction | None:
-        """Remove units of all groups and return the correction that the first difference calls for, or None.
+        """Run a forward without some units of all groups, and compare its shapes with those that the labels predict.
 
         If a rule had to guess, one trial could be right by chance. Two more trials with other numbers of units follow.
+
+        Returns:
+            The correction for the first shape that differs, or for the first error of the forward; None without either.
         """
         correction = self._run_trial(exact_only=False)
-        differing = self._differing
+        differing = self._differing  # of the first trial, for `find_inexact`
         for trial in (1, 2) if self._record.has_guesses and correction is None else ():
             correction = correction or self._run_trial(exact_only=False, trial=trial)
         self._differing = differing

@@ -259,7 +259,7 @@ class GflowCLI(LightningCLI):
         base: str | None = None,
         counts_only: bool = False,
     ) -> None:
-        """Compare a checkpoint with the unpruned network."""
+        """Compare a checkpoint with the unpruned network. A file given as `pretrained` is already loaded."""
         report(
             self.trainer,
             model,

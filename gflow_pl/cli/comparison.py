@@ -109,7 +109,13 @@ def report(
 
 
 def _full_size(module: pl.LightningModule, example: object | None) -> Size:
-    """Measure the size of a module at full size; the layers that can be pruned follow from a trace of the example."""
+    """Measure the size of an unpruned module.
+
+    Args:
+        module: The module, before any pruning.
+        example: Example input, traced to find the layers that can be pruned. With None, multiply-accumulates and
+            filters are not measured.
+    """
     if example is None:
         return Size.of(module, None, None)
     graph = trace_channels(module, example)

@@ -102,7 +102,7 @@ def condense(message: str, known: Sequence[str] = ()) -> str:
         message: The message, of several lines.
         known: Valid names. If the message is about a similar name, the sentence suggests the nearest of them.
     """
-    # Keep the informative lines; that a value is not a file either is noise beside what else it is not.
+    # Keep the informative lines. The line that a value is not a file is dropped if another line gives a reason.
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     informative = [line for line in lines if not line.startswith(_UNINFORMATIVE)] or lines
     informative = [line for line in informative if "either not accessible or invalid" not in line] or informative

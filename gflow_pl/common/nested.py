@@ -61,7 +61,7 @@ def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
                 if duplicate is leaf:
                     return leaf
                 for name, part in _attributes(leaf).items():
-                    # Bypasses the class's own __setattr__, which a frozen data class makes raise.
+                    # Bypass the class's own __setattr__: that of a frozen data class raises an error.
                     object.__setattr__(duplicate, name, tree_map(map_leaf, part))
                 # pytree takes subclasses of dict and list for leaves.
                 for key, part in _items(leaf):

@@ -77,11 +77,20 @@ class ModuleSnapshot:
         self._generators: list[tuple[Callable[[Any], Any], object]] = []
         self.tensors: list[Tensor] = []
         self._visit(self._attributes.values(), set(), nested)
+        # Buffers are in a dict of their own, whose items are visited only with `nested`.
         if not nested and "_buffers" in self._attributes:
             self._visit(module._buffers.values(), set(), nested)
         self._contents = _tensor_snapshots(self.tensors) if copy_tensors else []
 
     def _visit(self, values: Iterable[object], seen: set[int], nested: bool) -> None:
+        """Save containers and random generators, and collect tensors in `self.tensors`.
+
+        Args:
+            values: The values to visit. Tuples are not saved, because they cannot change. Empty containers are saved
+                without a copy, because `restore` only clears them.
+            seen: Ids of the containers that were visited before. This call adds to it.
+            nested: Whether the items of containers are visited, too.
+        """
         for value in values:
             if value.__class__ in _IMMUTABLE:
                 continue

@@ -98,7 +98,11 @@ class _CIFAR(ImageDataModule):
         return ImagesInMemory(images, torch.tensor(data.targets))
 
     def _missing_data_message(self, state: str) -> str:
-        """Return the message that the data is missing or damaged, with ways to get it."""
+        """Return the message that the data is missing or damaged, with ways to get it.
+
+        Args:
+            state: The words between "the data" and "in FOLDER", such as "is not".
+        """
         folder = Path(self.root) / self.dataset.base_folder
         return (
             f"{type(self).__name__}: the data {state} in '{folder}'. Set --data.download=true to download it, or "

@@ -88,7 +88,7 @@ class HessianProducts:
         self._forced = strategy
         self.names = [ref.name for ref in refs]
 
-        # The product is needed of a few tensors, but g is the gradient with respect to all that gradient flow moves.
+        # Only the tensors in `refs` need rows of H g, but g is the gradient of all tensors that gradient flow moves.
         self.refs = flow_tensors(model, layers)
         places = {id(ref.value): i for i, ref in enumerate(self.refs) if isinstance(ref.value, nn.Parameter)}
         names = {ref.name: i for i, ref in enumerate(self.refs)}
@@ -97,12 +97,13 @@ class HessianProducts:
             if id(ref.value) not in places and ref.name not in names:
                 names[ref.name] = len(self.refs)
                 self.refs.append(ref)
-        # Identity comes first: a tied weight is moved once, under its first name, and needed under each of its names.
+        # Look up parameters by identity: a tied weight is in `self.refs` once, under its first name, but `refs` may
+        # contain it under each of its names.
         asked = [places[id(ref.value)] if id(ref.value) in places else names[ref.name] for ref in refs]
         self.scored = sorted(set(asked))
         self._place = [self.scored.index(i) for i in asked]
 
-        # One example would not do: it is often computed with other operators (a vector instead of a matrix).
+        # Two examples, since models often use other operators for a single one (a vector instead of a matrix).
         size = batch_size(first)
         few = map_tensors(first, lambda t: t[:2] if t.ndim and len(t) == size else t)
         self.strategy, operators = self._choose(few)

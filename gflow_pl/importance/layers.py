@@ -203,7 +203,11 @@ def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[Sco
 
 
 def _name_of_norm(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
-    """Return the name of the norm that follows a layer, by the graph or else by the order of registration."""
+    """Return the name of the norm with a weight that follows a layer, or None if there is none.
+
+    The graph tells which one it is. For a layer that is not in the graph, it is the next norm of the same width that
+    was registered in the same parent module.
+    """
     if graph is not None and layer.name in graph.layers:
         norm = graph.layers[layer.name].norm
         if norm is None or norm not in modules or getattr(modules[norm], "weight", None) is None:

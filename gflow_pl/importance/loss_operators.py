@@ -28,8 +28,8 @@ def loss_and_operators(loss: LossFn, model: nn.Module, batch: Batch) -> tuple[Te
     """Return the loss of a batch and the names of the operators that it is computed with.
 
     The names are those of the nodes in the autograd graph, and `OUTSIDE_GRAPH` if the forward pass computes anything
-    under ``torch.no_grad()`` or reads ``.data``: forward derivatives would flow through it, and the product would
-    differ from that of double backward.
+    under ``torch.no_grad()`` or reads ``.data``: forward-mode derivatives would flow through it, and the
+    Hessian-vector product would differ from that of double backward.
     """
     with cached_weights(model), _OutsideGraph() as outside:
         value = scalar_loss(loss, model, batch)

@@ -57,8 +57,8 @@ def training_figure(
         2 if has_filters else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + has_filters]
     )
     upper, lower = axes[0, 0], axes[-1, 0]
-    for row in axes:
-        _shade_phases(row[0], rows, label=row[0] is upper)
+    for panel in axes[:, 0]:
+        _shade_phases(panel, rows, label=panel is upper)
     for column, label, color in (("train_accuracy", "train", _TRAIN), ("test_accuracy", "test", _TEST)):
         values = [100 * _number(row, column) for row in rows]
         upper.plot(epochs, values, color=color, label=label, marker=".", markersize=4, linewidth=1.5)
@@ -67,9 +67,9 @@ def training_figure(
     if has_filters:
         _draw_filters(lower, epochs, filters)
         cuts = [later for (_, before), (later, after) in pairwise(zip(epochs, filters, strict=True)) if after < before]
-        for row in axes:
+        for panel in axes[:, 0]:
             for epoch in cuts:
-                row[0].axvline(epoch - 0.5, color=_CUT, linewidth=0.8, linestyle=":", zorder=1)
+                panel.axvline(epoch - 0.5, color=_CUT, linewidth=0.8, linestyle=":", zorder=1)
         if cuts:
             upper.plot([], [], color=_CUT, linewidth=0.8, linestyle=":", label="cut")
 

@@ -27,7 +27,8 @@ def write_predictions(
     Args:
         path: The CSV file to write.
         probabilities: Class probabilities (images, classes) of every batch, as `predict_step` returned them.
-        image_names: Name of every image; None writes its index.
+        image_names: Name of every image; None writes its index. There may be more names than rows, if prediction
+            ended early (`limit_predict_batches`).
         class_names: Name of every class; None writes its index.
 
     Raises:

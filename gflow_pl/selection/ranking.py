@@ -126,7 +126,18 @@ def _to_numpy(scores: Scores, names: Sequence[str]) -> dict[str, np.ndarray]:
 def _check_length(
     name: str, length: int, voters: Sequence[Mapping[str, np.ndarray]], layers: Mapping[str, Layer]
 ) -> None:
-    """Raise if the scores of a layer are not one for each of its filters, as after a rewrite without new scores."""
+    """Raise if a layer does not have one score for each of its filters. This happens if it is pruned after scoring.
+
+    Args:
+        name: Name of the layer.
+        length: Number of its scores.
+        voters: For every group, the result of `_channels_of_voters`.
+        layers: Layers of the graph. For a layer that is missing here, the scores must reach its last channel in
+            `voters`.
+
+    Raises:
+        SettingsError: The number of scores does not fit.
+    """
     if name in layers:
         fits, expected = length == layers[name].num_filters, str(layers[name].num_filters)
     else:

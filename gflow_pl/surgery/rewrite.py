@@ -231,7 +231,7 @@ def _update_expansion(modules: Mapping[str, nn.Module], group: ChannelGroup, mas
 def _update_gather(modules: Mapping[str, nn.Module], group: ChannelGroup, masks: PlanMasks) -> Commit:
     """Compute the new gather of an expanded grouped convolution, and return the call that sets it.
 
-    The convolution reads the input channels of the groups that still have filters.
+    The convolution reads the input channels of those of its own groups (``module.groups``) that still have filters.
     """
     assert group.expansion is not None
     name = group.layers[0].layer
@@ -241,8 +241,8 @@ def _update_gather(modules: Mapping[str, nn.Module], group: ChannelGroup, masks:
     width = module.in_channels if present is None else present["width"]
     positions = np.arange(width) if present is None else np.asarray(present["index"])
     if kept is not None and len(kept):
-        groups = kept.reshape(module.groups, -1).any(1)
-        positions = positions[np.repeat(groups, len(positions) // module.groups)]
+        has_filters = kept.reshape(module.groups, -1).any(1)  # for each of these groups
+        positions = positions[np.repeat(has_filters, len(positions) // module.groups)]
     return partial(set_gather, module, Placement(group.expansion.dim, width, positions.tolist()))
 
 

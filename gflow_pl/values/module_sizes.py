@@ -147,8 +147,8 @@ def shape_attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     """Return the attributes (``out_channels``, ...) that follow from the shapes of a module's own tensors.
 
     Args:
-        module: The module with its present attributes, which are not changed. Where the shapes alone are ambiguous (the
-            number of groups of a convolution), they decide.
+        module: The module. It is not changed. Its present attributes are used where the shapes alone are ambiguous (the
+            number of groups of a convolution).
         shapes: Local name (``weight``, ``parametrizations.weight.original``) of each of the module's own parameters and
             buffers to the shape that it is going to have.
 

@@ -45,7 +45,10 @@ def num_ranks(trainer: pl.Trainer) -> int:
 
 
 def mean_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that averages a tensor over the ranks, with bitwise equal results; None for one process."""
+    """Return a function that averages a tensor over the ranks, or None for one process.
+
+    The average is bitwise equal on all ranks.
+    """
     if num_ranks(trainer) == 1:
         return None
 

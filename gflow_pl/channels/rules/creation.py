@@ -69,7 +69,7 @@ def unknown(op: OperatorCall) -> None:
     for output in op.outputs:
         if not any(output is x for x in op.operands):
             op.set_labels(output, [None] * output.ndim)
-        else:  # written in place
+        else:  # written in place, with values that may differ from element to element
             whole = output if output._base is None else output._base
             op.info(output).is_uniform = op.info(whole).is_uniform = False
 

@@ -78,7 +78,10 @@ def _embedding(op: OperatorCall) -> None:
 
 
 def _grid_sample(op: OperatorCall) -> None:
-    """Label the output of ``grid_sampler_2d(x, grid, ...)``; only examples and channels of x may change."""
+    """Label the output of ``grid_sampler_2d(x, grid, ...)``.
+
+    The spatial dimensions of x and all dimensions of the grid are frozen.
+    """
     x, grid = (op.info(operand) for operand in op.operands[:2])
     for vector in (*x.labels[2:], *grid.labels):
         op.freeze(vector, "positions that are sampled")

@@ -241,8 +241,9 @@ def _input_labels(op: OperatorCall, new: Sequence[int], dim: int) -> np.ndarray 
         dim: The new dimension.
 
     Returns:
-        (positions, width) labels: the input has as many channels as the dimension has positions (width 1), or as the
-        dimension and a neighbor have together. None if it has another number.
+        (positions, width) labels, with a row for each position of the new dimension. The width is 1 if the input has
+        as many channels as the dimension has positions. If it has as many as this dimension and a neighboring one have
+        together, the width is the size of the neighbor. None if neither number fits.
     """
     own = op.input_channels(new[dim])
     if own is not None:
