@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.silence import without_side_effects
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance.batches import batch_size
 from gflow_pl.importance.gradients import LossFn
 from gflow_pl.importance.hessian import second_order_kernels

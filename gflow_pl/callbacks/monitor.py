@@ -6,20 +6,19 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.curvature import curvature_along_gradient
+from gflow_pl.callbacks.lightning.packages import Callback
 from gflow_pl.callbacks.lightning.precision import gradient_scale, with_true_precision
 from gflow_pl.callbacks.lightning.ranks import mean_over_ranks
 from gflow_pl.callbacks.lightning.training_loss import training_loss
 from gflow_pl.common.checks import check_function, check_whole_number
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance.gradients import LossFn
 
 __all__ = ["GradientFlowMonitor"]
@@ -120,7 +119,7 @@ class GradientFlowMonitor(Callback):
             return
         present = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
         if self._initial_state and any(self._shape_of_initial(name) != p.shape for name, p in present.items()):
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 f"GradientFlowMonitor: the saved initial parameters are not of this {type(pl_module).__name__}, so "
                 "distances are measured from its present parameters."
             )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from gflow_pl.callbacks.lightning.best_checkpoints import BestAfterCuts
 from gflow_pl.callbacks.lightning.held_lr import HeldLearningRate
 from gflow_pl.callbacks.lightning.packages import callbacks_of
+from gflow_pl.callbacks.lightning.ranks import computed_on_rank_zero
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.training_loss import training_step_returns_loss
 from gflow_pl.callbacks.lightning.unsupported import check_supported
@@ -30,6 +30,7 @@ from gflow_pl.callbacks.round_row import RoundRow, RowsFile
 from gflow_pl.callbacks.scoring import Scoring
 from gflow_pl.callbacks.tracked_scoring import RoundInputs, report_tracking
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance import Importance, resolve_measure
 from gflow_pl.importance.gradients import LogitsFn, LossFn
 from gflow_pl.selection import PruningSchedule
@@ -87,7 +88,8 @@ class PruningCallback(PruningState):
         prune_lr: Learning rate to hold during warm-up and rounds, > 0. The module's own schedule continues unaffected.
         published_truncation: Whether to repeat the published code's truncation of the percentage kept.
         loss_fn: ``loss_fn(module, batch)`` returns the scalar loss that gradients are taken of, in place of the
-            module's `training_step`. Required for manual optimization.
+            module's `training_step`. Required under
+            manual optimization, unless the measure reads no batches.
         logits_fn: ``logits_fn(module, batch)`` returns (logits, labels), for a measure with a temperature of its own.
         reset_best: Whether monitored ModelCheckpoints and EarlyStopping start anew at each round, so that "best" never
             refers to the network before the cut.
@@ -209,7 +211,7 @@ class PruningCallback(PruningState):
             if not self.rows:
                 self._rows_file = RowsFile()
             self._rows_file.check_path(trainer, self.rows_path)
-            if self.loss_fn is None and not training_step_returns_loss(pl_module):
+            if self.measure.needs_batches and self.loss_fn is None and not training_step_returns_loss(pl_module):
                 raise SettingsError(
                     f"PruningCallback: {type(pl_module).__name__} uses manual optimization or fetches its batches "
                     "itself, so its `training_step` does not return the loss of a batch: set `loss_fn(module, "
@@ -291,7 +293,7 @@ class PruningCallback(PruningState):
         """Warn about rounds that did not take place, and forget best checkpoints from before the last cut."""
         self._best_after_cuts.forget_outdated_files(trainer)
         if not self.finished and not getattr(trainer, "fast_dev_run", False) and not trainer.interrupted:
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 f"PruningCallback: training ended in epoch {trainer.current_epoch} after {self.rounds_done} of "
                 f"{self.schedule.num_rounds} rounds; the others were due at epochs "
                 f"{list(self.cut_epochs[self.rounds_done :])}."
@@ -316,9 +318,15 @@ class PruningCallback(PruningState):
             self._held_lr = None
 
     def _trace(self, trainer: pl.Trainer, module: pl.LightningModule) -> ChannelGraph:
+        """Trace the module on rank 0 and return its graph on every rank, where the random numbers differ."""
         with isolated_rng(self.seed, 0, trainer.global_rank), torch.inference_mode(False):
             batch = next(iter(self._scoring.calibration_batches(trainer, module, self.rounds_done)))
-            return trace_prunable(module, batch, self._scoring.loss_fn, self.trace_settings, self.ignore)
+
+            def trace() -> dict[str, Any]:
+                graph = trace_prunable(module, batch, self._scoring.loss_fn, self.trace_settings, self.ignore)
+                return graph.as_dict()
+
+            return ChannelGraph.from_dict(computed_on_rank_zero(trainer, trace))
 
     def _inputs(self, graph: ChannelGraph) -> RoundInputs:
         return RoundInputs(self._scoring, self.tracking_settings, graph, self._initial_state, self.rounds_done)
@@ -326,7 +334,7 @@ class PruningCallback(PruningState):
     def _report(self, trainer: pl.Trainer, row: RoundRow) -> None:
         """Log a round, write its row, and reset what other callbacks remember as best."""
         settings = self.round_settings
-        rank_zero_info(row.line(self.schedule.num_rounds, self.selection_settings.target))
+        pl.utilities.rank_zero_info(row.line(self.schedule.num_rounds, self.selection_settings.target))
         self._rows_file.write(trainer, self.rows, settings.rows_path)
         for logger in trainer.loggers:
             logger.log_metrics(row.numbers(), step=trainer.global_step)

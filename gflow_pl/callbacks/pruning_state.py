@@ -6,8 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,6 +16,7 @@ from gflow_pl.callbacks.pruning_settings import CutTimes, SettingAttributes
 from gflow_pl.callbacks.round_row import RowsFile
 from gflow_pl.callbacks.tracked_scoring import TrackedScoring
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.selection import PruningSchedule
 from gflow_pl.values import ChannelGraph
 from gflow_pl.values.choices import Target
@@ -159,7 +158,7 @@ class PruningState(SettingAttributes, CarriesStructure):
         if states is not None and len(states) == num_ranks(trainer):
             restore_rng_state(states[trainer.global_rank])
         elif states is not None:
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 f"PruningCallback: the checkpoint was written by {len(states)} processes and is resumed by "
                 f"{num_ranks(trainer)}, so random numbers will differ from an uninterrupted run."
             )
@@ -205,4 +204,6 @@ def _check_same_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], r
                 f"now say {after}: resume with the settings of the run, or start anew from its weights."
             )
     changed = [f"{name} {saved[name]} -> {current[name]}" for name in current if saved[name] != current[name]]
-    rank_zero_warn(f"PruningCallback: the schedule has changed since the checkpoint: {'; '.join(changed)}.")
+    pl.utilities.rank_zero_warn(
+        f"PruningCallback: the schedule has changed since the checkpoint: {'; '.join(changed)}."
+    )

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 
 from gflow_pl.callbacks.lightning.module_forward import is_compiled, trace_module
 from gflow_pl.callbacks.lightning.packages import averaged_models, callbacks_of
@@ -24,6 +22,7 @@ from gflow_pl.callbacks.scoring import LossAndNorm
 from gflow_pl.callbacks.tracked_scoring import RoundInputs, TrackedScoring
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance.gradients import LossFn
 from gflow_pl.selection import PruningSchedule, cost_after, select_units
 from gflow_pl.selection.floors import match_groups
@@ -185,7 +184,9 @@ class Round:
         if not self.settings.keep_momentum:
             drop_state(optimizers)
         # Other callbacks declare their tensors by this method.
-        declared = [c.tensors_by_name() for c in callbacks_of(trainer, Callback) if hasattr(c, "tensors_by_name")]
+        declared = [
+            c.tensors_by_name() for c in callbacks_of(trainer, pl.callbacks.Callback) if hasattr(c, "tensors_by_name")
+        ]
         initial = [] if self.inputs.initial_state is None else [self.inputs.initial_state]
         copies = [*averaged_models(trainer), *initial, *declared]
         rewrite(module, self.inputs.graph, plan, optimizers=optimizers, copies=copies)

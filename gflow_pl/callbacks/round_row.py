@@ -11,14 +11,11 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_warn
-
 from gflow_pl.callbacks.lightning.packages import callbacks_of
 from gflow_pl.callbacks.lightning.ranks import broadcast
 from gflow_pl.callbacks.pruning_settings import PathLike
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.files import write_rows
 from gflow_pl.values import ChannelGroup
 from gflow_pl.values.choices import Target
@@ -43,7 +40,8 @@ class RoundRow:
         share_reached: Share of what was left of the target that it removed.
         parameters: Parameters of the module after the cut.
         macs: Multiply-accumulates of the network after the cut, for one example.
-        loss_before: Loss on the first calibration batch before the cut, in evaluation mode.
+        loss_before: Loss on the first calibration batch before the cut, in evaluation mode; "" if it
+            cannot be computed and the measure needs none.
         loss_after: The same after the cut.
         gradient_norm_before: L2 norm of the gradient of that loss before the cut.
         gradient_norm_after: The same after the cut.
@@ -66,10 +64,10 @@ class RoundRow:
     share_reached: float
     parameters: int
     macs: int
-    loss_before: float
-    loss_after: float
-    gradient_norm_before: float
-    gradient_norm_after: float
+    loss_before: float | str
+    loss_after: float | str
+    gradient_norm_before: float | str
+    gradient_norm_after: float | str
     accuracy_after_cut: float | str
     units_removed: int
     removed_by_layer: str
@@ -86,12 +84,13 @@ class RoundRow:
 
     def line(self, num_rounds: int, target: Target) -> str:
         """Return the round in one line for the screen."""
-        accuracy = self.accuracy_after_cut
+        accuracy, before, after = self.accuracy_after_cut, self.loss_before, self.loss_after
         return (
             f"Round {self.round} of {num_rounds} by {self.measure} (epoch {self.epoch}): asked for "
             f"{self.fraction_asked:.1%} of the {target}, reached {self.fraction_reached:.1%}; {self.units_removed} "
             f"units with {self.filters_removed} filters removed, {self.filters_left} filters left, {self.parameters:,} "
-            f"parameters, {self.macs:,} multiply-accumulates; loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
+            f"parameters, {self.macs:,} multiply-accumulates"
+            + ("" if isinstance(before, str) or isinstance(after, str) else f"; loss {before:.4f} -> {after:.4f}")
             + (f", accuracy after the cut {accuracy:.2%}" if not isinstance(accuracy, str) else "")
             + f"; {self.seconds:.1f} s"
         )
@@ -179,7 +178,7 @@ class RowsFile:
             write_rows(path, rows)
         except OSError as error:
             if not self._has_warned:
-                rank_zero_warn(
+                pl.utilities.rank_zero_warn(
                     f"PruningCallback: the rounds' rows cannot be written to '{os.fspath(path)}' "
                     f"({error.strerror or error}); training goes on, and the callback's `rows` and the loggers have "
                     "them."
@@ -192,7 +191,7 @@ def _run_folder(trainer: pl.Trainer) -> tuple[Path | None, bool]:
 
     The folder is None if it is on another machine, where only loggers can write.
     """
-    for callback in callbacks_of(trainer, Callback):
+    for callback in callbacks_of(trainer, pl.callbacks.Callback):
         # By this attribute, a callback such as `RunRecorder` declares the folder of the run.
         folder = getattr(callback, "rounds_folder", None)
         if folder is not None:

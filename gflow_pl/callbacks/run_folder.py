@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from gflow_pl.callbacks.lightning.packages import Callback
 from gflow_pl.callbacks.pruning import find_pruning_callback
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.files import write_bytes, write_rows
 
 __all__ = ["BestCheckpoint", "LastCheckpoint", "RunRecorder"]
@@ -97,7 +96,7 @@ class RunRecorder(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(pl.callbacks.ModelCheckpoint):
     """Save the epoch with the best validation accuracy, among those after the last pruning round, as ``best.ckpt``.
 
     Args:
@@ -134,7 +133,7 @@ class BestCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         own = Path(self.dirpath) / f"best{self.FILE_EXTENSION}"
         if file != own:
-            rank_zero_only(write_bytes)(own, file.read_bytes())
+            pl.utilities.rank_zero_only(write_bytes)(own, file.read_bytes())
         self.best_model_path = self.kth_best_model_path = str(own)
         self.best_model_score = self.kth_value = score
         self.best_k_models = {str(own): score}
@@ -150,7 +149,7 @@ class BestCheckpoint(ModelCheckpoint):
             return False
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(pl.callbacks.ModelCheckpoint):
     """Save the last finished epoch as ``last.ckpt``, regardless of its metrics: the file to resume a run from.
 
     Args:

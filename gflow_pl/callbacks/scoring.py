@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.loaders import DatasetKeysError, custom_sampler_names, has_length
@@ -20,9 +18,15 @@ from gflow_pl.callbacks.lightning.ranks import broadcast, mean_over_ranks, num_r
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.scoring_batches import calibration_batches, validation_batches
 from gflow_pl.callbacks.lightning.silence import SideEffects
-from gflow_pl.callbacks.lightning.training_loss import default_logits, is_classifier, training_loss
+from gflow_pl.callbacks.lightning.training_loss import (
+    default_logits,
+    is_classifier,
+    training_loss,
+    training_step_returns_loss,
+)
 from gflow_pl.callbacks.pruning_settings import ScoringSettings
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance import score_filters
 from gflow_pl.importance.gradients import LogitsFn, LossFn
 from gflow_pl.values import ChannelGraph, Scores
@@ -31,10 +35,10 @@ __all__ = ["LossAndNorm", "Scoring"]
 
 
 class LossAndNorm(NamedTuple):
-    """Loss on a batch, and L2 norm of its gradient."""
+    """Loss on a batch, and L2 norm of its gradient; "" if the loss cannot be computed and the measure needs none."""
 
-    loss: float
-    gradient_norm: float
+    loss: float | str
+    gradient_norm: float | str
 
 
 class Scoring:
@@ -146,7 +150,7 @@ class Scoring:
             self._module_is_classifier = self._settings.loss_fn is None and is_classifier(module, batch)
             effects.undo()
             if not self._module_is_classifier:
-                rank_zero_info(
+                pl.utilities.rank_zero_info(
                     f"PruningCallback: the forward pass of {type(module).__name__} and its batches do not give logits "
                     "and labels, so filters are scored by the module's loss as it is, without a temperature, on "
                     "batches that are not balanced over classes: set `logits_fn` to change that."
@@ -161,15 +165,44 @@ class Scoring:
         ``.grad`` does not change. Every call draws the same random numbers, so that values before and after a cut
         compare.
         """
+        if not self._needs_loss and not self._has_loss(module):
+            return LossAndNorm("", "")
         parameters = [p for p in module.parameters() if p.requires_grad and p.numel()]
         with isolated_rng(self._settings.seed, rounds_done), torch.enable_grad():
-            loss = self._loss_fn(module, batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
-        norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
-        both = torch.stack([loss.detach().float(), norm.float()])
-        reduce = mean_over_ranks(trainer)
-        return LossAndNorm(*(both if reduce is None else reduce(both)).tolist())
+            try:
+                loss = self._loss_fn(module, batch)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            except Exception as error:  # the module's own code may raise anything in evaluation mode
+                if self._needs_loss or self._settings.loss_fn is not None:
+                    raise
+                self._report_missing_loss(module, error)
+                loss, gradients = None, ()
+        if loss is None:
+            both = torch.full((2,), math.nan, device=module.device)
+        else:
+            squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
+            norm = torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
+            both = torch.stack([loss.detach().float(), norm.float()])
+        reduce = mean_over_ranks(trainer)  # all ranks take part, also where the loss could not be computed
+        both = both if reduce is None else reduce(both)
+        return LossAndNorm("", "") if loss is None else LossAndNorm(*both.tolist())
+
+    @property
+    def _needs_loss(self) -> bool:
+        """Whether scores cannot be computed without a loss."""
+        return self._settings.measure.needs_batches
+
+    def _has_loss(self, module: pl.LightningModule) -> bool:
+        return self._settings.loss_fn is not None or training_step_returns_loss(module)
+
+    def _report_missing_loss(self, module: pl.LightningModule, error: Exception) -> None:
+        message = (
+            f"PruningCallback: `training_step` of {type(module).__name__} does not run in evaluation mode "
+            f"({type(error).__name__}), so the loss before and after a cut is not measured. The measure "
+            f"{self._settings.measure.name!r} does not need it."
+        )
+        if self._messages.is_new(message):
+            pl.utilities.rank_zero_info(message)
 
     def accuracy(self, trainer: pl.Trainer, module: pl.LightningModule, effects: SideEffects) -> float | None:
         """Return the share of correct predictions on the validation data, in [0, 1], over all ranks.
@@ -212,7 +245,7 @@ class Scoring:
                 "data set, wrap it in a Subset."
             )
             if self._messages.is_new(message):
-                rank_zero_info(message)
+                pl.utilities.rank_zero_info(message)
 
 
 class _OncePerMessage:

@@ -8,9 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +19,7 @@ from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.silence import without_side_effects
 from gflow_pl.callbacks.pruning_settings import ScoringSettings, TrackingSettings
 from gflow_pl.callbacks.scoring import Scoring
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance import Tracker
 from gflow_pl.importance.derived_weights import DerivedWeightGradients
 from gflow_pl.importance.reduction import Reduce
@@ -52,13 +51,13 @@ def report_tracking(scoring: ScoringSettings, tracking: TrackingSettings, keep_m
     """Log the settings that a tracked measure has chosen; warn of a temperature that has no effect."""
     measure = scoring.measure
     if measure.is_tracked or tracking.track:
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"PruningCallback: {measure.name} with track {tracking.track}, bias "
             f"{scoring.bias or measure.default_bias}, keep_momentum {keep_momentum}."
         )
     uses_training_gradients = tracking.track and measure.needs_gradients and not measure.needs_hessian
     if uses_training_gradients and scoring.temperature is not None:
-        rank_zero_warn(
+        pl.utilities.rank_zero_warn(
             f"PruningCallback: the temperature {scoring.temperature:g} has no effect, since tracked scores come from "
             "the gradients of training as they are: leave `temperature` out, or set track to false."
         )
@@ -265,7 +264,7 @@ class TrackedScoring:
             self._steps = self._started_or_resumed(trainer, module, batch, inputs)
         steps, self._steps, self._restored = self._steps, None, None
         if steps is None or steps.tracker.num_updates == 0:
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 "PruningCallback: no step was tracked before this round, so filters are scored by extra passes instead."
             )
             return None

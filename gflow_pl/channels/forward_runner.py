@@ -17,7 +17,7 @@ from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.nested import exhaust_iterators, map_tensors
-from gflow_pl.common.snapshot import ModuleSnapshot, restored_afterwards
+from gflow_pl.common.snapshot import ModuleSnapshot, restored_afterwards, seed_generators
 
 __all__ = ["ForwardRunner"]
 
@@ -134,6 +134,7 @@ class ForwardRunner:
         """
         with ExitStack() as stack:
             stack.enter_context(restored_afterwards(self._snapshots, () if self.meta else self._writable_tensors()))
+            seed_generators(0)  # every pass draws the same numbers, whatever the state of the generators
             # Compiled submodules run as written, and attention calls plain operators.
             stack.enter_context(attention_fast_path_disabled())
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -20,6 +20,7 @@ __all__ = [
     "garbage_collection_paused",
     "random_states_restored",
     "restored_afterwards",
+    "seed_generators",
 ]
 
 _Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
@@ -221,6 +222,17 @@ def random_states_restored() -> Iterator[None]:
             torch.cuda.set_rng_state_all(devices)
         if mps is not None:
             torch.mps.set_rng_state(mps)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch; those of CUDA only where CUDA is initialized already."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 @contextmanager

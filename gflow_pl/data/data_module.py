@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.data.augment import LabelledImages, ToInputs
 from gflow_pl.data.image_sets import ImageSet
 from gflow_pl.data.unrepeated_sampler import UnrepeatedSampler, even_batch_size

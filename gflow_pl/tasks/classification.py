@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.surgery import StructureMixin
 from gflow_pl.tasks.network import build_network, network_hyperparameter
 from gflow_pl.tasks.pretrained import load_pretrained
@@ -118,7 +117,7 @@ class ImageClassifier(StructureMixin, pl.LightningModule):
         return self(images).softmax(dim=1)
 
     @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         """Return SGD, and a schedule that reduces the learning rate at the milestones."""
         hp: Any = self.hparams
         optimizer = torch.optim.SGD(

@@ -1,5 +1,8 @@
 """Classes of Lightning's two packages are recognized, and classes that only have the same names are not."""
 
+import json
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +129,75 @@ def test_averaged_models_of_the_package_lightning_are_pruned(first, tmp_path) ->
     )
     run.fit(module := module_of(package), DataLoader(images(32), batch_size=16))
     assert sum(p.numel() for p in module.parameters()) == callback.rows[-1]["parameters"]
+
+
+ALONE = """
+import sys, tempfile
+for name in {blocked!r}:
+    sys.modules[name] = None
+import {package} as pl
+import torch
+from gflow_pl import GradientFlowMonitor, ImageClassifier, PruningCallback, data
+from gflow_pl.callbacks import RunRecorder
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+module = Module()
+trainer = pl.Trainer(
+    max_epochs=2, accelerator="cpu", callbacks=[PruningCallback("magnitude", fraction=0.5)], logger=False,
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=tempfile.mkdtemp(),
+)
+trainer.fit(module, torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=8))
+assert module.net[0].out_features == 8
+assert all(sys.modules[name] is None for name in {blocked!r})
+assert isinstance(trainer.callbacks[0], pl.Callback)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "blocked"),
+    [("pytorch_lightning", ["lightning"]), ("lightning.pytorch", ["pytorch_lightning", "lightning_fabric"])],
+)
+def test_the_callback_prunes_with_one_package_alone(package, blocked) -> None:
+    pytest.importorskip(package)
+    code = ALONE.format(package=package, blocked=blocked)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("class_path", ["gflow_pl.PruningCallback", "gflow_pl.callbacks.pruning.PruningCallback"])
+def test_the_command_line_of_either_package_takes_the_callback_in_yaml(package, class_path, tmp_path) -> None:
+    cli = pytest.importorskip(f"{package}.cli")
+    demos = pytest.importorskip(f"{package}.demos.boring_classes")
+    config = {
+        "trainer": {
+            **{"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)},
+            "callbacks": [{"class_path": class_path, "init_args": {"measure": "magnitude", "rounds": 2}}],
+        }
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    made = cli.LightningCLI(
+        demos.BoringModel,
+        demos.BoringDataModule,
+        run=False,
+        args=["--config", str(tmp_path / "run.yaml")],
+        save_config_callback=None,
+    )
+    found = callbacks_of(made.trainer, PruningCallback)
+    assert [callback.schedule.num_rounds for callback in found] == [2]
+
+
+def test_a_callback_is_pickled_under_its_one_class_path() -> None:
+    pruning = PruningCallback("magnitude", fraction=0.5)
+    again = pickle.loads(pickle.dumps(pruning))
+    assert type(again) is PruningCallback
+    assert PruningCallback.__module__ == "gflow_pl.callbacks.pruning"
+    assert again.state_key == pruning.state_key == "PruningCallback"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.packages import callbacks_of
+from gflow_pl.common.lightning_package import pl
 
 __all__ = ["BestAfterCuts"]
 
@@ -23,11 +21,11 @@ class BestAfterCuts:
     """
 
     def __init__(self) -> None:
-        self._steps_at_cut: dict[ModelCheckpoint, int] = {}
+        self._steps_at_cut: dict[pl.callbacks.ModelCheckpoint, int] = {}
 
     def reset(self, trainer: pl.Trainer) -> None:
         """Reset the best scores of callbacks that monitor a metric. Call this after a cut."""
-        for checkpoint in callbacks_of(trainer, ModelCheckpoint):
+        for checkpoint in callbacks_of(trainer, pl.callbacks.ModelCheckpoint):
             if checkpoint.monitor is not None:
                 if checkpoint.best_model_path:
                     _report_outdated(checkpoint.best_model_path)
@@ -36,7 +34,7 @@ class BestAfterCuts:
                 checkpoint.best_model_score = None
                 checkpoint.best_model_path = ""
                 checkpoint.kth_value = _worst_score(checkpoint.mode)
-        for stopping in callbacks_of(trainer, EarlyStopping):
+        for stopping in callbacks_of(trainer, pl.callbacks.EarlyStopping):
             stopping.wait_count = 0
             stopping.best_score = _worst_score(stopping.mode)
         self._steps_at_cut = _last_saved_steps(trainer)
@@ -54,18 +52,20 @@ class BestAfterCuts:
         self._steps_at_cut = {}
 
 
-def _last_saved_steps(trainer: pl.Trainer) -> dict[ModelCheckpoint, int]:
+def _last_saved_steps(trainer: pl.Trainer) -> dict[pl.callbacks.ModelCheckpoint, int]:
     """Return the global step of the last save of every ModelCheckpoint that monitors no metric and has saved a file."""
     return {
         # Private; without it a file from before the last cut would be reported as best.
         checkpoint: checkpoint._last_global_step_saved
-        for checkpoint in callbacks_of(trainer, ModelCheckpoint)
+        for checkpoint in callbacks_of(trainer, pl.callbacks.ModelCheckpoint)
         if checkpoint.monitor is None and checkpoint.best_model_path
     }
 
 
 def _report_outdated(path: str) -> None:
-    rank_zero_info(f"'{os.path.basename(path)}' is of the network before the last cut and does not count as best.")
+    pl.utilities.rank_zero_info(
+        f"'{os.path.basename(path)}' is of the network before the last cut and does not count as best."
+    )
 
 
 def _worst_score(mode: str) -> Tensor:

@@ -10,14 +10,12 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 from typing_extensions import override
 
-from gflow_pl.callbacks.lightning.packages import attached_trainer, averaged_models, both_packages
+from gflow_pl.callbacks.lightning.packages import Callback, attached_trainer, averaged_models, both_packages
 from gflow_pl.callbacks.lightning.ranks import revert_sync_batch_norm
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.files import atomic_save
 from gflow_pl.surgery import (
     add_structure,
@@ -31,7 +29,7 @@ from gflow_pl.values import Structure
 __all__ = ["AtomicCheckpointIO", "CarriesStructure", "use_atomic_checkpoint_io"]
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):
     """A checkpoint plugin that writes beside the target, syncs the file to the disk and renames it over the target.
 
     Lightning's default writes into the temporary folder and moves the file to the target. If that folder is on another
@@ -63,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def use_atomic_checkpoint_io(trainer: pl.Trainer) -> None:
     """Replace Lightning's default CheckpointIO by `AtomicCheckpointIO`; leave one that the user has chosen."""
     strategy = trainer.strategy
-    if type(strategy.checkpoint_io) in both_packages(TorchCheckpointIO):
+    if type(strategy.checkpoint_io) in both_packages(pl.plugins.TorchCheckpointIO):
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 

@@ -11,10 +11,7 @@ from random import Random
 from typing import Any, TypeVar
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
-from pytorch_lightning.utilities import CombinedLoader
 from torch.utils._pytree import tree_map
 from torch.utils.data import (
     BatchSampler,
@@ -30,6 +27,7 @@ from torch.utils.data import (
 
 from gflow_pl.callbacks.lightning.packages import both_packages
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import fabric, pl
 
 __all__ = [
     "DatasetKeysError",
@@ -93,7 +91,7 @@ def loader_like(
 
 def _flattened(loaders: object) -> list[object]:
     """Return the loaders in nested lists, tuples and dicts; a single loader is its own collection."""
-    return list(CombinedLoader(loaders, "max_size_cycle").flattened)
+    return list(pl.utilities.CombinedLoader(loaders, "max_size_cycle").flattened)
 
 
 # Copies of loaders
@@ -189,7 +187,7 @@ def _index_sampler(loader: DataLoader[Any]) -> object:
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
-    is_wrapped = isinstance(sampler, both_packages(DistributedSamplerWrapper))
+    is_wrapped = isinstance(sampler, both_packages(fabric.utilities.distributed.DistributedSamplerWrapper))
     # Private; without it, custom samplers could not be recognized under DDP.
     return sampler.dataset._sampler if is_wrapped else sampler
 

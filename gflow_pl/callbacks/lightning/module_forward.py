@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from gflow_pl.callbacks.lightning.precision import true_precision
@@ -16,6 +14,7 @@ from gflow_pl.callbacks.lightning.training_loss import batch_inputs
 from gflow_pl.channels import trace_channels
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
+from gflow_pl.common.lightning_package import fabric, pl
 from gflow_pl.values import ChannelGraph
 from gflow_pl.values.choices import Residual
 
@@ -86,7 +85,7 @@ def _call_of_example(module: pl.LightningModule, forward: _Forward) -> tuple[_Fo
     This is its `example_input_array`, prepared as Lightning does.
     """
     example = module.trainer.precision_plugin.convert_input(module.example_input_array)
-    example = move_data_to_device(example, module.device)
+    example = fabric.utilities.apply_func.move_data_to_device(example, module.device)
     if isinstance(example, Mapping):
         return (lambda keywords: forward(**keywords)), (dict(example),)
     return forward, example if isinstance(example, tuple) else (example,)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import nn
 
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import installed_packages, pl
 
-__all__ = ["attached_trainer", "averaged_models", "both_packages", "callbacks_of", "private_attribute"]
+__all__ = ["Callback", "attached_trainer", "averaged_models", "both_packages", "callbacks_of", "private_attribute"]
 
 _COUNTERPARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
-_Callback = TypeVar("_Callback", bound=Callback)
+if TYPE_CHECKING:
+    Callback = pl.Callback
+else:
+
+    class Callback(*(package.Callback for package in installed_packages())):
+        """A callback of every package of Lightning that is installed: the Trainers and CLIs of all of them take it."""
+
+
+_Callback = TypeVar("_Callback", bound=pl.callbacks.Callback)
 
 
 def both_packages(*classes: type) -> tuple[type, ...]:
@@ -85,7 +92,7 @@ def callbacks_of(trainer: pl.Trainer, cls: type[_Callback]) -> list[_Callback]:
 
     Args:
         trainer: A Trainer of either package.
-        cls: The class as imported from `pytorch_lightning`; `Callback` for all callbacks.
+        cls: The class as imported from `pytorch_lightning`; `pl.Callback` for all callbacks.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer
     return [cast(_Callback, c) for c in callbacks if isinstance(c, both_packages(cls))]
@@ -94,5 +101,5 @@ def callbacks_of(trainer: pl.Trainer, cls: type[_Callback]) -> list[_Callback]:
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     """Return the copies of the module whose weights WeightAveraging callbacks average."""
     # Private; without it a pruned module would be averaged with a full-size copy, and the next update would fail.
-    averages = [callback._average_model for callback in callbacks_of(trainer, WeightAveraging)]
+    averages = [callback._average_model for callback in callbacks_of(trainer, pl.callbacks.WeightAveraging)]
     return [average.module for average in averages if average is not None]

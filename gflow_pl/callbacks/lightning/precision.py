@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins import DoublePrecision, HalfPrecision
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gflow_pl.callbacks.lightning.packages import attached_trainer, both_packages
+from gflow_pl.common.lightning_package import pl
 
 __all__ = ["gradient_scale", "true_precision", "with_true_precision"]
 
@@ -30,7 +29,7 @@ def true_precision(module: pl.LightningModule) -> Iterator[None]:
     """
     trainer = attached_trainer(module)
     plugin = None if trainer is None else trainer.precision_plugin
-    changes_default_type = isinstance(plugin, both_packages(DoublePrecision, HalfPrecision))
+    changes_default_type = isinstance(plugin, both_packages(pl.plugins.DoublePrecision, pl.plugins.HalfPrecision))
     with plugin.forward_context() if plugin is not None and changes_default_type else nullcontext():
         yield
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gflow_pl.callbacks.lightning.packages import both_packages, private_attribute
+from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 
 __all__ = [
     "all_gather_objects",
     "broadcast",
     "broadcast_buffers",
+    "computed_on_rank_zero",
     "is_first_process",
     "mean_over_ranks",
     "num_ranks",
@@ -36,7 +37,7 @@ def is_first_process() -> bool:
     """
     # If a user starts one process per node by hand, Lightning learns the rank only when the Trainer is built.
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
+    return getattr(pl.utilities.rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def num_ranks(trainer: pl.Trainer) -> int:
@@ -70,6 +71,53 @@ def broadcast(trainer: pl.Trainer, value: _Value) -> _Value:
     return trainer.strategy.broadcast(value, src=0) if num_ranks(trainer) > 1 else value
 
 
+def computed_on_rank_zero(trainer: pl.Trainer, compute: Callable[[], _Value]) -> _Value:
+    """Return, on every rank, what a function returns on rank 0; the other ranks do not call it.
+
+    The function must not communicate: the other ranks wait for its result. Inside of it torch.distributed looks as if
+    no process group had been initialized.
+
+    Args:
+        trainer: The Trainer.
+        compute: A function that returns plain data that can be pickled.
+
+    Raises:
+        SettingsError: The function has raised an exception, on the ranks other than 0. Rank 0 raises the exception
+            itself.
+    """
+    if num_ranks(trainer) == 1:
+        return compute()
+    value: _Value | None = None
+    error: Exception | None = None
+    if trainer.global_rank == 0:
+        try:
+            with _without_communication():
+                value = compute()
+        except Exception as raised:  # the other ranks must not wait forever
+            error = raised
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    value, message = broadcast(trainer, (value, message))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise SettingsError(f"Rank 0 has raised {message}")
+    return cast(_Value, value)
+
+
+@contextmanager
+def _without_communication() -> Iterator[None]:
+    """Let torch.distributed look for the time of the block as if no process group had been initialized."""
+    places = (torch.distributed, torch.distributed.distributed_c10d)
+    before = [place.is_initialized for place in places]
+    for place in places:
+        place.is_initialized = lambda: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for place, function in zip(places, before, strict=True):
+            place.is_initialized = function  # type: ignore[attr-defined]
+
+
 def all_gather_objects(trainer: pl.Trainer, value: _Value) -> list[_Value]:
     """Return the values of all ranks, ordered by rank."""
     if num_ranks(trainer) == 1:
@@ -94,8 +142,10 @@ def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     The reducer of the old wrapper has buckets for gradients of the old shapes. With ``find_unused_parameters=True`` it
     would raise no error, and the ranks would drift apart.
     """
-    strategy = cast(DDPStrategy, trainer.strategy)
-    if not isinstance(strategy, both_packages(DDPStrategy)) or not isinstance(strategy.model, DistributedDataParallel):
+    strategy = cast(pl.strategies.DDPStrategy, trainer.strategy)
+    if not isinstance(strategy, both_packages(pl.strategies.DDPStrategy)) or not isinstance(
+        strategy.model, DistributedDataParallel
+    ):
         return
     # Private: without these two methods the wrapper would lack the settings and communication hooks of the strategy.
     strategy.model = strategy._setup_model(module)
@@ -110,7 +160,7 @@ def rebuild_ddp(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 def revert_sync_batch_norm(trainer: pl.Trainer, module: nn.Module) -> None:
     """Convert SyncBatchNorm layers back to BatchNorm, in place, as Lightning does at the end of training."""
-    if not isinstance(trainer.strategy, both_packages(ParallelStrategy)):
+    if not isinstance(trainer.strategy, both_packages(pl.strategies.ParallelStrategy)):
         return
     # Private: None unless the Trainer has `sync_batchnorm=True`. Without it a module that training has left by an
     # exception would keep its SyncBatchNorm layers, which do not run on a CPU.

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+
+from gflow_pl.common.lightning_package import pl
 
 __all__ = ["capture_rng_state", "isolated_rng", "restore_rng_state"]
 
@@ -67,7 +68,7 @@ def isolated_rng(*seeds: int) -> Iterator[None]:
     Args:
         *seeds: Non-negative integers. The same integers give the same random numbers inside the block.
     """
-    with isolate_rng():
+    with pl.utilities.seed.isolate_rng():
         seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint32)[0])
         torch.manual_seed(seed)
         np.random.seed(seed)

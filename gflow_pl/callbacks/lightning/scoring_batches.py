@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from gflow_pl.callbacks.lightning.loaders import has_length, independent_copy
 from gflow_pl.callbacks.lightning.packages import private_attribute
+from gflow_pl.common.lightning_package import pl
 
 __all__ = ["calibration_batches", "validation_batches"]
 
@@ -110,7 +109,7 @@ class _TransferredBatches:
         purpose = "combine several loaders as in training"
         combined_loader = private_attribute(self._trainer.fit_loop, "_combined_loader", purpose)
         mode = private_attribute(combined_loader, "_mode", purpose)
-        return (batch for batch, _, _ in CombinedLoader(self._loaders, mode))
+        return (batch for batch, _, _ in pl.utilities.CombinedLoader(self._loaders, mode))
 
     @contextmanager
     def _training_or_validating(self) -> Iterator[None]:

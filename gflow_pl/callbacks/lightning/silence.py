@@ -8,40 +8,51 @@ from contextlib import contextmanager
 from numbers import Number
 from typing import Self
 
-import pytorch_lightning as pl
-from pytorch_lightning.loggers.logger import DummyExperiment, Logger
 from typing_extensions import override
 
 from gflow_pl.callbacks.lightning.packages import attached_trainer
+from gflow_pl.common.held_objects import held_objects, restorer_of
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.common.snapshot import ModuleSnapshot
+from gflow_pl.common.tensor_values import StoredValues
 
 __all__ = ["SideEffects", "without_side_effects"]
 
-_EXCLUDED = frozenset(vars(pl.LightningModule())) - {"_buffers"}
-"""Attributes that Lightning and PyTorch manage (parameters, hooks, the Trainer): these passes do not change them."""
+_TENSORS = ("_parameters", "_buffers", "_modules")
+_EXCLUDED = frozenset(vars(pl.LightningModule())) - set(_TENSORS)
+"""Attributes that Lightning and PyTorch manage (hooks, the Trainer): these passes do not change them."""
 
 
 class SideEffects:
     """What running a module has changed in it since this object was created, to be undone.
 
     Scoring runs the user's `training_step` on batches that are not trained on. Such a step may update metrics and
-    running statistics, append to lists or count its calls. `undo` restores the buffers, metrics and attributes of the
-    module and its submodules, and the items of lists, dicts, sets and deques among them. Parameters are not saved.
+    running statistics, append to lists, count its calls or update parameters by hand (those of a teacher). `undo`
+    restores the parameters, buffers, metrics and attributes of the module and its submodules, and the items of lists,
+    dicts, sets and deques among them. What else the module holds, in a list or in an object of the user's own (a hidden
+    teacher, averaged weights), is restored as well, unless it is a data set or a long container.
 
     Args:
         module: The module.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
+        held = held_objects(module, exclude=_EXCLUDED)
+        hidden = [part for hidden_module in held.modules.values() for part in hidden_module.modules()]
         self._snapshots = [
             ModuleSnapshot(submodule, exclude=_EXCLUDED, nested=False, copy_tensors=True)
-            for submodule in module.modules()
+            for submodule in (*module.modules(), *hidden)
         ]
+        parameters = [p for network in (module, *held.modules.values()) for p in network.parameters()]
+        self._values = StoredValues([*parameters, *held.tensors])
+        self._restore_held = restorer_of(held)
 
     def undo(self) -> None:
         """Restore the module to its state when this object was created; may be called any number of times."""
         for snapshot in self._snapshots:
             snapshot.restore()
+        self._restore_held()
+        self._values.restore()
 
 
 @contextmanager
@@ -78,7 +89,7 @@ def _ignore(*_: object, **__: object) -> None:
     """Accept any call and do nothing."""
 
 
-def _silent_copy(logger: Logger) -> Logger:
+def _silent_copy(logger: pl.loggers.logger.Logger) -> pl.loggers.logger.Logger:
     """Return a shallow copy of a logger whose public methods do nothing.
 
     Its class is a subclass of the logger's class, since `Trainer.log_dir` and many training steps test the kind of a
@@ -89,12 +100,12 @@ def _silent_copy(logger: Logger) -> Logger:
     methods = [name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name))]
     experiment = property(lambda _: _SilentExperiment(getattr(logger, "experiment", None)))
     silent_class = type(cls.__name__, (cls,), {**dict.fromkeys(methods, _ignore), "experiment": experiment})
-    silent: Logger = object.__new__(silent_class)
+    silent: pl.loggers.logger.Logger = object.__new__(silent_class)
     vars(silent).update(vars(logger))
     return silent
 
 
-class _SilentExperiment(DummyExperiment):
+class _SilentExperiment(pl.loggers.logger.DummyExperiment):
     """Lightning's dummy experiment, through which texts, paths and numbers of the real experiment can be read.
 
     Any part of it accepts calls and assignments, and does nothing.

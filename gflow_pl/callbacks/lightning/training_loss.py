@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from gflow_pl.callbacks.lightning.precision import true_precision, with_true_precision
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
+from gflow_pl.common.lightning_package import pl
 from gflow_pl.importance.gradients import logits_and_labels
 
 __all__ = [

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
 from gflow_pl.callbacks.lightning.packages import both_packages, callbacks_of, private_attribute
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.lightning_package import pl
 
 __all__ = ["UnsupportedTrainerError", "check_supported"]
 
 
-class UnsupportedTrainerError(SettingsError, MisconfigurationException):
+class UnsupportedTrainerError(SettingsError, pl.utilities.exceptions.MisconfigurationException):
     """A strategy, launcher or callback that pruning cannot be combined with."""
 
 
-def check_supported(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> None:
+def check_supported(
+    trainer: pl.Trainer, callback: pl.callbacks.Callback, only_one: type[pl.callbacks.Callback]
+) -> None:
     """Raise if pruning would fail later in training or, worse, give wrong results silently.
 
     Args:
@@ -37,18 +35,18 @@ def _strategy_problem(trainer: pl.Trainer) -> str | None:
     """Return why the strategy is not supported; None if it is."""
     strategy = trainer.strategy
     name = type(strategy).__name__
-    shards_parameters = isinstance(strategy, both_packages(FSDPStrategy, DeepSpeedStrategy))
+    shards_parameters = isinstance(strategy, both_packages(pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy))
     # Other strategies that shard, such as ModelParallelStrategy, have this attribute set as well.
     if shards_parameters or getattr(strategy, "restore_checkpoint_after_setup", False):
         return f"{name} shards parameters, which cannot be rewritten: use strategy='ddp' or a single device."
-    if not isinstance(strategy, both_packages(DDPStrategy, SingleDeviceStrategy)):
+    if not isinstance(strategy, both_packages(pl.strategies.DDPStrategy, pl.strategies.SingleDeviceStrategy)):
         return f"{name} is not supported: use strategy='ddp' or a single device."
     return None
 
 
 def _launcher_problem(trainer: pl.Trainer) -> str | None:
     """Return why the way in which processes are started is not supported; None if it is."""
-    if not isinstance(trainer.strategy, both_packages(DDPStrategy)):
+    if not isinstance(trainer.strategy, both_packages(pl.strategies.DDPStrategy)):
         return None
     # Private: "popen", "spawn", "fork" or "forkserver". Without it a spawned run would be accepted and would fail at
     # its end, when the main process loads the pruned weights into its module of full size.
@@ -61,9 +59,11 @@ def _launcher_problem(trainer: pl.Trainer) -> str | None:
     )
 
 
-def _callback_problem(trainer: pl.Trainer, callback: Callback, only_one: type[Callback]) -> str | None:
+def _callback_problem(
+    trainer: pl.Trainer, callback: pl.callbacks.Callback, only_one: type[pl.callbacks.Callback]
+) -> str | None:
     """Return why another callback of the Trainer is not supported; None if all are."""
-    if callbacks_of(trainer, StochasticWeightAveraging):
+    if callbacks_of(trainer, pl.callbacks.StochasticWeightAveraging):
         return (
             "StochasticWeightAveraging keeps a copy of full size that cannot be pruned: use WeightAveraging or "
             "EMAWeightAveraging, whose copies are pruned with the module."

@@ -19,6 +19,7 @@ from gflow_pl.channels.rules.products import PRODUCT_RULES
 from gflow_pl.channels.rules.rearranging import REARRANGING_RULES
 from gflow_pl.channels.rules.reductions import REDUCTION_RULES
 from gflow_pl.channels.rules.splitting import SPLITTING_RULES
+from gflow_pl.channels.rules.tensor_lists import TENSOR_LIST_RULES
 from gflow_pl.channels.rules.views import VIEW_RULES
 from gflow_pl.common.errors import SettingsError
 
@@ -36,6 +37,7 @@ RULES: dict[str, Rule] = {
     **REARRANGING_RULES,
     **REDUCTION_RULES,
     **SPLITTING_RULES,
+    **TENSOR_LIST_RULES,
     **VIEW_RULES,
 }
 """The rule of every operator by its name, without the namespace for torch's own operators.
