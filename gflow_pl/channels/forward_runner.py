@@ -17,7 +17,7 @@ from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.nested import exhaust_iterators, map_tensors
-from gflow_pl.common.snapshot import ModuleSnapshot, restored_afterwards, seed_generators
+from gflow_pl.common.snapshot import ModuleSnapshot, module_snapshots, restored_afterwards, seed_generators
 
 __all__ = ["ForwardRunner"]
 
@@ -64,7 +64,7 @@ class ForwardRunner:
             )
         # Scripted modules hide their tensors from Python. The dispatch mode replaces these when an operator reads them.
         self.accessible_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
-        self._snapshots = [ModuleSnapshot(module) for module in self.accessible_modules]
+        self._snapshots = _restorable_snapshots(self.model)
         self._names = {id(module): name for name, module in self.modules.items()}
         self._whole_placeholders: dict[str, Tensor] = {}
         self.inputs: list[Tensor] = []
@@ -142,7 +142,7 @@ class ForwardRunner:
                 for tensors in (module._parameters, module._buffers):
                     for name, tensor in tensors.items():
                         if tensor is not None and id(tensor) in placeholders:
-                            tensors[name] = placeholders[id(tensor)]
+                            dict.__setitem__(tensors, name, placeholders[id(tensor)])  # a subclass may refuse it
                 # A synchronized batch norm needs a process group in training mode. It has one rule for both modes.
                 vars(module)["training"] = training and not isinstance(module, nn.SyncBatchNorm)
             yield
@@ -179,3 +179,21 @@ class ForwardRunner:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _restorable_snapshots(model: nn.Module) -> list[ModuleSnapshot]:
+    """Return a snapshot of every module, after a proof that it can be restored.
+
+    Raises:
+        SettingsError: The state of a module cannot be saved or restored. Nothing has been changed.
+    """
+    try:
+        snapshots = module_snapshots(model)
+        for snapshot in snapshots:
+            snapshot.check()
+    except Exception as error:  # an attribute of a foreign class may raise anything
+        raise SettingsError(
+            f"trace_channels: the state of {type(model).__name__} must be saved before its forward is run, but "
+            f"{type(error).__name__}: {error}; remove the attribute that cannot be copied for the time of the trace."
+        ) from error
+    return snapshots

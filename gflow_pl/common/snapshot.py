@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gflow_pl.common.saved_contents import SavedContents
+
 __all__ = [
     "ModuleSnapshot",
     "TensorSnapshot",
     "garbage_collection_paused",
+    "module_snapshots",
     "random_states_restored",
     "restored_afterwards",
     "seed_generators",
 ]
-
-_Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-_Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
-
-_IMMUTABLE = frozenset(
-    [type(None), bool, int, float, str, nn.Parameter]
-)  # the classes of most attributes: skipped early
-_CONTAINERS = (dict, list, set, deque, tuple)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class ModuleSnapshot:
@@ -40,20 +32,23 @@ class ModuleSnapshot:
 
     - every attribute, including parameters, buffers, hooks and the training flag: attributes that were added are
       deleted, attributes that were replaced or deleted get their former value back;
-    - the items of the lists, dicts, sets and deques among the attributes, in place;
+    - the items of the lists, dicts, sets and deques among the attributes, in place, also of subclasses that refuse
+      changes; the attributes of other objects, and modules that are no submodules;
     - the state of the random generators among the attributes;
+    - the attributes of a scripted module;
     - with `copy_tensors`, the values of buffers and of tensors that are plain attributes, in place.
 
-    Values of parameters are never copied. Tensors without storage of their own (meta, nested and inference tensors) are
-    restored by reference only.
+    Values of parameters in `known` are never copied. Tensors without storage of their own (meta, nested and inference
+    tensors) are restored by reference only.
 
     Args:
         module: The module.
         exclude: Names of attributes that are neither saved nor restored.
-        nested: Whether containers inside containers are saved, too. False bounds the cost for modules that keep a data
-            set: only the attributes themselves and the buffers are visited.
+        max_items: See `SavedContents`. A bound keeps the cost low for modules that keep a data set.
         copy_tensors: Whether the values of buffers and of other tensors that are not parameters are copied and
             restored.
+        known: ids of parameters whose values are not saved, and of modules that have a snapshot of their own; None for
+            the module's own parameters and its children.
 
     Attributes:
         tensors: The buffers and other tensors found that are not parameters.
@@ -68,59 +63,39 @@ class ModuleSnapshot:
     """
 
     def __init__(
-        self, module: nn.Module, *, exclude: Collection[str] = (), nested: bool = True, copy_tensors: bool = False
+        self,
+        module: nn.Module,
+        *,
+        exclude: Collection[str] = (),
+        max_items: int | None = None,
+        copy_tensors: bool = False,
+        known: Collection[int] | None = None,
     ) -> None:
         self._live_attributes = vars(module)
         self._exclude = exclude
+        if known is None:
+            known = frozenset(map(id, [*module.children(), *module._parameters.values()]))
         self._attributes = {name: value for name, value in vars(module).items() if name not in exclude}
-        self._empty: list[_Container] = []
-        self._items: list[tuple[_Container, _Container]] = []
-        self._generators: list[tuple[Callable[[Any], Any], object]] = []
-        self.tensors: list[Tensor] = []
-        self._visit(self._attributes.values(), set(), nested)
-        # Buffers are in a dict of their own, whose items are visited only with `nested`.
-        if not nested and "_buffers" in self._attributes:
-            self._visit(module._buffers.values(), set(), nested)
-        self._contents = _tensor_snapshots(self.tensors) if copy_tensors else []
+        self._script_attributes: list[tuple[torch.jit.ScriptModule, str, Any]] = []
+        if isinstance(module, torch.jit.ScriptModule):
+            # Its attributes live outside of Python, and lists are read as copies.
+            self._attributes = dict(self._live_attributes)
+            self._script_attributes = [(module, name, module._c.getattr(name)) for name in _script_attributes(module)]
+            values: list[object] = [value for _, _, value in self._script_attributes]
+        else:
+            values = list(self._attributes.values())
+        self._contents = SavedContents(values, max_items=max_items, known=known, owner=module)
+        self.tensors = self._contents.tensors
+        self._values = _tensor_snapshots(self.tensors) if copy_tensors else []
 
-    def _visit(self, values: Iterable[object], seen: set[int], nested: bool) -> None:
-        """Save containers and random generators, and collect tensors in `self.tensors`.
-
-        Args:
-            values: The values to visit. Tuples are not saved, because they cannot change. Empty containers are saved
-                without a copy, because `restore` only clears them.
-            seen: Ids of the containers that were visited before. This call adds to it.
-            nested: Whether the items of containers are visited, too.
-        """
-        for value in values:
-            if value.__class__ in _IMMUTABLE:
-                continue
-            if isinstance(value, _CONTAINERS):
-                if not value:
-                    if not isinstance(value, tuple):
-                        self._empty.append(value)
-                elif id(value) not in seen:
-                    seen.add(id(value))
-                    if not isinstance(value, tuple):
-                        self._items.append((value, value.copy()))
-                    if nested:
-                        self._visit(value.values() if isinstance(value, dict) else value, seen, nested)
-            elif isinstance(value, Tensor):
-                self.tensors.append(value)
-            elif isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
-                self._generators.append(_state_setter(value))
+    def check(self) -> None:
+        """Restore what it may be impossible to restore, while nothing has changed: raise what `restore` would raise."""
+        if self._script_attributes or not self._contents.is_plain:
+            self.restore()
 
     def restore(self) -> None:
         """Restore the module to its state at the time of the snapshot."""
-        for container in self._empty:
-            if container:
-                container.clear()
-        for container, items in self._items:
-            container.clear()
-            if isinstance(container, (list, deque)):
-                container.extend(items)
-            else:
-                container.update(items)
+        self._contents.restore()
         live = self._live_attributes
         if self._exclude:
             for name in [name for name in live if name not in self._attributes and name not in self._exclude]:
@@ -128,10 +103,28 @@ class ModuleSnapshot:
         else:
             live.clear()  # much faster than looking for added attributes, in a trace of a large network
         live.update(self._attributes)
-        for set_state, state in self._generators:
-            set_state(state)
-        for contents in self._contents:
-            contents.restore(compare=False)
+        for module, name, value in self._script_attributes:
+            module._c.setattr(name, value)
+        for values in self._values:
+            values.restore(compare=False)
+
+
+def module_snapshots(model: nn.Module, **options: Any) -> list[ModuleSnapshot]:
+    """Return a snapshot of a model and of each of its submodules.
+
+    Args:
+        model: The model.
+        **options: Passed to `ModuleSnapshot`.
+    """
+    modules = list(model.modules())
+    known = frozenset(map(id, [*modules, *model.parameters()]))
+    return [ModuleSnapshot(module, known=known, **options) for module in modules]
+
+
+def _script_attributes(module: torch.jit.ScriptModule) -> list[str]:
+    """Return the names of a scripted module's attributes: no parameters, buffers and submodules."""
+    attributes = getattr(module, "_concrete_type", None)
+    return [] if attributes is None else list(attributes.get_attributes())
 
 
 class TensorSnapshot:
@@ -160,7 +153,7 @@ class TensorSnapshot:
         """
         tensor, values = self._tensor, self._values
         if tensor.shape != values.shape:
-            tensor.data = values
+            tensor.data = values.clone()
         elif not compare:
             tensor.data.copy_(values)
         elif tensor._version != self._version or (tensor.layout == torch.strided and not _is_equal(tensor, values)):
@@ -176,16 +169,6 @@ def _is_equal(tensor: Tensor, values: Tensor) -> bool:
     return bool(torch.eq(tensor, values).logical_or_((tensor != tensor) & (values != values)).all())
 
 
-def _state_setter(generator: _Generator) -> tuple[Callable[[Any], Any], object]:
-    """Return the function that sets the state of a generator, and the state to call it with."""
-    if isinstance(generator, random.Random):
-        return generator.setstate, generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        bits = generator.bit_generator
-        return functools.partial(setattr, bits, "state"), bits.state
-    return generator.set_state, generator.get_state()
-
-
 @contextmanager
 def restored_afterwards(snapshots: Sequence[ModuleSnapshot], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore modules, tensors and all global random generators at the end of the block.
@@ -199,10 +182,11 @@ def restored_afterwards(snapshots: Sequence[ModuleSnapshot], tensors: Iterable[T
         with random_states_restored():
             yield
     finally:
-        for snapshot in snapshots:
-            snapshot.restore()
-        for tensor in contents:
-            tensor.restore()
+        with ExitStack() as stack:  # an error in one of them must not keep the others from being restored
+            for tensor in contents:
+                stack.callback(tensor.restore)
+            for snapshot in snapshots:
+                stack.callback(snapshot.restore)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch.utils.data import (
@@ -19,6 +20,7 @@ from pruning_runs import prune
 from small_nets import SmallModule, images, trainer
 
 from gflow_pl import PruningCallback
+from gflow_pl.callbacks.lightning.silence import without_side_effects
 
 
 class Run:
@@ -134,3 +136,35 @@ def test_unbalanced_samples_are_reported_once_per_fit(tmp_path, caplog) -> None:
             prune(tmp_path, data, Regresses(), measure="grasp", loss_fn=loss, rounds=3)
         assert caplog.text.count("Samples are not balanced over classes") == 1
         assert not logging.getLogger("gflow_pl.importance.score").filters
+
+
+def test_weights_that_a_training_step_changes_by_hand_are_restored() -> None:
+    """A teacher that the step moves, a gradient that it accumulates, and a parameter that it replaces."""
+
+    class Teaching(SmallModule):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                for theirs, ours in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    theirs.mul_(0.9).add_(ours + 1, alpha=0.1)
+                self.hidden[0].weight.data += 1
+            loss = super().training_step(batch, batch_idx)
+            loss.backward(retain_graph=True)
+            self.scale = torch.nn.Parameter(self.scale + 1)
+            return loss
+
+    module = Teaching()
+    module.net = next(iter(module.children()))
+    module.teacher, module.hidden = copy.deepcopy(module.net), [torch.nn.Linear(2, 2)]
+    module.scale = torch.nn.Parameter(torch.zeros(1))
+    values = {name: value.clone() for name, value in module.state_dict().items()}
+    hidden, scale = module.hidden[0].weight.clone(), module.scale
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    batch = next(iter(DataLoader(images(), 8)))
+    with without_side_effects(module) as effects:
+        for _ in range(2):
+            module.training_step(batch, 0)
+            effects.undo()
+            assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
+            assert torch.equal(module.hidden[0].weight, hidden)
+            assert module.scale is scale
+            assert all(parameter.grad is None for parameter in module.parameters())

@@ -11,9 +11,8 @@ from typing import Self
 from typing_extensions import override
 
 from gflow_pl.callbacks.lightning.packages import attached_trainer
-from gflow_pl.common.held_objects import held_objects, restorer_of
 from gflow_pl.common.lightning_package import pl
-from gflow_pl.common.snapshot import ModuleSnapshot
+from gflow_pl.common.snapshot import module_snapshots
 from gflow_pl.common.tensor_values import StoredValues
 
 __all__ = ["SideEffects", "without_side_effects"]
@@ -21,6 +20,7 @@ __all__ = ["SideEffects", "without_side_effects"]
 _TENSORS = ("_parameters", "_buffers", "_modules")
 _EXCLUDED = frozenset(vars(pl.LightningModule())) - set(_TENSORS)
 """Attributes that Lightning and PyTorch manage (hooks, the Trainer): these passes do not change them."""
+_MAX_ITEMS = 4096
 
 
 class SideEffects:
@@ -37,21 +37,17 @@ class SideEffects:
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        held = held_objects(module, exclude=_EXCLUDED)
-        hidden = [part for hidden_module in held.modules.values() for part in hidden_module.modules()]
-        self._snapshots = [
-            ModuleSnapshot(submodule, exclude=_EXCLUDED, nested=False, copy_tensors=True)
-            for submodule in (*module.modules(), *hidden)
-        ]
-        parameters = [p for network in (module, *held.modules.values()) for p in network.parameters()]
-        self._values = StoredValues([*parameters, *held.tensors])
-        self._restore_held = restorer_of(held)
+        self._snapshots = module_snapshots(module, exclude=_EXCLUDED, max_items=_MAX_ITEMS)
+        parameters = list(module.parameters())
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._values = StoredValues([*parameters, *(x for snapshot in self._snapshots for x in snapshot.tensors)])
 
     def undo(self) -> None:
         """Restore the module to its state when this object was created; may be called any number of times."""
         for snapshot in self._snapshots:
             snapshot.restore()
-        self._restore_held()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         self._values.restore()
 
 
