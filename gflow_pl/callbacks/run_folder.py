@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from gflow_pl.callbacks.lightning.packages import Callback
 from gflow_pl.callbacks.pruning import find_pruning_callback
+from gflow_pl.common.checkpoint_file import read_checkpoint
 from gflow_pl.common.lightning_package import pl
 from gflow_pl.files import write_bytes, write_rows
 
@@ -143,7 +143,7 @@ class BestCheckpoint(pl.callbacks.ModelCheckpoint):
         if not file.is_file():
             return False
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)["callbacks"][self.state_key]
+            state = read_checkpoint(file)["callbacks"][self.state_key]
             return bool(state["best_model_score"] == score.cpu())
         except Exception:  # a damaged file may raise anything, and is not the best epoch's
             return False

@@ -116,6 +116,13 @@ class GflowCLI(LightningCLI):
             default=None,
             help="Name of the folder of the run. By default it names command, network and data.",
         )
+        parser.add_argument(
+            "--trust_file",
+            type=bool,
+            default=False,
+            help="Build any network class that the file to start from names. By default only networks of this package "
+            "and model builders of torchvision and timm are built from a file, because a class path can run any code.",
+        )
         parser.link_arguments("data", "model.init_args.num_classes", compute_fn=num_classes, apply_on="instantiate")
         if self._command == "prune":
             parser.add_lightning_class_args(PruningCallback, "pruning")

@@ -12,7 +12,7 @@ from torch import nn
 
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.models.mobilenet import mobilenet_v1
-from gflow_pl.models.published import is_published, read_checkpoint, strip_prefix
+from gflow_pl.models.published import is_published, strip_prefix
 from gflow_pl.models.resnet import resnet18, resnet34, resnet56
 from gflow_pl.models.vgg import vgg13
 
@@ -31,7 +31,6 @@ __all__ = [
     "check_image_size",
     "is_published",
     "mobilenet_v1",
-    "read_checkpoint",
     "resnet18",
     "resnet34",
     "resnet56",

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gflow_pl.common.checkpoint_file import read_checkpoint
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.models import is_published, read_checkpoint, strip_prefix
+from gflow_pl.models import is_published, strip_prefix
 from gflow_pl.surgery import apply_structure, structure_of
 from gflow_pl.values import Structure
 

@@ -8,12 +8,8 @@ import pytest
 import torch
 from golden_recipe import golden_weights
 
-from gflow_pl.models import (
-    build,
-    is_published,
-    read_checkpoint,
-    strip_prefix,
-)
+from gflow_pl.common.checkpoint_file import read_checkpoint
+from gflow_pl.models import build, is_published, strip_prefix
 
 
 def wrapped(state):
@@ -144,7 +140,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content, zipped):
     }
     path.write_bytes(broken[content])
     with pytest.raises(
-        ValueError, match=r"^Checkpoint '.*x\.pth' could not be read \(\w+\): it is truncated or no checkpoint\.$"
+        ValueError, match=r"^Checkpoint '.*x\.pth' could not be read \(\w+\): it is damaged or no checkpoint\.$"
     ):
         read_checkpoint(path)
 

@@ -58,8 +58,10 @@ def test_a_pruned_state_dict_loads():
 
 
 def test_a_classifier_loads(monkeypatch):
-    """Its hyper-parameters name a network by class path."""
+    """Its hyper-parameters name a network by class path, which has to be trusted."""
     monkeypatch.setitem(sys.modules, "net", old_layout_net)
     state = torch.load(HERE / "classifier.ckpt", weights_only=True)["state_dict"]
-    module = gflow_pl.ImageClassifier.load_from_checkpoint(HERE / "classifier.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"names the class 'net\.TinyNet'"):
+        gflow_pl.ImageClassifier.load_from_checkpoint(HERE / "classifier.ckpt")
+    module = gflow_pl.ImageClassifier.load_from_checkpoint(HERE / "classifier.ckpt", trust_file=True)
     assert_same_weights(module.state_dict(), state)
