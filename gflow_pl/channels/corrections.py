@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gflow_pl.channels.constraints import Labels, TensorDim
 from gflow_pl.channels.labels import ChoiceSite
 
 __all__ = ["Correction", "Corrections", "OperatorIndex"]
@@ -28,15 +29,19 @@ class Correction:
 
     Attributes:
         reason: Why the labels are frozen.
+        failed: The operator at which the verification failed.
         site: Site whose next choice is made, or None.
         operator: Operator whose labels are frozen if there is no site.
+        positions: Positions of tensors whose labels are frozen if there is neither.
         freezes_rest: Whether the labels of all later operators of that pass are frozen, too, because their sizes depend
             on values.
     """
 
     reason: str
+    failed: OperatorIndex
     site: ChoiceSite | None = None
     operator: OperatorIndex | None = None
+    positions: tuple[tuple[TensorDim, Labels], ...] = ()
     freezes_rest: bool = False
 
 
@@ -48,19 +53,37 @@ class Corrections:
         choices: Site to the number of the choice to make there.
         frozen_operators: Operator to the reason why its labels are frozen, together with the labels of all operators
             that are called from the same place in the code.
+        frozen_positions: Positions of tensors that are frozen, each with the reason.
         ends: For every mode (True = training), the number of the first operator from which on all labels are frozen,
             and the reason.
+        is_choosing: Whether further choices may be tried; if not, what differs is frozen.
     """
 
     choices: dict[ChoiceSite, int] = field(default_factory=dict)
     frozen_operators: dict[OperatorIndex, str] = field(default_factory=dict)
+    frozen_positions: list[tuple[TensorDim, Labels, str]] = field(default_factory=list)
     ends: dict[bool, tuple[int, str]] = field(default_factory=dict)
+    is_choosing: bool = True
+    _tried: dict[OperatorIndex, dict[ChoiceSite, int]] = field(default_factory=dict)
+    _in_vain: set[OperatorIndex] = field(default_factory=set)
+
+    def allows_choices(self, failed: OperatorIndex) -> bool:
+        """Return whether choices may still cure the failure of an operator: not if all have been tried in vain."""
+        return self.is_choosing and failed not in self._in_vain
 
     def add(self, correction: Correction) -> None:
-        """Add one correction."""
-        if correction.site is not None:
-            self.choices[correction.site] = self.choices.get(correction.site, 0) + 1
-        elif correction.operator is not None and correction.freezes_rest:
+        """Add one correction. Choices that did not cure a failure are taken back once labels are frozen for it."""
+        failed, site = correction.failed, correction.site
+        if site is not None:
+            self._tried.setdefault(failed, {}).setdefault(site, self.choices.get(site, 0))
+            self.choices[site] = self.choices.get(site, 0) + 1
+            return
+
+        self.choices.update(self._tried.pop(failed, {}))
+        self._in_vain.add(failed)
+        if correction.operator is None:
+            self.frozen_positions += [(dim, positions, correction.reason) for dim, positions in correction.positions]
+        elif correction.freezes_rest:
             self.ends[correction.operator.training] = correction.operator.number, correction.reason
-        elif correction.operator is not None:
+        else:
             self.frozen_operators[correction.operator] = correction.reason

@@ -127,6 +127,7 @@ class LayerHooks:
             outer = np.full(x.shape[dim], FIXED, np.int64)
         with _disable_current_modes():
             alias = x.detach()
+        self._recorder.flow.add_stand_in(alias, x)
         labels = list(info.labels)
         labels[dim] = inner = self._constraints.new_labels(Auxiliary.BOUNDARY, len(outer))
         self._constraints.boundaries.append(Boundary(BoundaryKey(name, is_input=True), dim, inner, outer))

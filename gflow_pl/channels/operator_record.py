@@ -9,6 +9,7 @@ import torch
 
 from gflow_pl.channels.code_location import CodeLocation
 from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.data_flow import Sources
 from gflow_pl.channels.labels import ChoiceSite, DimLabels
 
 __all__ = ["Number", "OperatorRecord"]
@@ -24,6 +25,7 @@ class OperatorRecord:
     Attributes:
         name: Name of the operator.
         numbers: All plain numbers among its arguments.
+        sources: Where its operands come from.
         shapes: Shapes of its outputs.
         output_labels: For every output, the labels of its dimensions; None for a uniform output, which can have any
             size.
@@ -42,6 +44,7 @@ class OperatorRecord:
 
     name: str
     numbers: tuple[Number, ...]
+    sources: Sources
     shapes: list[torch.Size]
     output_labels: list[DimLabels | None]
     all_labels: list[Labels]

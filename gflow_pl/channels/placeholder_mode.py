@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gflow_pl.channels.data_flow import LAYOUT_DEPENDENT, DataFlow, Sources
 from gflow_pl.channels.operator_record import Number
 from gflow_pl.channels.shape_cache import ShapeCache
 
@@ -43,8 +44,10 @@ class PlaceholderMode(TorchDispatchMode):
         placeholders: id of a real parameter or buffer to its placeholder.
         meta: Whether the forward runs on meta tensors.
         shape_cache: Known output shapes of operators.
+        inputs: The tensors among the inputs of the forward.
 
     Attributes:
+        flow: Where the tensors of the pass come from.
         module_stack: Names and modules whose forward is running, outermost first.
         module_inputs: The first argument of each of these modules; None if it is no tensor.
         keep_alive: Objects that are kept because dictionaries refer to them by id, which is unique only while they
@@ -52,8 +55,11 @@ class PlaceholderMode(TorchDispatchMode):
         constant_placeholders: ids of the placeholders of constants.
     """
 
-    def __init__(self, placeholders: Mapping[int, Tensor], meta: bool, shape_cache: ShapeCache) -> None:
+    def __init__(
+        self, placeholders: Mapping[int, Tensor], meta: bool, shape_cache: ShapeCache, inputs: Iterable[Tensor]
+    ) -> None:
         super().__init__()
+        self.flow = DataFlow([*placeholders.values(), *inputs])
         self.placeholders = placeholders
         self.meta = meta
         self.shape_cache = shape_cache
@@ -120,6 +126,17 @@ class PlaceholderMode(TorchDispatchMode):
                 with _disable_current_modes():
                     values += tensor.reshape(-1).tolist()
         return values
+
+    def sources(self, name: str, operands: Sequence[Tensor]) -> Sources:
+        """Return where the operands of an operator come from; nothing for a layout-dependent one."""
+        return () if name in LAYOUT_DEPENDENT else self.flow.sources(operands, is_write=name[-1] == "_")
+
+    def add_results(self, name: str, results: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
+        """Number the results of an operator for `sources`."""
+        if name not in LAYOUT_DEPENDENT:
+            self.flow.add_results(results, operands)
+        elif operands and results:
+            self.flow.add_copy(results[0], operands[0])
 
     def compute(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of an operator; on the meta device from the shape cache if it can tell."""

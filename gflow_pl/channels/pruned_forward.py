@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gflow_pl.channels.constraints import Boundary, BoundaryKey, Labels, TensorDim
+from gflow_pl.channels.data_flow import DataFlow
 from gflow_pl.channels.expansions import Expansions
 from gflow_pl.channels.forward_runner import ForwardRunner
+from gflow_pl.channels.placeholder_mode import PlaceholderMode
 from gflow_pl.channels.record import Record
 from gflow_pl.values import SizeAttribute
 from gflow_pl.values.module_sizes import shape_attributes
@@ -29,12 +32,20 @@ class PrunedForward:
         record: The record of the model.
         expansions: The layers that are expanded.
         removed: (labels,) whether a label is removed.
+        unchanged: Numbers of modules that keep their values although they count labels.
 
     Attributes:
         placeholders: id of a parameter or buffer to its placeholder without the removed positions.
     """
 
-    def __init__(self, runner: ForwardRunner, record: Record, expansions: Expansions, removed: Labels) -> None:
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        record: Record,
+        expansions: Expansions,
+        removed: Labels,
+        unchanged: Collection[SizeAttribute] = (),
+    ) -> None:
         self._runner, self._record, self._expansions, self._removed = runner, record, expansions, removed
         kept: dict[str, dict[int, Labels]] = {}
         self._sizes: list[tuple[SizeAttribute, int]] = []  # numbers that the trace found to count labels
@@ -42,7 +53,7 @@ class PrunedForward:
             if isinstance(source, TensorDim):
                 if removed[start:stop].any():
                     kept.setdefault(source.tensor, {})[source.dim] = np.flatnonzero(~removed[start:stop])
-            elif isinstance(source, SizeAttribute):
+            elif isinstance(source, SizeAttribute) and source not in unchanged:
                 self._sizes.append((source, stop - start - int(removed[start:stop].sum())))
         self.placeholders = runner.placeholders(kept)
 
@@ -53,11 +64,11 @@ class PrunedForward:
             self._set_attributes()
             yield
 
-    def run(self, mode: TorchDispatchMode) -> None:
-        """Run the forward under a dispatch mode; call it inside `prepared`."""
-        before = self._gather if self._expansions.has_gathers else None
-        after = self._scatter if self._expansions.boundaries else None
-        self._runner.run(mode, before, after)
+    def run(self, mode: PlaceholderMode) -> Any:
+        """Run the forward under a dispatch mode and return its output; call it inside `prepared`."""
+        before = partial(self._gather, mode.flow) if self._expansions.has_gathers else None
+        after = partial(self._scatter, mode.flow) if self._expansions.boundaries else None
+        return self._runner.run(mode, before, after)
 
     def _set_attributes(self) -> None:
         """Set the numbers that modules keep beside their tensors."""
@@ -76,15 +87,17 @@ class PrunedForward:
         for attribute, size in self._sizes:
             _set_attribute(self._runner.modules[attribute.module], attribute, size)
 
-    def _gather(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _gather(self, flow: DataFlow, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give a grouped convolution whose input is gathered the channels of its remaining groups."""
         boundary = self._expanded_boundary(BoundaryKey(name, is_input=True))
         if boundary is None or name in self._record.gathering or not args or not isinstance(args[0], Tensor):
             return None
         with _disable_current_modes():
-            return args[0].index_select(boundary.dim, self._kept_channels(boundary, args[0])), *args[1:]
+            gathered = args[0].index_select(boundary.dim, self._kept_channels(boundary, args[0]))
+        flow.add_stand_in(gathered, args[0])
+        return gathered, *args[1:]
 
-    def _scatter(self, name: str, module: nn.Module, output: object) -> Tensor | None:
+    def _scatter(self, flow: DataFlow, name: str, module: nn.Module, output: object) -> Tensor | None:
         """Scatter the output of an expanded layer into zeros of the full width; present expansions do so themselves."""
         boundary = self._expanded_boundary(BoundaryKey(name))
         if boundary is None or name in self._record.expanded or not isinstance(output, Tensor):
@@ -95,6 +108,7 @@ class PrunedForward:
             full = torch.zeros(shape, dtype=output.dtype, device=output.device)
             if not self._runner.meta:
                 full.index_copy_(boundary.dim, self._kept_channels(boundary, output), output)
+        flow.add_stand_in(full, output)
         return full
 
     def _expanded_boundary(self, key: BoundaryKey) -> Boundary | None:

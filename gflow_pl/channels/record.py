@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gflow_pl.channels.constraints import Constraints, Labels
+from gflow_pl.channels.data_flow import Sources
 from gflow_pl.channels.operator_record import OperatorRecord
 
 __all__ = ["LayerFacts", "Record"]
@@ -46,6 +47,7 @@ class Record:
         operators: For every mode (True = training), the records of all operators in order.
         layers: Facts about the layers, in the order of their first calls.
         outputs: Label vectors of the model's outputs.
+        output_sources: For every mode, where the model's outputs come from.
         expanded: Module that carries an expansion already, to the expansion's dimension and width.
         gathering: Layers that gather their input channels already.
         expands_at_norm: Layer to the channel-wise norm that is the only reader of its output: an expansion of the layer
@@ -58,6 +60,7 @@ class Record:
     operators: dict[bool, list[OperatorRecord]] = field(default_factory=dict)
     layers: dict[str, LayerFacts] = field(default_factory=dict)
     outputs: list[Labels] = field(default_factory=list)
+    output_sources: dict[bool, Sources] = field(default_factory=dict)
     expanded: dict[str, tuple[int, int]] = field(default_factory=dict)
     gathering: set[str] = field(default_factory=set)
     expands_at_norm: dict[str, str | None] = field(default_factory=dict)

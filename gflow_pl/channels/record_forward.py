@@ -12,6 +12,7 @@ from gflow_pl.channels.operator_record import OperatorRecord
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.recorder import Recorder
 from gflow_pl.channels.rules.registry import RuleError
+from gflow_pl.common.nested import iter_tensors
 from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["record_forward"]
@@ -40,7 +41,14 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
 
     for training in (True, False):
         recorder = Recorder(
-            record.constraints, names, placeholders, runner.meta, runner.shape_cache, corrections, training
+            record.constraints,
+            names,
+            placeholders,
+            runner.meta,
+            runner.shape_cache,
+            runner.inputs,
+            corrections,
+            training,
         )
         for tensor in runner.inputs:
             recorder.table.set_labels(tensor, [None] * tensor.ndim, is_activation=True)
@@ -54,6 +62,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
                 record.errors[training] = error
             else:
                 hooks.finish(output)
+                record.output_sources[training] = recorder.flow.sources(iter_tensors(output))
         record.operators[training] = recorder.records
         record.has_guesses |= recorder.has_guesses
 
@@ -65,6 +74,9 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
             _freeze_all(record, recorder.records[number:], reason)
     _drop_shared_norms(record)
     _freeze_locations(record, corrections)
+    for dim, positions, reason in corrections.frozen_positions:
+        size = runner.tensors[dim.tensor].shape[dim.dim]
+        record.constraints.freeze(record.constraints.labels_of(dim, size)[positions], reason)
     return record
 
 

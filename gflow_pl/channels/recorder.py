@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Recorder(PlaceholderMode):
         placeholders: See `PlaceholderMode`.
         meta: See `PlaceholderMode`.
         shape_cache: See `PlaceholderMode`.
+        inputs: See `PlaceholderMode`.
         corrections: Corrections by earlier verifications.
         training: Whether the forward pass is in training mode.
 
@@ -61,10 +62,11 @@ class Recorder(PlaceholderMode):
         placeholders: Mapping[int, Tensor],
         meta: bool,
         shape_cache: ShapeCache,
+        inputs: Iterable[Tensor],
         corrections: Corrections,
         training: bool,
     ) -> None:
-        super().__init__(placeholders, meta, shape_cache)
+        super().__init__(placeholders, meta, shape_cache, inputs)
         self.constraints = constraints
         self.table = LabelTable(constraints, names)
         self.records: list[OperatorRecord] = []
@@ -153,6 +155,7 @@ class Recorder(PlaceholderMode):
             OperatorRecord(
                 name=call.name,
                 numbers=numbers,
+                sources=self.sources(call.name, call.operands),
                 shapes=[tensor.shape for tensor in outputs],
                 output_labels=[None if info.is_uniform else list(info.labels) for info in output_infos],
                 all_labels=all_labels,
@@ -164,6 +167,7 @@ class Recorder(PlaceholderMode):
                 operand_shapes=[tensor.shape for tensor in call.operands] if infos and sizes_decide else None,
             )
         )
+        self.add_results(call.name, outputs, call.operands)
 
     def _info_of_unseen(self, tensor: Tensor) -> TensorInfo:
         """Return what is known of an operand that no operator returned: a parameter, a buffer, or a constant.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from gflow_pl.channels.constraints import Constraints, Labels
+from gflow_pl.channels.data_flow import LAYOUT_DEPENDENT, Sources
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.operator_record import Number, OperatorRecord
-from gflow_pl.channels.placeholder_mode import OperatorInputs, PlaceholderMode, cloned_output
+from gflow_pl.channels.placeholder_mode import OperatorInputs, PlaceholderMode, cloned_output, collect_inputs
 
-__all__ = ["Mismatch", "ReplayMode"]
+__all__ = ["FlowMismatch", "Mismatch", "ReplayMode"]
 
-# Operators that appear and disappear with the memory layout of their operands; they are not compared.
-_LAYOUT_DEPENDENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
+OTHER_PATH = "the forward takes another path at smaller shapes"
+OTHER_TENSORS = "the forward reads other tensors at smaller shapes"
+
 # Operators whose int arguments are sizes: these show in the shapes of the outputs.
 _TAKES_SIZES = frozenset(
     """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split
@@ -25,12 +27,21 @@ _TAKES_SIZES = frozenset(
     native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange channel_shuffle
     native_channel_shuffle""".split()  # noqa: SIM905
 )
+# Operators whose int arguments are positions and dimensions, where another number means another element.
+_TAKES_POSITIONS = frozenset(
+    """select slice roll flip transpose t permute unfold diagonal topk sort kthvalue constant_pad_nd tril triu gather
+    select_scatter slice_scatter index_select cat stack squeeze unsqueeze""".split()  # noqa: SIM905
+)
 # Operators that take a shape, followed by the value to fill it with.
 _TAKES_FILL_VALUE = frozenset(["full", "new_full"])
 
 
 class Mismatch(Exception):
     """An operator behaved differently from what its record predicts."""
+
+
+class FlowMismatch(Mismatch):
+    """The forward called another operator, or one on other tensors, than its record says."""
 
 
 class ReplayMode(PlaceholderMode):
@@ -57,7 +68,7 @@ class ReplayMode(PlaceholderMode):
         constraints: Constraints,
         removed: Labels,
     ) -> None:
-        super().__init__(placeholders, runner.meta, runner.shape_cache)
+        super().__init__(placeholders, runner.meta, runner.shape_cache, runner.inputs)
         self.differing: list[int] = []
         self.is_in_operator = False
         self._records, self._constraints, self._removed = records, constraints, removed
@@ -73,20 +84,39 @@ class ReplayMode(PlaceholderMode):
         """Run one operator, or continue with its recorded output, and compare it with its record."""
         name = func._schema.name.removeprefix("aten::")
         args, kwargs, inputs = self.prepare(name, args, kwargs or {})
-        is_compared = name not in _LAYOUT_DEPENDENT
+        is_compared = name not in LAYOUT_DEPENDENT
         if is_compared and self._was_decomposed(func, name):
             with self:
                 return func.decompose(*args, **kwargs)
         self.is_in_operator = True
         record = self._next_record(name) if is_compared else None
+        if record is not None and record.sources != self.sources(name, inputs.tensors):
+            raise FlowMismatch(OTHER_TENSORS)
         recorded = None if record is None else record.output
         output = self.compute(func, args, kwargs) if recorded is None else cloned_output(recorded)
         self.keep_alive.append(output)
+        outputs: list[Tensor] = []
+        collect_inputs((output,), outputs, [])
+        self.add_results(name, outputs, inputs.tensors)
         if record is not None:
-            outputs = output if isinstance(output, (list, tuple)) else [output]
-            self._compare(record, [x for x in outputs if isinstance(x, Tensor)], inputs, args)
+            self._compare(record, outputs, inputs, args)
         self.is_in_operator = False
         return output
+
+    def check_end(self, outputs: Iterable[Tensor], sources: Sources) -> None:
+        """Compare the end of the forward with the record.
+
+        Args:
+            outputs: The outputs of the forward.
+            sources: Where the recorded ones come from.
+
+        Raises:
+            FlowMismatch: The record has further operators, or the outputs come from elsewhere.
+        """
+        if self._following < len(self._records):
+            raise FlowMismatch(OTHER_PATH)
+        if self.flow.sources(outputs) != sources:
+            raise FlowMismatch(OTHER_TENSORS)
 
     # -- the matching record -----------------------------------------------------------------------------------------
 
@@ -98,7 +128,7 @@ class ReplayMode(PlaceholderMode):
 
     def _skip_layout_dependent(self) -> None:
         """Advance to the next recorded operator that does not depend on memory layouts."""
-        while self._following < len(self._records) and self._records[self._following].name in _LAYOUT_DEPENDENT:
+        while self._following < len(self._records) and self._records[self._following].name in LAYOUT_DEPENDENT:
             self._following += 1
 
     def _is_following(self, name: str) -> bool:
@@ -119,7 +149,7 @@ class ReplayMode(PlaceholderMode):
         self._following = min(self._following + 1, len(self._records))
         self._skip_layout_dependent()
         if not is_following:
-            raise Mismatch("the forward takes another path at smaller shapes")
+            raise FlowMismatch(OTHER_PATH)
         return self._records[self._current]
 
     # -- comparisons -------------------------------------------------------------------------------------------------
@@ -143,6 +173,8 @@ class ReplayMode(PlaceholderMode):
         # Another plain number changes values, but no shape.
         sizes_differ = record.operand_shapes is not None and record.operand_shapes != [x.shape for x in inputs.tensors]
         if sizes_differ or not _are_equal(_comparable(record, record.numbers), _comparable(record, inputs.numbers)):
+            if record.name in _TAKES_POSITIONS:
+                raise Mismatch(f"a position that does not follow the channels ('{record.name}')")
             self.differing.append(self._current)
 
     def _num_kept(self, labels: Labels) -> int:

@@ -80,9 +80,10 @@ def _trace(
     corrections = Corrections()
     runner, record = _first_record(model, args)
     inexact: InexactLabels = []
-    for _ in range(_MAX_ROUNDS):
+    for round_number in range(2 * _MAX_ROUNDS):
+        corrections.is_choosing = round_number < _MAX_ROUNDS
         expansions, groups = _partition(record, residual, frozen, exact_only, [])
-        verifier = Verifier(runner, record, expansions, groups)
+        verifier = Verifier(runner, record, expansions, groups, corrections)
         correction = verifier.check_shapes()
         if correction is None:
             inexact, correction = verifier.find_inexact()
@@ -93,7 +94,7 @@ def _trace(
     else:
         for operators in record.operators.values():
             for labels in (labels for operator in operators for labels in operator.all_labels):
-                record.constraints.freeze(labels, f"the verification still failed after {_MAX_ROUNDS} corrections")
+                record.constraints.freeze(labels, f"the verification still failed after {2 * _MAX_ROUNDS} corrections")
         inexact = []
         _, groups = _partition(record, residual, frozen, exact_only, [])
 

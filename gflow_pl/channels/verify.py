@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from gflow_pl.channels.blame import Blame
 from gflow_pl.channels.constraints import Labels
-from gflow_pl.channels.corrections import Correction, OperatorIndex
+from gflow_pl.channels.corrections import Correction, Corrections, OperatorIndex
 from gflow_pl.channels.expansions import Expansions
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.grouping import Partition
 from gflow_pl.channels.operator_record import OperatorRecord
-from gflow_pl.channels.pruned_forward import PrunedForward
 from gflow_pl.channels.record import Record
-from gflow_pl.channels.replay import Mismatch, ReplayMode
+from gflow_pl.channels.trial import Removed, Trial
 
 __all__ = ["InexactLabels", "Verifier"]
 
@@ -29,23 +27,29 @@ InexactLabels = list[tuple[Labels, str]]
 class Verifier:
     """Trial removals of some units of every group.
 
-    A trial runs the forward in both modes without the removed units, and compares every operator with its record: the
-    sizes of its outputs have to be those that the labels predict.
+    A trial runs the forward in both modes without the removed units, and compares every operator with its record: it
+    has to be the same operator on the same tensors, and the sizes of its outputs have to be those that the labels
+    predict.
 
     Args:
         runner: The model and its inputs.
         record: The record of the model.
         expansions: The layers that are expanded.
         partition: The units and groups.
+        corrections: The corrections so far.
     """
 
-    def __init__(self, runner: ForwardRunner, record: Record, expansions: Expansions, partition: Partition) -> None:
-        self._runner, self._record, self._expansions, self._partition = runner, record, expansions, partition
-        is_removable = np.zeros(record.constraints.num_labels, dtype=bool)
-        for roots in partition.unit_roots:
-            if len(roots) > 1:
-                is_removable[roots] = True
-        self._is_removable = is_removable[partition.root]  # (labels,)
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        record: Record,
+        expansions: Expansions,
+        partition: Partition,
+        corrections: Corrections,
+    ) -> None:
+        self._record, self._partition = record, partition
+        self._trial = Trial(runner, record, expansions)
+        self._blame = Blame(self._trial, record, partition, corrections)
         # Of the last trial: (labels,) units that it did not try, and operators that were called with other numbers.
         self._is_skipped = np.zeros(record.constraints.num_labels, dtype=bool)
         self._differing: list[OperatorIndex] = []
@@ -81,7 +85,7 @@ class Verifier:
             if not more:
                 # The operator runs before all removable channels: its number comes from a layer that runs later.
                 reason = _width_reason(self._operator(differing[0]))
-                return [*inexact, (np.flatnonzero(self._is_removable), reason)], None
+                return [*inexact, (np.flatnonzero(self._blame.is_removable), reason)], None
             inexact += more
             correction = self._run_trial(exact_only=True, inexact=inexact)
             if correction is not None:
@@ -91,10 +95,10 @@ class Verifier:
 
     def _inexact_near(self, index: OperatorIndex) -> InexactLabels:
         """Return the removable labels of an operator or, if it has none that were tried, of the nearest before it."""
-        operators = self._record.operators[index.training]
+        operators, is_removable = self._record.operators[index.training], self._blame.is_removable
         reason = _width_reason(operators[index.number])
         for operator in reversed(operators[: index.number + 1]):
-            removable = [labels for labels in operator.all_labels if self._is_removable[labels].any()]
+            removable = [labels for labels in operator.all_labels if is_removable[labels].any()]
             if removable and not all(self._is_skipped[labels].all() for labels in removable):
                 return [(labels, reason) for labels in removable]
         return []
@@ -113,99 +117,48 @@ class Verifier:
             trial: Which units are removed, see `_choose_removed`.
         """
         removed = self._choose_removed(exact_only, inexact or [], trial)
-        pruned = PrunedForward(self._runner, self._record, self._expansions, removed)
-        self._differing = []
-        for training, operators in self._record.operators.items():
-            if training in self._record.errors:
-                continue
-            replay = ReplayMode(self._runner, pruned.placeholders, operators, self._record.constraints, removed)
-            with pruned.prepared(training):
-                try:
-                    pruned.run(replay)
-                except Exception as error:  # a forward may raise anything when sizes do not fit
-                    failed_at = min(max(replay.failed_at, 0), len(operators) - 1)
-                    index = OperatorIndex(training, failed_at)
-                    return self._correction_for(index, error, is_between=not replay.is_in_operator)
-            self._differing += [OperatorIndex(training, number) for number in replay.differing]
-        return None
+        failure = self._trial.run(removed)
+        self._differing = self._trial.differing
+        return None if failure is None else self._blame.correction_for(failure, removed)
 
-    def _choose_removed(self, exact_only: bool, inexact: InexactLabels, trial: int) -> Labels:
+    def _choose_removed(self, exact_only: bool, inexact: InexactLabels, trial: int) -> Removed:
         """Choose the units to remove, and note in `_is_skipped` the inexact ones that stay.
 
         Trial 0 removes a share of every group, trial 1 one unit of every group, trial 2 units of about half of the
-        groups.
-
-        Returns:
-            (labels,) whether a label is removed.
+        groups. In evaluation mode trial 0 removes another number of units than in training mode: most code runs in both
+        modes, and what is right by chance for one number is wrong for the other.
         """
         root = self._partition.root
         skipped = np.zeros(self._record.constraints.num_labels, dtype=bool)  # by root
         for labels, _ in inexact:
             skipped[root[labels]] = True
-        removed = np.zeros_like(skipped)  # by root
+        removed = {training: np.zeros_like(skipped) for training in (True, False)}  # by root
         rng = np.random.default_rng(0)
         for i, (group, roots) in enumerate(zip(self._partition.groups, self._partition.unit_roots, strict=True)):
             share = (_SHARES[i % len(_SHARES)], 0.0, 0.6)[trial]
             num = min(max(1, round(len(roots) * share)), len(roots) - 1) if trial < 2 or rng.random() < 0.5 else 0
-            chosen = roots[rng.permutation(len(roots))[:num]]
             if exact_only and group.inexact is not None:
                 skipped[roots] = True
-            removed[chosen[~skipped[chosen]]] = True
+            order = roots[rng.permutation(len(roots))]
+            for training, chosen in (
+                (True, order[:num]),
+                (False, order[: num if trial else _other_number(num, i, len(roots))]),
+            ):
+                removed[training][chosen[~skipped[chosen]]] = True
         self._is_skipped = skipped[root]
-        return removed[root]
+        return {training: by_root[root] for training, by_root in removed.items()}
 
-    # -- corrections -------------------------------------------------------------------------------------------------
 
-    def _correction_for(self, index: OperatorIndex, error: Exception, *, is_between: bool) -> Correction:
-        """Return what the next recording has to do differently, given an error of a trial.
+def _other_number(num: int, group: int, size: int) -> int:
+    """Return a number of units to remove in evaluation mode: another one than in training mode, if there is any.
 
-        Preferably another choice near the error; without one, the labels of the nearest operator with removable
-        channels are frozen.
-
-        Args:
-            index: The operator that failed, or the next one after the error.
-            error: The error.
-            is_between: Whether the error was raised between two operators, by code of the module that looked at sizes.
-        """
-        operators = self._record.operators[index.training]
-        failed = operators[index.number]
-        reason = str(error) if isinstance(error, Mismatch) else "a size that does not follow the channels"
-
-        # Behind an operator whose output size depends on values, nothing can be compared unless its output is replayed.
-        is_replayed = any(operator.output is not None for operator in operators)
-        if failed.is_data_dependent and isinstance(error, Mismatch) and not is_between and not is_replayed:
-            reason = f"behind '{failed.name}', whose values decide on sizes"
-            return Correction(reason, operator=index, freezes_rest=True)
-
-        # A choice at the operator itself; after an error between two operators, the next choice in the same module.
-        for operator in operators[index.number :] if is_between else [failed]:
-            if operator.module != failed.module:
-                break
-            if operator.choices_left > 0:
-                return Correction(reason, site=operator.site)
-
-        # The nearest earlier choice that concerns the same units.
-        targets = self._removable_roots(failed)
-        for operator in reversed(operators[: index.number + 1]):
-            if operator.choices_left > 0:
-                roots = self._removable_roots(operator)
-                if len(roots) and (not len(targets) or np.isin(roots, targets).any()):
-                    return Correction(reason, site=operator.site)
-
-        # The nearest operator with removable channels, before the error or else after it.
-        nearest = (*range(index.number, -1, -1), *range(index.number, len(operators)))
-        for number in nearest:
-            if self._has_removable(operators[number].all_labels):
-                return Correction(reason, operator=OperatorIndex(index.training, number))
-        return Correction(reason, operator=index)
-
-    def _has_removable(self, vectors: Sequence[Labels]) -> bool:
-        return any(self._is_removable[labels].any() for labels in vectors)
-
-    def _removable_roots(self, operator: OperatorRecord) -> Labels:
-        """Return the roots of all removable units among an operator's operands and outputs."""
-        removable = [labels[self._is_removable[labels]] for labels in operator.all_labels]
-        return np.unique(self._partition.root[np.concatenate([np.zeros(0, np.int64), *removable])])
+    Args:
+        num: Number of units that are removed in training mode.
+        group: Number of the group.
+        size: Number of its units.
+    """
+    more = num + 1 + group % 2
+    return more if more < size else max(num - 1, min(num, 1))
 
 
 def _width_reason(operator: OperatorRecord) -> str:
