@@ -10,6 +10,7 @@ from gflow_pl.surgery.checkpoint import (
     load_from_checkpoint,
     load_pruned,
     save_pruned,
+    structure_in_file,
 )
 from gflow_pl.surgery.expansion import scatter_output
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
@@ -32,5 +33,6 @@ __all__ = [
     "rewrite",
     "save_pruned",
     "scatter_output",
+    "structure_in_file",
     "structure_of",
 ]

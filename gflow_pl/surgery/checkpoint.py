@@ -18,6 +18,8 @@ from gflow_pl.common.classes_in_files import check_hyperparameters
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.files import atomic_save
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
+from gflow_pl.surgery.structure_checks import check_shapes_of_file
+from gflow_pl.values import Structure
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -33,6 +35,7 @@ __all__ = [
     "load_from_checkpoint",
     "load_pruned",
     "save_pruned",
+    "structure_in_file",
 ]
 
 _KEY = "gflow_pl"
@@ -109,10 +112,10 @@ def apply_from_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         SettingsError: The structure does not fit the module, or the checkpoint has no structure and its tensors have
             other shapes than those of the module.
     """
-    if _KEY in checkpoint:
-        apply_structure(module, checkpoint[_KEY]["structure"])
-        return
     state: Mapping[str, Any] = checkpoint.get("state_dict", {})
+    if _KEY in checkpoint:
+        apply_structure(module, structure_in_file(checkpoint))
+        return
     for name, present in module.state_dict().items():
         found = state.get(name)
         if isinstance(found, Tensor) and isinstance(present, Tensor) and found.shape != present.shape:
@@ -121,6 +124,21 @@ def apply_from_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
                 "the file carries no structure to rebuild it by: load it into a network of that shape, or save it "
                 "with PruningCallback, StructureMixin or save_pruned."
             )
+
+
+def structure_in_file(contents: Mapping[str, Any]) -> Structure:
+    """Return the structure in the contents of a file.
+
+    Args:
+        contents: Contents of a checkpoint, or of a file of `save_pruned`.
+
+    Raises:
+        SettingsError: The structure is malformed, or its shapes are not those of the tensors in the file.
+    """
+    entry = contents[_KEY]
+    structure = Structure.from_dict(entry["structure"] if isinstance(entry, Mapping) and "structure" in entry else {})
+    check_shapes_of_file(structure, contents.get("state_dict", {}))
+    return structure
 
 
 def load_from_checkpoint(

@@ -19,14 +19,13 @@ from gflow_pl.surgery.module_attributes import (
     restore_attribute,
     set_attribute,
 )
+from gflow_pl.surgery.structure_checks import check_fits
 from gflow_pl.surgery.tensor_table import TensorTable, empty_like_format
 from gflow_pl.values import Structure
 
 __all__ = ["apply_structure", "structure_from", "structure_of"]
 
 _Entry = TypeVar("_Entry")
-_MAX_PROBLEMS = 5
-"""Number of problems that a message lists."""
 
 
 def structure_of(module: nn.Module) -> Structure:
@@ -82,18 +81,19 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
         structure: Result of `rewrite` or `structure_of`, or its ``as_dict()``.
 
     Raises:
-        SettingsError: The structure has tensors or modules that the network lacks, or tensors with another number of
-            dims.
+        SettingsError: The structure has tensors or modules that the network lacks, tensors with another number of
+            dims, attributes that are no sizes of the network, or tensors that are too large for the memory.
     """
     # Check that the structure fits.
     wanted = structure if isinstance(structure, Structure) else Structure.from_dict(structure)
     table = TensorTable(model)
     wanted = _matching_part(table, wanted)
-    _check_fits(table, wanted)
+    check_fits(table, wanted)
     modules = _modules_by_first_name(table)
     shapes = {table.aliases[name]: tuple(shape) for name, shape in wanted.shapes.items()}
     # Tensors that are created in inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad():
+        resized = _resized(table, shapes)
         # Attributes.
         local = local_shapes(table, shapes)
         for name, module in modules.items():
@@ -104,14 +104,15 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
             for attribute, value in {**from_shapes, **listed}.items():
                 set_attribute(module, attribute, value, record=attribute not in from_shapes)
         # Tensors.
-        changed = _resize(table, shapes)
+        for name, tensor in resized.items():
+            table[name].put(tensor)
         # Hooks and replaced forwards.
         has_emptied_layers = any(not entry["index"] for entry in wanted.expansions.values())
         for name, module in modules.items():
             set_expansion(module, _placement(wanted.expansions.get(name)))
             set_gather(module, _placement(wanted.gathers.get(name)))
             update_emptiness(module, network_has_emptied_layers=has_emptied_layers)
-    if changed:
+    if resized:
         model.zero_grad(set_to_none=True)
 
 
@@ -120,18 +121,22 @@ def _placement(entry: Mapping[str, Any] | None) -> Placement | None:
     return None if entry is None else Placement(entry["dim"], entry["width"], entry["index"])
 
 
-def _resize(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Replace every tensor of another shape by zeros, and return whether there was one."""
-    changed = {name: shape for name, shape in shapes.items() if tuple(table[name].tensor.shape) != shape}
-    for name, shape in changed.items():
-        table[name].put(empty_like_format(table[name].tensor, shape).zero_())
-    return bool(changed)
+def _resized(table: TensorTable, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return zeros for every tensor that gets another shape."""
+    resized = {}
+    for name, shape in shapes.items():
+        if tuple(table[name].tensor.shape) != shape:
+            try:
+                resized[name] = empty_like_format(table[name].tensor, shape).zero_()
+            except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+                raise SettingsError(f"Structure: there is no memory for '{name}' of shape {shape}.") from error
+    return resized
 
 
 def _matching_part(table: TensorTable, structure: Structure) -> Structure:
     """Return the part of a structure that describes a network: all of it, or the one submodule that has its tensors.
 
-    A structure that does not fit at all is returned as it is; `_check_fits` then reports the differences.
+    A structure that does not fit at all is returned as it is; `check_fits` then reports the differences.
 
     Raises:
         SettingsError: Several submodules have all tensors of the network.
@@ -169,29 +174,3 @@ def _submodule_part(structure: Structure, prefix: str) -> Structure:
         expansions=relative(structure.expansions),
         gathers=relative(structure.gathers),
     )
-
-
-def _check_fits(table: TensorTable, structure: Structure) -> None:
-    """Raise if a structure has tensors, modules or attributes that a network lacks, or tensors of other ndim."""
-    # Tensors.
-    problems = []
-    for name, shape in structure.shapes.items():
-        if name not in table.aliases:
-            problems.append(f"no tensor '{name}'")
-        elif table[table.aliases[name]].tensor.ndim != len(shape):
-            found = tuple(table[table.aliases[name]].tensor.shape)
-            problems.append(f"'{name}' has shape {found}, the structure has {tuple(shape)}")
-    # Modules.
-    for name, values in structure.attributes.items():
-        if name not in table.modules:
-            problems.append(f"no module '{name}'")
-        else:
-            problems += [f"module '{name}' has no '{key}'" for key in values if not hasattr(table.modules[name], key)]
-    placed = [*structure.expansions, *structure.gathers]
-    problems += [f"no module '{name}' to expand" for name in placed if name not in table.modules]
-    if problems:
-        more = f" and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
-        raise SettingsError(
-            f"Structure does not fit {type(table.modules['']).__name__}: "
-            f"{'; '.join(problems[:_MAX_PROBLEMS])}{more}. Build the network with the settings that it was made with."
-        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gflow_pl.common.checkpoint_file import read_checkpoint
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.models import is_published, strip_prefix
-from gflow_pl.surgery import apply_structure, structure_of
+from gflow_pl.surgery import apply_structure, structure_in_file, structure_of
 from gflow_pl.values import Structure
 
 __all__ = ["load_pretrained", "read_file"]
@@ -51,7 +51,8 @@ def load_pretrained(module: nn.Module, path: str | Path) -> None:
         state = strip_prefix(contents)
     elif isinstance(contents.get("state_dict"), dict):
         state = contents["state_dict"]
-        structure = contents.get("gflow_pl", {}).get("structure")
+        if "gflow_pl" in contents:
+            structure = structure_in_file(contents)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise SettingsError(
             f"'{path}' contains no weights: expected a checkpoint with a 'state_dict', or a dict of tensors."
