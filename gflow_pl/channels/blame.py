@@ -81,7 +81,8 @@ class Blame:
                 if operator.choices_left > 0 and np.isin(self._removable_roots(operator.all_labels), targets).any():
                     return Correction(reason, failed=index, site=operator.site)
 
-        if not culprits and self._is_new(index) and len(targets) and not has_other_path:
+        is_known = index in self._corrections.frozen_operators or self._corrections.num_neighbors > 0
+        if len(targets) and not culprits and not is_known:
             return Correction(reason, failed=index, operator=index)
         return self.frozen_groups(culprits or self.culprits(failure, removed), index, reason)
 
@@ -93,7 +94,10 @@ class Blame:
             index: The operator that failed.
             reason: Reason to report.
         """
-        groups = [self._partition.groups[number] for number in numbers]
+        count = self._corrections.num_neighbors
+        groups = [
+            group for number in numbers for group in self._partition.groups[max(0, number - count) : number + count + 1]
+        ]
         if not groups:
             groups, reason = self._partition.groups, _UNREPEATABLE
         positions = tuple(part for group in groups for part in self._filters(group))
@@ -139,9 +143,6 @@ class Blame:
         """Return the positions of a group in the weight of its first layer."""
         weight = self._record.layers[group.layers[0].layer].weight
         return [(TensorDim(p.tensor, p.dim), p.index.ravel()) for p in group.slices if p.tensor == weight]
-
-    def _is_new(self, index: OperatorIndex) -> bool:
-        return index not in self._corrections.frozen_operators
 
     def _removable_roots(self, vectors: Sequence[Labels]) -> Labels:
         """Return the roots of all removable units among some label vectors."""

@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 from gflow_pl.channels.constraints import Labels, TensorDim
 from gflow_pl.channels.labels import ChoiceSite
+from gflow_pl.values import SizeAttribute
 
 __all__ = ["Correction", "Corrections", "OperatorIndex"]
+
+
+_MAX_TRIES = 12
 
 
 class OperatorIndex(NamedTuple):
@@ -56,20 +60,26 @@ class Corrections:
         frozen_positions: Positions of tensors that are frozen, each with the reason.
         ends: For every mode (True = training), the number of the first operator from which on all labels are frozen,
             and the reason.
+        unneeded: Numbers of modules that count labels, but keep their values, as no forward needs the change.
         is_choosing: Whether further choices may be tried; if not, what differs is frozen.
+        num_neighbors: Number of groups that are frozen together with a group that makes a difference, so that a
+            verification comes to an end.
     """
 
     choices: dict[ChoiceSite, int] = field(default_factory=dict)
     frozen_operators: dict[OperatorIndex, str] = field(default_factory=dict)
     frozen_positions: list[tuple[TensorDim, Labels, str]] = field(default_factory=list)
     ends: dict[bool, tuple[int, str]] = field(default_factory=dict)
+    unneeded: set[SizeAttribute] = field(default_factory=set)
     is_choosing: bool = True
+    num_neighbors: int = 0
     _tried: dict[OperatorIndex, dict[ChoiceSite, int]] = field(default_factory=dict)
     _in_vain: set[OperatorIndex] = field(default_factory=set)
 
     def allows_choices(self, failed: OperatorIndex) -> bool:
-        """Return whether choices may still cure the failure of an operator: not if all have been tried in vain."""
-        return self.is_choosing and failed not in self._in_vain
+        """Return whether choices may still cure the failure of an operator: not if many have been tried in vain."""
+        num_tried = sum(self.choices[site] - before for site, before in self._tried.get(failed, {}).items())
+        return self.is_choosing and failed not in self._in_vain and num_tried < _MAX_TRIES
 
     def add(self, correction: Correction) -> None:
         """Add one correction. Choices that did not cure a failure are taken back once labels are frozen for it."""

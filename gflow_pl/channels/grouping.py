@@ -319,6 +319,9 @@ def _size_rules(record: Record, groups: list[_GroupParts]) -> dict[SizeAttribute
             per_unit = {**rule.per_unit, group.group.name: index.shape[1]}
             rules[attribute] = SizeRule(rule.base - index.size, per_unit)
 
+    for attribute in record.unneeded:
+        rules.pop(attribute, None)
+
     # An element that no group changes is listed if another element of the same list is.
     changed_lists = {(a.module, a.name) for a in rules if a.element is not None}
     for attribute, size in sizes.items():

@@ -53,7 +53,7 @@ class PrunedForward:
             if isinstance(source, TensorDim):
                 if removed[start:stop].any():
                     kept.setdefault(source.tensor, {})[source.dim] = np.flatnonzero(~removed[start:stop])
-            elif isinstance(source, SizeAttribute) and source not in unchanged:
+            elif isinstance(source, SizeAttribute) and source not in unchanged and source not in record.unneeded:
                 self._sizes.append((source, stop - start - int(removed[start:stop].sum())))
         self.placeholders = runner.placeholders(kept)
 

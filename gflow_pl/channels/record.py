@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from gflow_pl.channels.constraints import Constraints, Labels
 from gflow_pl.channels.data_flow import Sources
 from gflow_pl.channels.operator_record import OperatorRecord
+from gflow_pl.values import SizeAttribute
 
 __all__ = ["LayerFacts", "Record"]
 
@@ -54,6 +56,7 @@ class Record:
             scatters the norm's output. None if there is no such norm.
         errors: For every mode in which the forward failed, the error.
         has_guesses: Whether a rule had to guess what the size of a dimension follows.
+        unneeded: Numbers of modules that count labels, but keep their values.
     """
 
     constraints: Constraints
@@ -66,3 +69,4 @@ class Record:
     expands_at_norm: dict[str, str | None] = field(default_factory=dict)
     errors: dict[bool, Exception] = field(default_factory=dict)
     has_guesses: bool = False
+    unneeded: Collection[SizeAttribute] = ()

@@ -31,7 +31,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     names = {id(placeholders[key]): name for key, name in first_names.items()}
 
     # What earlier rounds of pruning left in the model.
-    record = Record(Constraints())
+    record = Record(Constraints(), unneeded=corrections.unneeded)
     record.expanded = {
         name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
         for name, module in runner.modules.items()

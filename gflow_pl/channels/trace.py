@@ -19,7 +19,9 @@ from gflow_pl.values.expansion_names import is_index_buffer
 
 __all__ = ["trace_channels"]
 
-_MAX_ROUNDS = 24
+# Rounds in which choices are tried, rounds in which only what differs is frozen, and rounds in which groups next to it
+# are frozen as well, twice as many in every round.
+_CHOOSING_ROUNDS, _FREEZING_ROUNDS, _WIDENING_ROUNDS = 24, 12, 12
 _OUTPUT_WIDTH = "what reads an expanded layer keeps its width"
 _INPUT_WIDTH = "what an expanded layer reads keeps its width"
 
@@ -80,21 +82,28 @@ def _trace(
     corrections = Corrections()
     runner, record = _first_record(model, args)
     inexact: InexactLabels = []
-    for round_number in range(2 * _MAX_ROUNDS):
-        corrections.is_choosing = round_number < _MAX_ROUNDS
+    first_widening = _CHOOSING_ROUNDS + _FREEZING_ROUNDS
+    for number in range(first_widening + _WIDENING_ROUNDS):
+        corrections.is_choosing = number < _CHOOSING_ROUNDS
+        corrections.num_neighbors = 2 ** (number - first_widening) if number >= first_widening else 0
         expansions, groups = _partition(record, residual, frozen, exact_only, [])
+        if not groups.groups:
+            break
         verifier = Verifier(runner, record, expansions, groups, corrections)
         correction = verifier.check_shapes()
         if correction is None:
             inexact, correction = verifier.find_inexact()
-        if correction is None:
+        if correction is not None:
+            corrections.add(correction)
+        elif unneeded := verifier.unneeded_sizes():
+            corrections.unneeded |= unneeded
+        else:
             break
-        corrections.add(correction)
         record = record_forward(runner, corrections)
     else:
         for operators in record.operators.values():
             for labels in (labels for operator in operators for labels in operator.all_labels):
-                record.constraints.freeze(labels, f"the verification still failed after {2 * _MAX_ROUNDS} corrections")
+                record.constraints.freeze(labels, f"the verification still failed after {number + 1} corrections")
         inexact = []
         _, groups = _partition(record, residual, frozen, exact_only, [])
 

@@ -13,6 +13,8 @@ from gflow_pl.channels.grouping import Partition
 from gflow_pl.channels.operator_record import OperatorRecord
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.trial import Removed, Trial
+from gflow_pl.values import SizeAttribute
+from gflow_pl.values.module_sizes import shape_attributes
 
 __all__ = ["InexactLabels", "Verifier"]
 
@@ -47,7 +49,7 @@ class Verifier:
         partition: Partition,
         corrections: Corrections,
     ) -> None:
-        self._record, self._partition = record, partition
+        self._runner, self._record, self._partition = runner, record, partition
         self._trial = Trial(runner, record, expansions)
         self._blame = Blame(self._trial, record, partition, corrections)
         # Of the last trial: (labels,) units that it did not try, and operators that were called with other numbers.
@@ -102,6 +104,26 @@ class Verifier:
             if removable and not all(self._is_skipped[labels].all() for labels in removable):
                 return [(labels, reason) for labels in removable]
         return []
+
+    def unneeded_sizes(self) -> set[SizeAttribute]:
+        """Return the numbers of modules that count labels, but that the forward can keep as they are.
+
+        Either nothing reads them, or what reads them works with the old value. Attributes of one name and class are
+        tried together. Those that follow from the shapes of the module's own tensors are left out.
+        """
+        by_kind: dict[tuple[object, ...], list[SizeAttribute]] = {}
+        for attribute in self._partition.patches:
+            module = self._runner.modules[attribute.module]
+            shapes = {name: tuple(x.shape) for name, x in module.named_parameters(recurse=False)}
+            if attribute.name not in shape_attributes(module, shapes):
+                by_kind.setdefault((type(module), attribute.name, attribute.element), []).append(attribute)
+        removed = self._choose_removed(False, [], 0) if by_kind else {}
+        return {
+            attribute
+            for attributes in by_kind.values()
+            if self._trial.run(removed, attributes) is None
+            for attribute in attributes
+        }
 
     def _operator(self, index: OperatorIndex) -> OperatorRecord:
         return self._record.operators[index.training][index.number]
