@@ -222,7 +222,7 @@ class Round:
         k, graph, target, original = self.inputs.rounds_done + 1, self.inputs.graph, self.target, self.original_costs
         costs_after = costs_of(graph)
         filters_asked = self.schedule.target(k, original["filters"], costs["filters"])
-        removed = count_removed(groups, graph.groups)
+        removed = count_removed([group for group in groups if group.follows is None], graph.leaders)
         return RoundRow(
             round=k,
             epoch=epoch,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +19,41 @@ from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.nested import exhaust_iterators, map_tensors
 from gflow_pl.common.snapshot import ModuleSnapshot, module_snapshots, restored_afterwards, seed_generators
 
-__all__ = ["ForwardRunner"]
+__all__ = ["Call", "Calls", "ForwardRunner", "NetworkCopies"]
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+"""A function that runs the model, and its positional arguments."""
+
+Calls = Mapping[bool, Sequence[Call]]
+"""For every mode (True = training), the calls that are recorded one after the other."""
 
 PreHook = Callable[[str, nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called with a module's name, the module and its arguments; may return other arguments."""
 PostHook = Callable[[str, nn.Module, object], object]
 """Called with a module's name, the module and its output; may return another output."""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkCopies:
+    """Copies of parts of a network, whose channels are those of the part that they copy: a teacher, averaged weights.
+
+    Attributes:
+        modules: Name of a submodule to the name of the submodule that it copies. Names and shapes of their tensors are
+            the same.
+        hidden: Modules that are not registered in the network, each with the name of the submodule that it copies.
+        tensors: Tensors that are neither parameters nor buffers, each with the name of the tensor that it copies.
+    """
+
+    modules: Mapping[str, str] = field(default_factory=dict)
+    hidden: Sequence[tuple[nn.Module, str]] = ()
+    tensors: Sequence[tuple[Tensor, str]] = ()
+
+    def original(self, name: str) -> str:
+        """Return the name of the module or tensor that one of the network copies; its own name if it is no copy."""
+        for copied, source in self.modules.items():
+            if name == copied or name.startswith(f"{copied}."):
+                return source + name[len(copied) :]
+        return name
 
 
 @dataclass(eq=False)
@@ -37,6 +66,10 @@ class ForwardRunner:
         meta: Whether placeholders and inputs are on the meta device, so that nothing is computed.
         doubled: Whether inputs that hold one example are doubled: in training mode, a batch norm refuses a single value
             per channel.
+        calls: What is run in every mode in place of the forward; None to run the forward.
+        copies: Copies of parts of the network, which count as the same part that is called again.
+        whole: Name of a module to the reason why all of its tensors stay whole.
+        call_number: Number of the call that is running, from 0.
         num_examples: Number of examples in the inputs.
         inputs: The tensors among the arguments, as they are passed to the forward.
         modules: Every module under its first name.
@@ -52,8 +85,12 @@ class ForwardRunner:
     args: tuple[Any, ...]
     meta: bool
     doubled: bool
+    calls: Calls | None = None
+    copies: NetworkCopies = field(default_factory=NetworkCopies)
+    whole: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.call_number, self._training = 0, False
         self.shape_cache = ShapeCache()
         self.modules = dict(self.model.named_modules())
         self.tensors = {**self._own("_parameters"), **self._own("_buffers")}
@@ -63,12 +100,20 @@ class ForwardRunner:
                 f"trace_channels: '{lazy}' has no shape yet; run the network once to initialize its lazy layers."
             )
         # Scripted modules hide their tensors from Python. The dispatch mode replaces these when an operator reads them.
-        self.accessible_modules = [m for m in self.modules.values() if not isinstance(m, torch.jit.ScriptModule)]
+        hidden = [part for module, _ in self.copies.hidden for part in module.modules()]
+        every = (*self.modules.values(), *hidden)
+        self.accessible_modules = [m for m in every if not isinstance(m, torch.jit.ScriptModule)]
         self._snapshots = _restorable_snapshots(self.model)
-        self._names = {id(module): name for name, module in self.modules.items()}
-        self._whole_placeholders: dict[str, Tensor] = {}
+        self._names = {id(module): self.copies.original(name) for name, module in self.modules.items()}
+        self._further = self._copied_tensors()
+        self._whole_placeholders: dict[int, Tensor] = {}
         self.inputs: list[Tensor] = []
         self.args = map_tensors(self.args, self._prepare_input)
+        if self.calls is not None:
+            self.calls = {
+                training: [(function, map_tensors(args, self._prepare_input)) for function, args in calls]
+                for training, calls in self.calls.items()
+            }
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
 
     def _own(self, kind: str) -> dict[str, Tensor]:
@@ -84,6 +129,28 @@ class ForwardRunner:
                 if tensor is not None and seen.setdefault(id(tensor), name) == name:
                     found[name] = tensor
         return found
+
+    def _copied_tensors(self) -> list[tuple[Tensor, str]]:
+        """Return the tensors outside of the network that copy one of it, with the name of that tensor.
+
+        The hidden modules are called by the names of what they copy.
+        """
+        further = [(tensor, name) for tensor, name in self.copies.tensors if name in self.tensors]
+        for hidden, source in self.copies.hidden:
+            self._names |= {id(m): f"{source}.{name}" if name else source for name, m in hidden.named_modules()}
+            named = (*hidden.named_parameters(), *hidden.named_buffers())
+            further += [(tensor, f"{source}.{name}") for name, tensor in named if f"{source}.{name}" in self.tensors]
+        return further
+
+    def names(self) -> dict[int, str]:
+        """Return the name of every parameter, buffer and copy by the id of the tensor, the first name of tied ones."""
+        found = {id(tensor): self.copies.original(name) for name, tensor in reversed(self.tensors.items())}
+        return {**found, **{id(tensor): name for tensor, name in self._further}}
+
+    def modules_like(self, name: str) -> list[nn.Module]:
+        """Return a module of the network and the copies of it."""
+        copied = [module for other, module in self.modules.items() if self.copies.original(other) == name]
+        return copied or [self.modules[name]]
 
     def _prepare_input(self, value: Tensor) -> Tensor:
         value = value.detach()
@@ -101,13 +168,13 @@ class ForwardRunner:
                 keep all positions.
         """
         made = {}
-        for name, tensor in self.tensors.items():
-            positions = kept.get(name) if kept else None
+        for name, tensor in (*self.tensors.items(), *((name, tensor) for tensor, name in self._further)):
+            positions = kept.get(self.copies.original(name)) if kept else None
             if positions is None and self.meta:
                 # A meta tensor holds no values that a forward could change: all passes share one.
-                if name not in self._whole_placeholders:
-                    self._whole_placeholders[name] = self._placeholder(tensor, {})
-                made[id(tensor)] = self._whole_placeholders[name]
+                if id(tensor) not in self._whole_placeholders:
+                    self._whole_placeholders[id(tensor)] = self._placeholder(tensor, {})
+                made[id(tensor)] = self._whole_placeholders[id(tensor)]
             else:
                 made[id(tensor)] = self._placeholder(tensor, positions or {})
         return made
@@ -132,6 +199,7 @@ class ForwardRunner:
             placeholders: id of a real tensor to its placeholder.
             training: Whether all modules are in training mode during the block.
         """
+        self._training = training
         with ExitStack() as stack:
             stack.enter_context(restored_afterwards(self._snapshots, () if self.meta else self._writable_tensors()))
             seed_generators(0)  # every pass draws the same numbers, whatever the state of the generators
@@ -153,7 +221,7 @@ class ForwardRunner:
         return list({id(tensor): tensor for tensor in (*self.model.buffers(), *plain)}.values())
 
     def run(self, mode: TorchDispatchMode, pre_hook: PreHook | None, post_hook: PostHook | None) -> Any:
-        """Run the forward once and return its output, with iterators replaced by lists.
+        """Run the calls of the present mode and return their outputs, with iterators replaced by lists.
 
         Args:
             mode: The dispatch mode that handles all operators.
@@ -175,10 +243,19 @@ class ForwardRunner:
         hooks += [] if post_hook is None else [global_hooks.register_module_forward_hook(after)]
         try:
             with torch.no_grad(), mode:
-                return exhaust_iterators(self.model(*self.args))
+                return exhaust_iterators(self._run_calls())
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _run_calls(self) -> object:
+        if self.calls is None:
+            return self.model(*self.args)
+        outputs = []
+        for number, (function, args) in enumerate(self.calls[self._training]):
+            self.call_number = number
+            outputs.append(function(*args))
+        return outputs
 
 
 def _restorable_snapshots(model: nn.Module) -> list[ModuleSnapshot]:

@@ -53,7 +53,11 @@ class PlaceholderMode(TorchDispatchMode):
         keep_alive: Objects that are kept because dictionaries refer to them by id, which is unique only while they
             live.
         constant_placeholders: ids of the placeholders of constants.
+        replaces_real: Whether tensors that no module holds may have a placeholder although the forward runs on real
+            tensors.
     """
+
+    replaces_real = False
 
     def __init__(
         self, placeholders: Mapping[int, Tensor], meta: bool, shape_cache: ShapeCache, inputs: Iterable[Tensor]
@@ -81,7 +85,9 @@ class PlaceholderMode(TorchDispatchMode):
 
     def placeholder_of(self, value: Tensor) -> Tensor:
         """Return the placeholder of a real tensor, or the tensor itself if it needs none."""
-        if not self.meta or value.is_meta:
+        if not self.meta:
+            return self.placeholders.get(id(value), value)
+        if value.is_meta:
             return value
         known = self.placeholders.get(id(value))
         if known is None:
@@ -105,14 +111,20 @@ class PlaceholderMode(TorchDispatchMode):
             collect_inputs(kwargs.values(), tensors, numbers)
         if self.meta and not tensors and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
-        elif self.meta and not all([tensor.is_meta for tensor in tensors]):
-            numbers += self._constant_values(tensors)
+        elif self._has_unreplaced(tensors):
+            numbers += self._constant_values(tensors) if self.meta else []
             tensors = [self.placeholder_of(tensor) for tensor in tensors]
             args = tuple([_with_tensors_replaced(value, self.placeholder_of) for value in args])
             kwargs = {key: _with_tensors_replaced(value, self.placeholder_of) for key, value in kwargs.items()}
         elif name == "lift_fresh":  # a tensor literal such as torch.tensor(3)
             numbers += self._constant_values(tensors)
         return args, kwargs, OperatorInputs(tensors, tuple(numbers))
+
+    def _has_unreplaced(self, tensors: list[Tensor]) -> bool:
+        """Return whether a tensor among an operator's arguments has to be replaced by its placeholder."""
+        if self.meta:
+            return not all([tensor.is_meta for tensor in tensors])
+        return self.replaces_real and any([id(tensor) in self.placeholders for tensor in tensors])
 
     def _constant_values(self, tensors: Iterable[Tensor]) -> list[Number]:
         """Return the values of small tensors that are neither placeholders nor parameters nor buffers."""

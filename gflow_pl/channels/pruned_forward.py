@@ -85,7 +85,8 @@ class PrunedForward:
 
         # Those that the trace found to count labels.
         for attribute, size in self._sizes:
-            _set_attribute(self._runner.modules[attribute.module], attribute, size)
+            for module in self._runner.modules_like(attribute.module):
+                _set_attribute(module, attribute, size)
 
     def _gather(self, flow: DataFlow, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Give a grouped convolution whose input is gathered the channels of its remaining groups."""

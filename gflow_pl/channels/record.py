@@ -25,6 +25,7 @@ class LayerFacts:
         is_grouped: Whether it is a convolution with several groups (no transposed one), whose input can be gathered.
         outputs: (num_filters,) labels of its output channels; None if no dimension of its output holds them.
         positions: For every mode (True = training), multiply-accumulates of one example per element of the weight.
+        counted_call: For every mode, the number of the call of the model whose multiply-accumulates count.
         reads_input: Whether it reads the input of the network.
         norm: Name of the first norm that reads its channels.
     """
@@ -36,6 +37,7 @@ class LayerFacts:
     is_grouped: bool = False
     outputs: Labels | None = None
     positions: dict[bool, int] = field(default_factory=dict)
+    counted_call: dict[bool, int] = field(default_factory=dict)
     reads_input: bool = False
     norm: str | None = None
 

@@ -26,7 +26,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
         corrections: Corrections by the verifications of earlier records.
     """
     # Placeholders, and the names of what they replace.
-    first_names = {id(tensor): name for name, tensor in reversed(runner.tensors.items())}
+    first_names = runner.names()
     placeholders = runner.placeholders()
     names = {id(placeholders[key]): name for key, name in first_names.items()}
 
@@ -35,7 +35,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     record.expanded = {
         name: (int(vars(module)[EXPANSION.dim]), int(vars(module)[EXPANSION.width]))
         for name, module in runner.modules.items()
-        if EXPANSION.positions in module._buffers
+        if EXPANSION.positions in module._buffers and runner.copies.original(name) == name
     }
     record.gathering = {name for name, module in runner.modules.items() if GATHER.positions in module._buffers}
 
@@ -50,6 +50,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
             corrections,
             training,
         )
+        recorder.replaces_real = bool(runner.copies.tensors)
         for tensor in runner.inputs:
             recorder.table.set_labels(tensor, [None] * tensor.ndim, is_activation=True)
         hooks = LayerHooks(record, recorder, runner, {**first_names, **names}, training)
@@ -77,6 +78,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     for dim, positions, reason in corrections.frozen_positions:
         size = runner.tensors[dim.tensor].shape[dim.dim]
         record.constraints.freeze(record.constraints.labels_of(dim, size)[positions], reason)
+    _freeze_whole_modules(record, runner)
     return record
 
 
@@ -111,3 +113,12 @@ def _drop_shared_norms(record: Record) -> None:
     for layer, norm in record.expands_at_norm.items():
         if norm is not None and norms.count(norm) > 1:
             record.expands_at_norm[layer] = None
+
+
+def _freeze_whole_modules(record: Record, runner: ForwardRunner) -> None:
+    """Freeze all positions of the tensors of the modules that have to stay whole."""
+    for module, reason in runner.whole.items():
+        for name, tensor in runner.tensors.items():
+            if not module or name.startswith(f"{module}."):
+                for labels in record.constraints.labels_of_tensor(runner.copies.original(name), tensor.shape):
+                    record.constraints.freeze(labels, reason)

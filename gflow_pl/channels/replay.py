@@ -69,6 +69,7 @@ class ReplayMode(PlaceholderMode):
         removed: Labels,
     ) -> None:
         super().__init__(placeholders, runner.meta, runner.shape_cache, runner.inputs)
+        self.replaces_real = bool(runner.copies.tensors)
         self.differing: list[int] = []
         self.is_in_operator = False
         self._records, self._constraints, self._removed = records, constraints, removed

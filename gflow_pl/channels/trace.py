@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from gflow_pl.channels.corrections import Corrections
@@ -17,7 +20,7 @@ from gflow_pl.values import ChannelGraph, Layer
 from gflow_pl.values.choices import Frozen, Residual
 from gflow_pl.values.expansion_names import is_index_buffer
 
-__all__ = ["trace_channels"]
+__all__ = ["trace_channels", "trace_runs"]
 
 # Rounds in which choices are tried, rounds in which only what differs is frozen, and rounds in which groups next to it
 # are frozen as well, twice as many in every round.
@@ -72,15 +75,22 @@ def trace_channels(
     check_choice("frozen", frozen, Frozen, caller="trace_channels")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with garbage_collection_paused():
-        return _trace(model, args, residual, exact_only, frozen)
+        return trace_runs(partial(ForwardRunner, model, args), residual, exact_only, frozen)
 
 
-def _trace(
-    model: nn.Module, args: tuple[object, ...], residual: Residual, exact_only: bool, frozen: Frozen
+def trace_runs(
+    runner_of: Callable[..., ForwardRunner], residual: Residual, exact_only: bool, frozen: Frozen
 ) -> ChannelGraph:
-    """Record and verify in turns, until a verification finds no difference."""
+    """Record and verify in turns, until a verification finds no difference.
+
+    Args:
+        runner_of: ``runner_of(meta=..., doubled=...)`` returns a runner of the model.
+        residual: See `trace_channels`.
+        exact_only: See `trace_channels`.
+        frozen: See `trace_channels`.
+    """
     corrections = Corrections()
-    runner, record = _first_record(model, args)
+    runner, record = _first_record(runner_of)
     inexact: InexactLabels = []
     first_widening = _CHOOSING_ROUNDS + _FREEZING_ROUNDS
     for number in range(first_widening + _WIDENING_ROUNDS):
@@ -113,7 +123,7 @@ def _trace(
     return _graph(runner, record, groups)
 
 
-def _first_record(model: nn.Module, args: tuple[object, ...]) -> tuple[ForwardRunner, Record]:
+def _first_record(runner_of: Callable[..., ForwardRunner]) -> tuple[ForwardRunner, Record]:
     """Return the first runner whose forward works in both modes, with its record.
 
     Meta tensors come first, because nothing is computed on them; then real tensors, for forwards that look at values.
@@ -123,7 +133,7 @@ def _first_record(model: nn.Module, args: tuple[object, ...]) -> tuple[ForwardRu
     attempts = []
     for meta in (True, False):
         for doubled in (True, False):
-            runner = ForwardRunner(model, args, meta=meta, doubled=doubled)
+            runner = runner_of(meta=meta, doubled=doubled)
             record = record_forward(runner, Corrections())
             if not record.errors:
                 return runner, record

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["HeldObjects", "held_objects", "restorer_of"]
+__all__ = ["HeldObjects", "held_objects"]
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _MAX_ITEMS = 4096
@@ -99,30 +98,3 @@ def _is_plain_object(value: object) -> bool:
     if isinstance(value, (type, ModuleType, Dataset, DataLoader)) or callable(value) or not hasattr(value, "__dict__"):
         return False
     return type(value).__module__.partition(".")[0] not in _FOREIGN
-
-
-def restorer_of(found: HeldObjects) -> Callable[[], None]:
-    """Return a function that gives containers and objects their present items and attributes back, in place.
-
-    What has not changed is not written to: some dicts refuse it.
-    """
-    containers = [(container, copy.copy(container)) for container in found.containers.values()]
-    attributes = [(vars(value), dict(vars(value))) for value in found.objects.values()]
-
-    def restore() -> None:
-        for live, saved in (*containers, *attributes):
-            if not _has_same_items(live, saved):
-                live.clear()
-                (live.update if isinstance(live, dict) else live.extend)(saved)
-
-    return restore
-
-
-def _has_same_items(live: Any, saved: Any) -> bool:
-    """Return whether two containers hold the same objects in the same order."""
-    if len(live) != len(saved):
-        return False
-    if isinstance(live, dict):
-        pairs = zip(live.items(), saved.items(), strict=True)
-        return all(a is b and value is other for (a, value), (b, other) in pairs)
-    return all(a is b for a, b in zip(live, saved, strict=True))

@@ -49,6 +49,7 @@ class CostModel:
         self._uses = graph.uses
         self._buffers = graph.buffers
         self._sizes = {group.name: group.size for group in graph.groups}
+        self._follows = {group.name: group.follows for group in graph.groups if group.follows is not None}
         self._slices: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
         for group in graph.groups:
             for part in group.slices:
@@ -74,6 +75,7 @@ class CostModel:
                 raise SettingsError(
                     f"The plan of group '{name}' has shape {bits.shape}, the graph has {expected} units."
                 )
+        keep = {**{name: keep[leader] for name, leader in self._follows.items() if leader in keep}, **keep}
         # Size of every tensor dimension after the plan.
         shapes = {name: list(shape) for name, shape in self._shapes.items() if self._is_counted(name)}
         for (tensor, dim), parts in self._slices.items():

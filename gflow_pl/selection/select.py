@@ -72,7 +72,7 @@ def select_units(
     if not isinstance(scores, Scores):
         scores = Scores(scores)
     ignored = match_groups(graph.groups, graph.layers, ignore)
-    ranking = rank_units(graph.groups, graph.layers, scores, unit_score=unit_score, scope=scope)
+    ranking = rank_units(graph.leaders, graph.layers, scores, unit_score=unit_score, scope=scope)
     _warn_of_unscored_groups(ranking, ignored)
     protected = protected_units(ranking, ignored, min_kept)
     queue = ranking.order[~protected[ranking.order]]
@@ -94,6 +94,7 @@ def select_units(
         _warn_of_shortfall(wanted, removed, total, target, min_kept)
     # The plan.
     keep = _keep_after(ranking, queue[:num_removed])
+    keep |= {group.name: keep[group.follows] for group in graph.groups if group.follows is not None}
     asked = fraction if fraction is not None else (num_filters or 0) / max(total, 1)
     return KeepPlan(
         {name: torch.from_numpy(bits) for name, bits in keep.items()}, asked=asked, reached=removed / max(total, 1)

@@ -116,6 +116,20 @@ def _checked_units(graph: ChannelGraph, plan: Mapping[str, Tensor]) -> dict[str,
                 "keep at least one; only groups of kind 'expand' may be emptied."
             )
         units[group.name] = bits
+    return _with_followers(graph, plan, units)
+
+
+def _with_followers(graph: ChannelGraph, plan: Mapping[str, Tensor], units: dict[str, Mask]) -> dict[str, Mask]:
+    """Return the plan with the units of the groups that follow another one; raise if it contradicts."""
+    for group in graph.groups:
+        if group.follows is None:
+            continue
+        if group.name in plan and not np.array_equal(units[group.name], units[group.follows]):
+            raise SettingsError(
+                f"The plan keeps other units of group '{group.name}' than of '{group.follows}', which it copies: leave "
+                f"'{group.name}' out of the plan."
+            )
+        units[group.name] = units[group.follows]
     return units
 
 

@@ -79,7 +79,7 @@ def rewrite(
         optimizers, copies = list(optimizers), list(copies)
         masks = masks_of_plan(graph, plan)
         table = TensorTable(model)
-        dead = find_dead_groups(table.modules, graph, masks)
+        dead = _consistent(find_dead_groups(table.modules, graph, masks), graph)
         if dead:
             masks = masks_of_plan(graph, plan, dead=dead)
         after = graph.copy().updated(*renumbered(graph, masks))
@@ -103,6 +103,12 @@ def rewrite(
             entry.tensor.grad = None
         graph.updated(after.groups, after.shapes, after.layers)
         return structure_from(table)
+
+
+def _consistent(dead: set[str], graph: ChannelGraph) -> set[str]:
+    """Return the dead groups without those of which a copy, or the group that it follows, is not dead."""
+    alive = {group.follows or group.name for group in graph.groups if group.name not in dead}
+    return {group.name for group in graph.groups if group.name in dead and (group.follows or group.name) not in alive}
 
 
 def _cuts_by_tensor(masks: PlanMasks) -> dict[str, list[Cut]]:

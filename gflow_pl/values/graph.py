@@ -79,7 +79,12 @@ class ChannelGraph:
     @property
     def num_filters(self) -> int:
         """Number of filters present in the layers of groups, which pruning fractions refer to."""
-        return sum(group.num_filters for group in self.groups)
+        return sum(group.num_filters for group in self.leaders)
+
+    @property
+    def leaders(self) -> list[ChannelGroup]:
+        """The groups that are ranked and counted: all but those of copies, which follow another group."""
+        return [group for group in self.groups if group.follows is None]
 
     def coverage(self) -> float:
         """Return the share of conv and linear output channels that are in groups; the model's outputs do not count."""
@@ -160,8 +165,11 @@ class ChannelGraph:
         )
 
 
+_PLAIN_FIELDS = ("name", "kind", "original_size", "filters", "inexact")
+
+
 def _group_to_plain(group: ChannelGroup) -> dict[str, Any]:
-    plain = {name: getattr(group, name) for name in ("name", "kind", "original_size", "filters", "inexact")}
+    plain = {name: getattr(group, name) for name in (*_PLAIN_FIELDS, "follows")}
     return {
         **plain,
         "kept": torch.tensor(group.kept, dtype=torch.int64),
@@ -173,7 +181,8 @@ def _group_to_plain(group: ChannelGroup) -> dict[str, Any]:
 
 def _group_from_plain(data: dict[str, Any]) -> ChannelGroup:
     return ChannelGroup(
-        **{name: data[name] for name in ("name", "kind", "original_size", "filters", "inexact")},
+        **{name: data[name] for name in _PLAIN_FIELDS},
+        follows=data.get("follows"),  # missing in older files
         kept=tuple(data["kept"].tolist()),
         layers=tuple(LayerUnits(p["layer"], p["index"].cpu().numpy(), p["votes"]) for p in data["layers"]),
         slices=tuple(Slice(s["tensor"], s["dim"], s["index"].cpu().numpy()) for s in data["slices"]),

@@ -126,6 +126,9 @@ class ChannelGroup:
         slices: All parts of all tensors that belong to the units.
         expansion: Where the outputs are scattered, for "expand" groups.
         inexact: Reason why the removal of a unit changes what other units compute; None if it is exact.
+        follows: Name of the group whose units it keeps, number by number: a copy of the network inside of the module
+            (a teacher) is cut like the network. None for every other group. Only groups that follow none are ranked
+            and counted.
 
     Raises:
         ValueError: The parts contradict each other.
@@ -140,6 +143,7 @@ class ChannelGroup:
     slices: tuple[Slice, ...]
     expansion: Expansion | None = None
     inexact: str | None = None
+    follows: str | None = None
 
     def __post_init__(self) -> None:
         where = f"Group '{self.name}'"
