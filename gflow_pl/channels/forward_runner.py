@@ -16,7 +16,7 @@ from gflow_pl.channels.constraints import Labels
 from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.common.nested import exhaust_iterators, map_tensors
+from gflow_pl.common.nested import copy_nested, exhaust_iterators
 from gflow_pl.common.snapshot import ModuleSnapshot, module_snapshots, restored_afterwards, seed_generators
 
 __all__ = ["Call", "Calls", "ForwardRunner", "NetworkCopies"]
@@ -62,7 +62,7 @@ class ForwardRunner:
 
     Attributes:
         model: The network.
-        args: Positional arguments of the forward.
+        args: Positional arguments of the forward. Every run gets a copy: a forward may change what it is given.
         meta: Whether placeholders and inputs are on the meta device, so that nothing is computed.
         doubled: Whether inputs that hold one example are doubled: in training mode, a batch norm refuses a single value
             per channel.
@@ -71,7 +71,7 @@ class ForwardRunner:
         whole: Name of a module to the reason why all of its tensors stay whole.
         call_number: Number of the call that is running, from 0.
         num_examples: Number of examples in the inputs.
-        inputs: The tensors among the arguments, as they are passed to the forward.
+        inputs: The tensors among the arguments, as the next run passes them to the forward.
         modules: Every module under its first name.
         tensors: Every parameter and buffer under its first name.
         accessible_modules: The modules whose tensors can be replaced: all but scripted ones.
@@ -108,13 +108,27 @@ class ForwardRunner:
         self._further = self._copied_tensors()
         self._whole_placeholders: dict[int, Tensor] = {}
         self.inputs: list[Tensor] = []
-        self.args = map_tensors(self.args, self._prepare_input)
-        if self.calls is not None:
-            self.calls = {
-                training: [(function, map_tensors(args, self._prepare_input)) for function, args in calls]
-                for training, calls in self.calls.items()
-            }
+        calls = self.calls or {training: [(self.model, self.args)] for training in (True, False)}
+        self._prepared = {
+            training: [(function, copy_nested(args, self._prepare_input)) for function, args in calls_of_mode]
+            for training, calls_of_mode in calls.items()
+        }
+        self._renew_inputs()
         self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
+
+    def _renew_inputs(self) -> None:
+        """Make copies of all arguments for the next run."""
+        self.inputs = []
+
+        def copied(value: Tensor) -> Tensor:
+            value = value.detach() if self.meta else value.clone()
+            self.inputs.append(value)
+            return value
+
+        self._calls = {
+            training: [(function, copy_nested(args, copied)) for function, args in calls]
+            for training, calls in self._prepared.items()
+        }
 
     def _own(self, kind: str) -> dict[str, Tensor]:
         """Return the parameters or buffers, each tied one under its first name.
@@ -156,9 +170,7 @@ class ForwardRunner:
         value = value.detach()
         if self.doubled and value.ndim and value.shape[0] == 1:
             value = torch.cat([value, value])
-        value = torch.empty_like(value, device="meta") if self.meta else value.clone()
-        self.inputs.append(value)
-        return value
+        return torch.empty_like(value, device="meta") if self.meta else value.clone()
 
     def placeholders(self, kept: Mapping[str, Mapping[int, Labels]] | None = None) -> dict[int, Tensor]:
         """Return a placeholder for every parameter and buffer, by the id of the real tensor.
@@ -247,12 +259,19 @@ class ForwardRunner:
         finally:
             for hook in hooks:
                 hook.remove()
+            self._renew_inputs()
 
-    def _run_calls(self) -> object:
-        if self.calls is None:
-            return self.model(*self.args)
+    def run_as_it_is(self) -> None:
+        """Run the calls of the present mode without recording anything, with gradients; raises what they raise."""
+        try:
+            with torch.enable_grad():
+                self._run_calls()
+        finally:
+            self._renew_inputs()
+
+    def _run_calls(self) -> list[object]:
         outputs = []
-        for number, (function, args) in enumerate(self.calls[self._training]):
+        for number, (function, args) in enumerate(self._calls[self._training]):
             self.call_number = number
             outputs.append(function(*args))
         return outputs

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from gflow_pl.channels.corrections import Corrections
+from gflow_pl.channels.example_calls import calls_of_examples
 from gflow_pl.channels.expansions import STREAM, Expansions, add_residual_expansions, present_expansions
+from gflow_pl.channels.first_record import RunnerOf, first_record
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.grouping import Partition, partition
 from gflow_pl.channels.record import Record
@@ -31,8 +34,10 @@ _INPUT_WIDTH = "what an expanded layer reads keeps its width"
 
 def trace_channels(
     model: nn.Module,
-    example_inputs: object,
+    example_inputs: object = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    more_examples: Sequence[object] = (),
     residual: Residual = "expand",
     exact_only: bool = False,
     frozen: Frozen = "keep",
@@ -48,7 +53,12 @@ def trace_channels(
     Args:
         model: The network; a LightningModule is traced through its `forward`.
         example_inputs: Input of the forward: a tuple holds the positional arguments, anything else is the only
-            argument. Only shapes and dtypes matter, unless the forward looks at values.
+            argument. A dict whose keys are parameters of the forward is passed as keyword arguments where it cannot be
+            passed as the only argument. Only shapes and dtypes matter, unless the forward looks at values. Every run
+            gets copies, so the forward may change its inputs.
+        example_kwargs: Keyword arguments of the forward, in addition to `example_inputs` or without them.
+        more_examples: Further examples in the form of `example_inputs`, for forwards that take other paths on other
+            inputs. Units are pruned only if all examples allow it.
         residual: ``"expand"``: every layer that writes into a residual stream loses filters independently, and the
             stream keeps its width. ``"remove"``: the stream shrinks, and all layers that write into it lose the same
             channels.
@@ -60,8 +70,10 @@ def trace_channels(
         The graph: groups of units, and the reason for every layer that is frozen.
 
     Raises:
-        SettingsError: `residual` or `frozen` has an unknown value, or a lazy layer of the model has no shape yet. A
-            model that cannot be followed does not raise; its layers are frozen.
+        SettingsError: An argument has an unknown value; a lazy layer of the model has no shape yet; the state of a
+            module cannot be saved; or the forward raises on an example in both modes, whose own error is the cause. If
+            it raises in one mode only, the other mode is traced, and what the failing mode reached is frozen. A forward
+            that works but cannot be recorded does not raise; its layers are frozen.
 
     Example:
         >>> import torch
@@ -73,24 +85,23 @@ def trace_channels(
     """
     check_choice("residual", residual, Residual, caller="trace_channels")
     check_choice("frozen", frozen, Frozen, caller="trace_channels")
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    readings = calls_of_examples(model, example_inputs, example_kwargs, more_examples)
     with garbage_collection_paused():
-        return trace_runs(partial(ForwardRunner, model, args), residual, exact_only, frozen)
+        runners = [partial(ForwardRunner, model, (), calls=calls) for calls in readings]
+        return trace_runs(runners, residual, exact_only, frozen)
 
 
-def trace_runs(
-    runner_of: Callable[..., ForwardRunner], residual: Residual, exact_only: bool, frozen: Frozen
-) -> ChannelGraph:
+def trace_runs(readings: Sequence[RunnerOf], residual: Residual, exact_only: bool, frozen: Frozen) -> ChannelGraph:
     """Record and verify in turns, until a verification finds no difference.
 
     Args:
-        runner_of: ``runner_of(meta=..., doubled=...)`` returns a runner of the model.
+        readings: Runners of the model, one for each way to read the example inputs.
         residual: See `trace_channels`.
         exact_only: See `trace_channels`.
         frozen: See `trace_channels`.
     """
     corrections = Corrections()
-    runner, record = _first_record(runner_of)
+    runner, record = first_record(readings)
     inexact: InexactLabels = []
     first_widening = _CHOOSING_ROUNDS + _FREEZING_ROUNDS
     for number in range(first_widening + _WIDENING_ROUNDS):
@@ -121,24 +132,6 @@ def trace_runs(
     if inexact:
         _, groups = _partition(record, residual, frozen, exact_only, inexact)
     return _graph(runner, record, groups)
-
-
-def _first_record(runner_of: Callable[..., ForwardRunner]) -> tuple[ForwardRunner, Record]:
-    """Return the first runner whose forward works in both modes, with its record.
-
-    Meta tensors come first, because nothing is computed on them; then real tensors, for forwards that look at values.
-    Inputs of one example are doubled at first, because batch norms may refuse them in training mode. If every forward
-    fails, the runner with the fewest errors is returned.
-    """
-    attempts = []
-    for meta in (True, False):
-        for doubled in (True, False):
-            runner = runner_of(meta=meta, doubled=doubled)
-            record = record_forward(runner, Corrections())
-            if not record.errors:
-                return runner, record
-            attempts.append((runner, record))
-    return min(attempts, key=lambda attempt: len(attempt[1].errors))
 
 
 def _partition(

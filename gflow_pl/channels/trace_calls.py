@@ -51,4 +51,4 @@ def trace_calls(
     copies = NetworkCopies() if copies is None else copies
     runner_of = partial(ForwardRunner, model, (), calls=calls, copies=copies, whole=whole or {})
     with garbage_collection_paused():
-        return add_copied_groups(trace_runs(runner_of, residual, exact_only, frozen), copies.modules)
+        return add_copied_groups(trace_runs([runner_of], residual, exact_only, frozen), copies.modules)

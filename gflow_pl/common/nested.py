@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+import functools
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["exhaust_iterators", "iter_tensors", "map_tensors"]
+__all__ = ["copy_nested", "exhaust_iterators", "iter_tensors", "map_tensors", "on_copies"]
 
 _Value = TypeVar("_Value")
+_Model = TypeVar("_Model")
+_Result = TypeVar("_Result")
 
 _MAX_ITEMS = 1000  # an iterator with more items is considered infinite
 _OPAQUE = (nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes)  # never searched for tensors
@@ -27,6 +30,13 @@ def iter_tensors(value: object) -> Iterator[Tensor]:
     collections, and the attributes of any other object (data classes, images with annotations, ...). Modules, classes
     and functions are not searched.
     """
+    for leaf in _iter_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def _iter_leaves(value: object) -> Iterator[object]:
+    """Yield everything that `iter_tensors` searches, tensors and modules included."""
     seen: set[int] = set()
     queue: deque[object] = deque([value])
     while queue:
@@ -34,8 +44,11 @@ def iter_tensors(value: object) -> Iterator[Tensor]:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 yield leaf
-            elif id(leaf) not in seen and not isinstance(leaf, _OPAQUE):
+            elif id(leaf) not in seen:
                 seen.add(id(leaf))
+                yield leaf
+                if isinstance(leaf, _OPAQUE):
+                    continue
                 if isinstance(leaf, Mapping):
                     queue += leaf.values()
                 elif isinstance(leaf, Collection):
@@ -65,10 +78,39 @@ def map_tensors(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
                     object.__setattr__(duplicate, name, tree_map(map_leaf, part))
                 # pytree takes subclasses of dict and list for leaves.
                 for key, part in _items(leaf):
-                    duplicate[key] = tree_map(map_leaf, part)
+                    _set_item(duplicate, key, tree_map(map_leaf, part))
         return copies[id(leaf)]
 
     return tree_map(map_leaf, value)
+
+
+def copy_nested(value: _Value, change: Callable[[Tensor], Tensor]) -> _Value:
+    """Return a deep copy of a nested value, with every tensor replaced by `change` of it; modules are shared.
+
+    Unlike with `map_tensors`, containers without tensors are copied as well, and a tensor that occurs several times is
+    changed once. What cannot be copied deeply is copied as far as `map_tensors` can.
+    """
+    memo: dict[int, Any] = {}
+    for leaf in _iter_leaves(value):
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in memo:
+                memo[id(leaf)] = change(leaf)
+        elif isinstance(leaf, (nn.Module, ModuleType)):
+            memo[id(leaf)] = leaf
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a class may raise anything when it is copied
+        return map_tensors(value, lambda tensor: memo[id(tensor)] if id(tensor) in memo else change(tensor))
+
+
+def on_copies(function: Callable[[_Model, _Value], _Result]) -> Callable[[_Model, _Value], _Result]:
+    """Wrap a function of a model and a batch, so that the function may change the batch: it gets a copy."""
+
+    @functools.wraps(function)
+    def run(model: _Model, batch: _Value) -> _Result:
+        return function(model, copy_nested(batch, Tensor.clone))
+
+    return run
 
 
 def exhaust_iterators(value: object) -> Any:
@@ -96,6 +138,12 @@ def _items(value: object) -> Iterable[tuple[Any, object]]:
     if isinstance(value, dict):
         return list(value.items())
     return enumerate(value) if isinstance(value, list) else ()
+
+
+def _set_item(container: Any, key: Any, part: object) -> None:
+    """Set an item of a dict or list, also if its class refuses changes."""
+    kind = next(cls for cls in (OrderedDict, dict, list) if isinstance(container, cls))
+    kind.__setitem__(container, key, part)
 
 
 def _copy(value: object) -> Any:

@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.nested import on_copies
 from gflow_pl.importance.base import ActivationImportance
 from gflow_pl.importance.batches import Batch, batch_size, to_device
 from gflow_pl.importance.gradients import LogitsFn, LossFn, accumulator_dtype
@@ -58,11 +59,11 @@ _NOT_ELEMENTWISE = (nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn
 def forward_function(loss_fn: LossFn | None, logits_fn: LogitsFn | None) -> Callable[[nn.Module, Batch], object]:
     """Return the function that runs a forward pass: `loss_fn`, `logits_fn`, or ``model(batch[0])``.
 
-    A batch that is not a tuple or list is passed to the model as it is.
+    It gets copies of batches. A batch that is not a tuple or list is passed to the model as it is.
     """
     if loss_fn is not None or logits_fn is not None:
-        return loss_fn or logits_fn  # type: ignore[return-value]
-    return lambda model, batch: model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return on_copies(loss_fn or logits_fn)  # type: ignore[arg-type]
+    return on_copies(lambda model, batch: model(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.nested import on_copies
 from gflow_pl.importance.batches import Batch, batch_size, to_device
 from gflow_pl.importance.layers import TensorRef
 from gflow_pl.importance.scoring_mode import cached_weights
@@ -58,15 +59,15 @@ def loss_function(loss_fn: LossFn | None, logits_fn: LogitsFn | None, temperatur
     """Return the loss that filters are scored by.
 
     Args:
-        loss_fn: Loss of the caller, returned unchanged.
+        loss_fn: Loss of the caller.
         logits_fn: Without a `loss_fn`: gives logits and labels; None for `logits_and_labels`.
         temperature: Without a `loss_fn`: divisor of the logits.
 
     Returns:
-        `loss_fn`, or the mean cross-entropy of ``logits / temperature``.
+        `loss_fn`, or the mean cross-entropy of ``logits / temperature``. It is called with copies of batches.
     """
     if loss_fn is not None:
-        return loss_fn
+        return on_copies(loss_fn)
     logits_of = logits_fn or logits_and_labels
 
     def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -75,7 +76,7 @@ def loss_function(loss_fn: LossFn | None, logits_fn: LogitsFn | None, temperatur
             logits = logits.float()
         return F.cross_entropy(logits / temperature, labels)
 
-    return cross_entropy
+    return on_copies(cross_entropy)
 
 
 def scalar_loss(loss: LossFn, model: nn.Module, batch: Batch) -> Tensor:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import threading
 from collections import UserDict, namedtuple
 
 import pytest
 import torch
 
-from gflow_pl.common.nested import exhaust_iterators, iter_tensors, map_tensors
+from gflow_pl.common.nested import copy_nested, exhaust_iterators, iter_tensors, map_tensors, on_copies
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -44,3 +45,28 @@ def test_iterators_become_lists():
     assert exhaust_iterators(nested) == {"all": [1, 2], "rest": ["a", "b"], "n": 3}
     with pytest.raises(ValueError, match="an iterator with more than 1000 items"):
         exhaust_iterators([itertools.count()])
+
+
+def test_a_deep_copy_shares_modules_and_keeps_repeated_tensors_one():
+    module, x, lock = torch.nn.Linear(2, 2), torch.zeros(2), threading.Lock()
+    value = {"x": [x, x], "module": module, "ids": [1]}
+    copied = copy_nested(value, torch.Tensor.clone)
+    assert copied["module"] is module
+    assert copied["x"][0] is copied["x"][1] is not x
+    copied["ids"].pop()
+    assert value["ids"] == [1]
+    # A lock cannot be copied: containers with tensors are copied nevertheless.
+    shallow = copy_nested({"x": [x], "lock": lock}, torch.Tensor.clone)
+    assert shallow["lock"] is lock
+    assert shallow["x"][0] is not x
+
+
+def test_a_function_of_a_batch_gets_copies():
+    def take(model, batch):
+        batch["x"].add_(1)
+        return batch.pop("x")
+
+    batch = {"x": torch.zeros(1)}
+    for _ in range(2):
+        assert on_copies(take)(None, batch).item() == 1
+    assert batch["x"].item() == 0

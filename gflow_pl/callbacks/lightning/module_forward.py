@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from gflow_pl.callbacks.lightning.precision import true_precision
 from gflow_pl.callbacks.lightning.training_loss import batch_inputs
-from gflow_pl.channels import trace_channels
+from gflow_pl.channels import keywords_of, trace_channels
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.common.lightning_package import fabric, pl
+from gflow_pl.common.nested import copy_nested
 from gflow_pl.values import ChannelGraph
 from gflow_pl.values.choices import Residual
 
@@ -34,7 +35,8 @@ def trace_module(
     """Trace the channels of a LightningModule, whose `forward` may take anything.
 
     The first call that raises no error is traced: `forward` of the module's `example_input_array` (a dict holds keyword
-    arguments, as in Lightning), `forward` of the batch's inputs, `forward` of the whole batch, the loss of the batch.
+    arguments, as in Lightning), `forward` of the batch's inputs, `forward` of the whole batch, `forward` of the items
+    of a dict batch as keyword arguments, the loss of the batch.
 
     Args:
         module: The module, attached to its Trainer.
@@ -57,6 +59,10 @@ def trace_module(
         (forward, (batch,)),
         (loss_of_batch, (batch,)),
     ]
+    keywords = keywords_of(module, batch)
+    if keywords is not None:
+        calls.insert(2, (lambda keywords: forward(**keywords), (keywords,)))
+    num_calls_of_batch = len(calls)
     if module.example_input_array is not None:
         calls.insert(0, _call_of_example(module, forward))
 
@@ -66,16 +72,16 @@ def trace_module(
         with _forward_replaced(module, function), true_precision(module):
             try:
                 with evaluation_mode(module), torch.no_grad():
-                    module(*arguments)
+                    module(*copy_nested(arguments, Tensor.clone))
             except Exception as error:  # the module's own code may raise anything
                 first_line = str(error).partition("\n")[0]
                 reasons.append(f"{type(error).__name__}: {first_line}"[:160])
                 continue
             return trace_channels(module, arguments, residual=residual, exact_only=exact_only)
     raise SettingsError(
-        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor on "
-        f"the whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
-        "`example_input_array` to inputs that `forward` takes."
+        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch "
+        f"({reasons[-num_calls_of_batch]}) nor on the whole batch, and the loss of the batch cannot be computed "
+        f"({reasons[-1]}): set the module's `example_input_array` to inputs that `forward` takes."
     )
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gflow_pl.callbacks.lightning.packages import attached_trainer, both_packages
 from gflow_pl.common.lightning_package import pl
+from gflow_pl.common.nested import copy_nested
 
 __all__ = ["gradient_scale", "true_precision", "with_true_precision"]
 
@@ -37,12 +38,12 @@ def true_precision(module: pl.LightningModule) -> Iterator[None]:
 def with_true_precision(
     function: Callable[[pl.LightningModule, _Batch], _Result],
 ) -> Callable[[pl.LightningModule, _Batch], _Result]:
-    """Wrap a function of a module and a batch so that it runs in `true_precision`."""
+    """Wrap a function of a module and a batch so that it runs in `true_precision`, on a copy of the batch."""
 
     @functools.wraps(function)
     def run(module: pl.LightningModule, batch: _Batch) -> _Result:
         with true_precision(module):
-            return function(module, batch)
+            return function(module, copy_nested(batch, Tensor.clone))
 
     return run
 

@@ -14,6 +14,7 @@ from gflow_pl.callbacks.lightning.precision import true_precision, with_true_pre
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.common.lightning_package import pl
+from gflow_pl.common.nested import copy_nested
 from gflow_pl.importance.gradients import logits_and_labels
 
 __all__ = [
@@ -92,7 +93,7 @@ def is_classifier(module: pl.LightningModule, batch: object) -> bool:
         return False
     try:
         with evaluation_mode(module), torch.no_grad(), true_precision(module):
-            logits = module(batch[0])
+            logits = module(copy_nested(batch[0], Tensor.clone))
     except Exception:  # the module's own code may raise anything on inputs that it does not take
         return False
     return isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels)
