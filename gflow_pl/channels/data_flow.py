@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["LAYOUT_DEPENDENT", "DataFlow", "Sources"]
+__all__ = ["LAYOUT_DEPENDENT", "MAX_VALUES", "Constants", "DataFlow", "Sources"]
 
 LAYOUT_DEPENDENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_copy", "as_strided_"])
 """Operators that appear and disappear with the memory layout of their operands: the data flow looks through them."""
@@ -14,7 +16,14 @@ LAYOUT_DEPENDENT = frozenset(["clone", "contiguous", "detach", "alias", "_to_cop
 Sources = tuple[int, ...]
 """For every operand of an operator, the number of its source."""
 
+Constants = dict[int, tuple[Tensor, int]]
+"""id of a constant to the constant, which keeps the id unique, and its number."""
+
+MAX_VALUES = 1024
+"""The values of constants with at most this many elements are recorded as the numbers of their operators."""
+
 _FIRST_CONSTANT = 1 << 40
+_UNKNOWN_CONSTANT = 1 << 41
 _WRITES_TO_COPY = 0
 
 
@@ -22,15 +31,18 @@ class DataFlow:
     """Numbers the tensors of one forward pass by where they come from.
 
     Parameters, buffers and inputs have negative numbers. Results of operators are numbered from 1 in the order of the
-    forward, and constants from 2**40 in the order of their first use. Two passes of a forward that call the same
-    operators in the same order on tensors with the same numbers compute the same function, in-place writes and views
-    included.
+    forward, and constants from 2**40 in the order of their first use. Constants that exist longer than one pass keep
+    the number of the pass that was recorded. Two passes of a forward that call the same operators in the same order on
+    tensors with the same numbers compute the same function, in-place writes and views included.
 
     Args:
         tensors: The parameters, the buffers and the inputs, in an order that is the same for all passes.
+        constants: id of a constant to the constant and its number, for all passes.
+        is_recorded: Whether the constants of this pass are added to `constants`.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], constants: Constants, *, is_recorded: bool) -> None:
+        self._constants, self._is_recorded = constants, is_recorded
         self._numbers: dict[int, int] = {}  # by the id of a tensor
         for position, tensor in enumerate(tensors):
             self._numbers.setdefault(id(tensor), -1 - position)
@@ -80,13 +92,29 @@ class DataFlow:
         self._alive.append(copy)
         self._copies.discard(id(copy))
 
+    def _is_another(self, constant: Tensor) -> bool:
+        """Return whether a constant differs from the recorded one with the next number. Small ones count as equal.
+
+        The values of small constants are compared as numbers.
+        """
+        recorded = next((x for x, number in self._constants.values() if number == self._next_constant), constant)
+        if recorded is constant or constant.numel() <= MAX_VALUES or constant.is_meta or recorded.is_meta:
+            return False
+        with _disable_current_modes():
+            return recorded.dtype != constant.dtype or not torch.equal(recorded, constant)
+
     def _number_of_constant(self, tensor: Tensor) -> int:
         """Return the number of a tensor that no operator returned, which is made at the first call."""
         original = self._originals.get(id(tensor), tensor)
         number = self._numbers.get(id(original))
         if number is None:
-            number = self._next_constant
+            known = self._constants.get(id(original))
+            number = self._next_constant if known is None else known[1]
+            if known is None and not self._is_recorded and self._is_another(original):
+                number = _UNKNOWN_CONSTANT
             self._next_constant += 1
             self._alive.append(original)
+            if self._is_recorded:
+                self._constants[id(original)] = original, number
         self._numbers[id(tensor)] = self._numbers[id(original)] = number
         return number

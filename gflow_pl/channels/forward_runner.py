@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflow_pl.channels.constraints import Labels
+from gflow_pl.channels.data_flow import Constants, DataFlow
 from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
@@ -92,6 +93,7 @@ class ForwardRunner:
     def __post_init__(self) -> None:
         self.call_number, self._training = 0, False
         self.shape_cache = ShapeCache()
+        self._constants: Constants = {}
         self.modules = dict(self.model.named_modules())
         self.tensors = {**self._own("_parameters"), **self._own("_buffers")}
         lazy = next((name for name, tensor in self.tensors.items() if is_lazy(tensor)), None)
@@ -155,6 +157,15 @@ class ForwardRunner:
             named = (*hidden.named_parameters(), *hidden.named_buffers())
             further += [(tensor, f"{source}.{name}") for name, tensor in named if f"{source}.{name}" in self.tensors]
         return further
+
+    def data_flow(self, placeholders: Mapping[int, Tensor], *, is_recorded: bool) -> DataFlow:
+        """Return the data flow of the next pass, see `DataFlow`.
+
+        Args:
+            placeholders: id of a real tensor to its placeholder.
+            is_recorded: Whether the pass is recorded; if not, it is compared with a record.
+        """
+        return DataFlow([*placeholders.values(), *self.inputs], self._constants, is_recorded=is_recorded)
 
     def names(self) -> dict[int, str]:
         """Return the name of every parameter, buffer and copy by the id of the tensor, the first name of tied ones."""

@@ -14,8 +14,8 @@ from gflow_pl.channels.labels import ChoiceSite, DimLabels
 
 __all__ = ["Number", "OperatorRecord"]
 
-Number = int | float | complex
-"""A plain number among the arguments of an operator, bools included."""
+Number = int | float | complex | str | torch.dtype
+"""A plain number among the arguments of an operator, bools included; or a string or a dtype."""
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class OperatorRecord:
 
     Attributes:
         name: Name of the operator.
-        numbers: All plain numbers among its arguments.
+        numbers: All plain numbers, strings and dtypes among its arguments.
         sources: Where its operands come from.
         shapes: Shapes of its outputs.
         output_labels: For every output, the labels of its dimensions; None for a uniform output, which can have any

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gflow_pl.channels.data_flow import LAYOUT_DEPENDENT, DataFlow, Sources
+from gflow_pl.channels.data_flow import LAYOUT_DEPENDENT, MAX_VALUES, DataFlow, Sources
 from gflow_pl.channels.operator_record import Number
 from gflow_pl.channels.shape_cache import ShapeCache
 
-__all__ = ["MAX_VALUES", "OperatorInputs", "PlaceholderMode", "cloned_output", "collect_inputs", "returns_alias"]
-
-MAX_VALUES = 1024
-"""Tensors with more elements are not compared by value."""
+__all__ = ["OperatorInputs", "PlaceholderMode", "cloned_output", "collect_inputs", "returns_alias"]
 
 _META = torch.device("meta")
 
@@ -27,7 +24,8 @@ class OperatorInputs(NamedTuple):
 
     Attributes:
         tensors: The tensors among its arguments.
-        numbers: The plain numbers among its arguments, and the values of small tensors that hold constants.
+        numbers: The plain numbers, strings and dtypes among its arguments, and the values of small tensors that hold
+            constants.
     """
 
     tensors: list[Tensor]
@@ -44,10 +42,9 @@ class PlaceholderMode(TorchDispatchMode):
         placeholders: id of a real parameter or buffer to its placeholder.
         meta: Whether the forward runs on meta tensors.
         shape_cache: Known output shapes of operators.
-        inputs: The tensors among the inputs of the forward.
+        flow: Where the tensors of the pass come from.
 
     Attributes:
-        flow: Where the tensors of the pass come from.
         module_stack: Names and modules whose forward is running, outermost first.
         module_inputs: The first argument of each of these modules; None if it is no tensor.
         keep_alive: Objects that are kept because dictionaries refer to them by id, which is unique only while they
@@ -59,11 +56,9 @@ class PlaceholderMode(TorchDispatchMode):
 
     replaces_real = False
 
-    def __init__(
-        self, placeholders: Mapping[int, Tensor], meta: bool, shape_cache: ShapeCache, inputs: Iterable[Tensor]
-    ) -> None:
+    def __init__(self, placeholders: Mapping[int, Tensor], meta: bool, shape_cache: ShapeCache, flow: DataFlow) -> None:
         super().__init__()
-        self.flow = DataFlow([*placeholders.values(), *inputs])
+        self.flow = flow
         self.placeholders = placeholders
         self.meta = meta
         self.shape_cache = shape_cache
@@ -98,6 +93,7 @@ class PlaceholderMode(TorchDispatchMode):
             self.keep_alive.append(value)
             self._constants[id(value)] = known
             self.constant_placeholders.add(id(known))
+            self.flow.add_stand_in(known, value)
         return known
 
     def prepare(
@@ -156,7 +152,7 @@ class PlaceholderMode(TorchDispatchMode):
 
 
 def collect_inputs(values: Iterable[object], tensors: list[Tensor], numbers: list[Number]) -> None:
-    """Append the tensors and the plain numbers among arguments, also inside (nested) lists, to two lists."""
+    """Append the tensors, and the plain numbers, strings and dtypes among arguments (also in lists) to two lists."""
     for value in values:
         cls = value.__class__
         if cls is int or cls is float or cls is bool:
@@ -167,7 +163,7 @@ def collect_inputs(values: Iterable[object], tensors: list[Tensor], numbers: lis
             tensors.append(value)
         elif isinstance(value, (list, tuple)):
             collect_inputs(value, tensors, numbers)
-        elif isinstance(value, (int, float, complex)):
+        elif isinstance(value, (int, float, complex, str, torch.dtype)):
             numbers.append(value)
 
 

@@ -46,7 +46,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
             placeholders,
             runner.meta,
             runner.shape_cache,
-            runner.inputs,
+            runner.data_flow(placeholders, is_recorded=True),
             corrections,
             training,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch._ops import OpOverload
 from gflow_pl.channels.code_location import code_location
 from gflow_pl.channels.constraints import Constraints
 from gflow_pl.channels.corrections import Corrections
+from gflow_pl.channels.data_flow import MAX_VALUES, DataFlow
 from gflow_pl.channels.label_table import LabelTable
 from gflow_pl.channels.labels import TensorInfo
 from gflow_pl.channels.operator_record import Number, OperatorRecord
 from gflow_pl.channels.placeholder_mode import (
-    MAX_VALUES,
     PlaceholderMode,
     cloned_output,
     collect_inputs,
@@ -44,7 +44,7 @@ class Recorder(PlaceholderMode):
         placeholders: See `PlaceholderMode`.
         meta: See `PlaceholderMode`.
         shape_cache: See `PlaceholderMode`.
-        inputs: See `PlaceholderMode`.
+        flow: See `PlaceholderMode`.
         corrections: Corrections by earlier verifications.
         training: Whether the forward pass is in training mode.
 
@@ -62,11 +62,11 @@ class Recorder(PlaceholderMode):
         placeholders: Mapping[int, Tensor],
         meta: bool,
         shape_cache: ShapeCache,
-        inputs: Iterable[Tensor],
+        flow: DataFlow,
         corrections: Corrections,
         training: bool,
     ) -> None:
-        super().__init__(placeholders, meta, shape_cache, inputs)
+        super().__init__(placeholders, meta, shape_cache, flow)
         self.constraints = constraints
         self.table = LabelTable(constraints, names)
         self.records: list[OperatorRecord] = []

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -24,13 +25,13 @@ OTHER_TENSORS = "the forward reads other tensors at smaller shapes"
 _TAKES_SIZES = frozenset(
     """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split
     unsafe_split_with_sizes chunk new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided
-    native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange channel_shuffle
-    native_channel_shuffle""".split()  # noqa: SIM905
+    native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange""".split()  # noqa: SIM905
 )
 # Operators whose int arguments are positions and dimensions, where another number means another element.
 _TAKES_POSITIONS = frozenset(
     """select slice roll flip transpose t permute unfold diagonal topk sort kthvalue constant_pad_nd tril triu gather
-    select_scatter slice_scatter index_select cat stack squeeze unsqueeze""".split()  # noqa: SIM905
+    channel_shuffle native_channel_shuffle select_scatter slice_scatter index_select cat stack squeeze
+    unsqueeze""".split()  # noqa: SIM905
 )
 # Operators that take a shape, followed by the value to fill it with.
 _TAKES_FILL_VALUE = frozenset(["full", "new_full"])
@@ -68,7 +69,8 @@ class ReplayMode(PlaceholderMode):
         constraints: Constraints,
         removed: Labels,
     ) -> None:
-        super().__init__(placeholders, runner.meta, runner.shape_cache, runner.inputs)
+        flow = runner.data_flow(placeholders, is_recorded=False)
+        super().__init__(placeholders, runner.meta, runner.shape_cache, flow)
         self.replaces_real = bool(runner.copies.tensors)
         self.differing: list[int] = []
         self.is_in_operator = False
@@ -176,6 +178,8 @@ class ReplayMode(PlaceholderMode):
         if sizes_differ or not _are_equal(_comparable(record, record.numbers), _comparable(record, inputs.numbers)):
             if record.name in _TAKES_POSITIONS:
                 raise Mismatch(f"a position that does not follow the channels ('{record.name}')")
+            if _settings(record.numbers) != _settings(inputs.numbers):
+                raise FlowMismatch(OTHER_PATH)
             self.differing.append(self._current)
 
     def _num_kept(self, labels: Labels) -> int:
@@ -206,9 +210,14 @@ def _comparable(record: OperatorRecord, numbers: tuple[Number, ...]) -> tuple[Nu
         return numbers[:-1]  # the number of groups may follow the channels
     if record.name == "slice":
         labels, dim = record.output_labels[0], numbers[0] if numbers else 0
-        if labels is not None and labels[int(dim.real)] is None:
+        if labels is not None and isinstance(dim, int) and labels[dim] is None:
             return numbers
-    return tuple(number for number in numbers if isinstance(number, float))
+    return tuple(number for number in numbers if not isinstance(number, int))
+
+
+def _settings(numbers: tuple[Number, ...]) -> list[Number]:
+    """Return the strings and dtypes among an operator's arguments."""
+    return [value for value in numbers if isinstance(value, (str, torch.dtype))]
 
 
 def _has_fixed_outputs(record: OperatorRecord) -> bool:
