@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import partial
 
 import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from gflow_pl.callbacks.current_graph import current_graph
 from gflow_pl.callbacks.lightning.best_checkpoints import BestAfterCuts
 from gflow_pl.callbacks.lightning.held_lr import HeldLearningRate
+from gflow_pl.callbacks.lightning.network_copies import CopyWatch
 from gflow_pl.callbacks.lightning.packages import callbacks_of
-from gflow_pl.callbacks.lightning.ranks import computed_on_rank_zero
 from gflow_pl.callbacks.lightning.rng import isolated_rng
 from gflow_pl.callbacks.lightning.training_loss import training_step_returns_loss
 from gflow_pl.callbacks.lightning.unsupported import check_supported
@@ -227,6 +228,7 @@ class PruningCallback(PruningState):
         # Checks.
         self._check_same_network(pl_module)
         optimizers = trainer.strategy.optimizers
+        self._watch = CopyWatch(pl_module, self.ignore)
         if not self.finished:
             overrides_should_prune = getattr(self.should_prune, "__func__", None) is not PruningCallback.should_prune
             if not getattr(trainer, "fast_dev_run", False) and not overrides_should_prune:
@@ -246,10 +248,12 @@ class PruningCallback(PruningState):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Trace the network before its first epoch; cut the next round if it is due."""
-        if self.graph is None:
-            self.graph = self._trace(trainer, pl_module)
-            self._original_costs = costs_of(self.graph)
+        if is_new := self.graph is None:
+            self._update_graph(trainer, pl_module)
         if not self.finished and self.should_prune(trainer.current_epoch):
+            if not is_new:
+                self._update_graph(trainer, pl_module)
+            assert self.graph is not None
             next_round = Round(
                 self._inputs(self.graph),
                 self._tracked if self.tracking_settings.track else None,
@@ -258,6 +262,7 @@ class PruningCallback(PruningState):
                 self.selection_settings.target,
                 self._original_costs,
                 self.round_settings,
+                self._watch,
             )
             row = next_round.run(trainer, pl_module)
             self.rows.append(row.as_dict())
@@ -317,16 +322,15 @@ class PruningCallback(PruningState):
             self._held_lr.remove()
             self._held_lr = None
 
-    def _trace(self, trainer: pl.Trainer, module: pl.LightningModule) -> ChannelGraph:
-        """Trace the module on rank 0 and return its graph on every rank, where the random numbers differ."""
+    def _update_graph(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Trace the module, unless the graph still describes it."""
         with isolated_rng(self.seed, 0, trainer.global_rank), torch.inference_mode(False):
             batch = next(iter(self._scoring.calibration_batches(trainer, module, self.rounds_done)))
-
-            def trace() -> dict[str, Any]:
-                graph = trace_prunable(module, batch, self._scoring.loss_fn, self.trace_settings, self.ignore)
-                return graph.as_dict()
-
-            return ChannelGraph.from_dict(computed_on_rank_zero(trainer, trace))
+            settings = (self._scoring.loss_fn, self.trace_settings, self.ignore, self._watch)
+            trace = partial(trace_prunable, module, batch, *settings)
+            self.graph = current_graph(trainer, module, self.graph, self._watch, trace)
+        if not self._original_costs:
+            self._original_costs = costs_of(self.graph)
 
     def _inputs(self, graph: ChannelGraph) -> RoundInputs:
         return RoundInputs(self._scoring, self.tracking_settings, graph, self._initial_state, self.rounds_done)

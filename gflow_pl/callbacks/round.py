@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gflow_pl.callbacks.lightning.module_forward import is_compiled, trace_module
+from gflow_pl.callbacks.lightning.network_copies import CopyWatch
 from gflow_pl.callbacks.lightning.packages import averaged_models, callbacks_of
 from gflow_pl.callbacks.lightning.ranks import broadcast, broadcast_buffers, rebuild_ddp
 from gflow_pl.callbacks.lightning.rng import isolated_rng
@@ -91,7 +92,12 @@ def _stem_groups(graph: ChannelGraph) -> list[str]:
 
 
 def trace_prunable(
-    module: pl.LightningModule, batch: object, loss_fn: LossFn, settings: TraceSettings, ignore: list[str]
+    module: pl.LightningModule,
+    batch: object,
+    loss_fn: LossFn,
+    settings: TraceSettings,
+    ignore: list[str],
+    watch: CopyWatch,
 ) -> ChannelGraph:
     """Trace a module, and raise if it cannot be pruned.
 
@@ -101,6 +107,7 @@ def trace_prunable(
         loss_fn: Loss of a batch, for modules whose `forward` takes no batch.
         settings: How to trace.
         ignore: The names in the setting `ignore`, which must exist.
+        watch: Finds the copies of parts of the module.
 
     Returns:
         A graph with at least one group.
@@ -108,8 +115,16 @@ def trace_prunable(
     Raises:
         SettingsError: No layer can be pruned, or a name in `ignore` matches nothing.
     """
-    with without_side_effects(module):
-        graph = trace_module(module, batch, loss_fn, residual=settings.residual, exact_only=settings.exact_only)
+    with without_side_effects(module) as effects:
+        graph = trace_module(
+            module,
+            batch,
+            loss_fn,
+            effects,
+            watch,
+            residual=settings.residual,
+            exact_only=settings.exact_only,
+        )
     if not graph.groups:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.frozen.items())[:3])
         raise SettingsError(f"PruningCallback: no layer of {type(module).__name__} can be pruned: {reasons}")
@@ -129,6 +144,7 @@ class Round:
         target: Quantity that these are shares of.
         original_costs: Costs of the network before the first round.
         settings: Further settings, such as whether to keep the optimizers' state.
+        watch: Finds the copies of parts of the module, which are cut along.
     """
 
     inputs: RoundInputs
@@ -138,6 +154,7 @@ class Round:
     target: Target
     original_costs: Costs
     settings: RoundSettings
+    watch: CopyWatch
 
     def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> RoundRow:
         """Prune the module, and return the row of the round.
@@ -188,7 +205,7 @@ class Round:
             c.tensors_by_name() for c in callbacks_of(trainer, pl.callbacks.Callback) if hasattr(c, "tensors_by_name")
         ]
         initial = [] if self.inputs.initial_state is None else [self.inputs.initial_state]
-        copies = [*averaged_models(trainer), *initial, *declared]
+        copies = [*averaged_models(trainer), *initial, *declared, *self.watch.find(module).for_rewrite(module)]
         rewrite(module, self.inputs.graph, plan, optimizers=optimizers, copies=copies)
         if is_compiled(module):
             # One recompilation for each round would soon reach dynamo's limit, and then it silently stops compiling.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from gflow_pl.channels.data_flow import Constants, DataFlow
 from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.common.nested import copy_nested, exhaust_iterators
+from gflow_pl.common.nested import copy_nested, exhaust_iterators, iter_tensors
 from gflow_pl.common.snapshot import ModuleSnapshot, module_snapshots, restored_afterwards, seed_generators
 
 __all__ = ["Call", "Calls", "ForwardRunner", "NetworkCopies"]
@@ -71,7 +71,6 @@ class ForwardRunner:
         copies: Copies of parts of the network, which count as the same part that is called again.
         whole: Name of a module to the reason why all of its tensors stay whole.
         call_number: Number of the call that is running, from 0.
-        num_examples: Number of examples in the inputs.
         inputs: The tensors among the arguments, as the next run passes them to the forward.
         modules: Every module under its first name.
         tensors: Every parameter and buffer under its first name.
@@ -116,7 +115,12 @@ class ForwardRunner:
             for training, calls_of_mode in calls.items()
         }
         self._renew_inputs()
-        self.num_examples = next((x.shape[0] for x in self.inputs if x.ndim), 1) or 1
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in the inputs of the call that is running."""
+        inputs = iter_tensors(self._calls[self._training][self.call_number][1])
+        return next((x.shape[0] for x in inputs if x.ndim), 1) or 1
 
     def _renew_inputs(self) -> None:
         """Make copies of all arguments for the next run."""
@@ -153,9 +157,10 @@ class ForwardRunner:
         """
         further = [(tensor, name) for tensor, name in self.copies.tensors if name in self.tensors]
         for hidden, source in self.copies.hidden:
-            self._names |= {id(m): f"{source}.{name}" if name else source for name, m in hidden.named_modules()}
+            prefix = f"{source}." if source else ""
+            self._names |= {id(m): prefix + name if name else source for name, m in hidden.named_modules()}
             named = (*hidden.named_parameters(), *hidden.named_buffers())
-            further += [(tensor, f"{source}.{name}") for name, tensor in named if f"{source}.{name}" in self.tensors]
+            further += [(tensor, prefix + name) for name, tensor in named if prefix + name in self.tensors]
         return further
 
     def data_flow(self, placeholders: Mapping[int, Tensor], *, is_recorded: bool) -> DataFlow:

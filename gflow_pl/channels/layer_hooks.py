@@ -77,7 +77,7 @@ class LayerHooks:
     ) -> None:
         self._record, self._recorder, self._names, self._training = record, recorder, names, training
         self._table, self._constraints = recorder.table, record.constraints
-        self._runner, self._num_examples = runner, runner.num_examples
+        self._runner = runner
         self._kinds = {name: _ModuleKind.of(module) for name, module in runner.modules.items()}
         self._input_ids = {id(x) for x in runner.inputs}
         self._layer_of_label: dict[int, LayerFacts] = {}  # first outer label of a layer's output to the layer
@@ -185,7 +185,7 @@ class LayerHooks:
         num_elements, num_channels = output.numel(), output.shape[dim]
         if isinstance(module, _ConvTransposeNd):
             num_elements, num_channels = num_elements if x is None else x.numel(), module.in_channels
-        positions = num_elements // max(num_channels, 1) // self._num_examples
+        positions = num_elements // max(num_channels, 1) // self._runner.num_examples
         # Of several calls of the model, the first one that runs the layer counts; a copy of the layer does not.
         call = facts.counted_call.setdefault(self._training, self._runner.call_number)
         if call == self._runner.call_number and module is self._runner.modules[name]:

@@ -23,7 +23,7 @@ from gflow_pl.values import ChannelGraph, Layer
 from gflow_pl.values.choices import Frozen, Residual
 from gflow_pl.values.expansion_names import is_index_buffer
 
-__all__ = ["trace_channels", "trace_runs"]
+__all__ = ["CallError", "trace_channels", "trace_runs"]
 
 # Rounds in which choices are tried, rounds in which only what differs is frozen, and rounds in which groups next to it
 # are frozen as well, twice as many in every round.
@@ -91,7 +91,13 @@ def trace_channels(
         return trace_runs(runners, residual, exact_only, frozen)
 
 
-def trace_runs(readings: Sequence[RunnerOf], residual: Residual, exact_only: bool, frozen: Frozen) -> ChannelGraph:
+class CallError(Exception):
+    """A call that is traced has raised an error, which is its cause."""
+
+
+def trace_runs(
+    readings: Sequence[RunnerOf], residual: Residual, exact_only: bool, frozen: Frozen, *, must_run: bool = False
+) -> ChannelGraph:
     """Record and verify in turns, until a verification finds no difference.
 
     Args:
@@ -99,9 +105,15 @@ def trace_runs(readings: Sequence[RunnerOf], residual: Residual, exact_only: boo
         residual: See `trace_channels`.
         exact_only: See `trace_channels`.
         frozen: See `trace_channels`.
+        must_run: Whether an error in either mode is raised; otherwise what ran before the error is frozen.
+
+    Raises:
+        CallError: The forward has failed in a mode, and `must_run` is set.
     """
     corrections = Corrections()
     runner, record = first_record(readings)
+    for error in record.errors.values() if must_run else ():
+        raise CallError(f"{type(error).__name__}: {error}") from error
     inexact: InexactLabels = []
     first_widening = _CHOOSING_ROUNDS + _FREEZING_ROUNDS
     for number in range(first_widening + _WIDENING_ROUNDS):

@@ -26,6 +26,7 @@ def trace_calls(
     residual: Residual = "expand",
     exact_only: bool = False,
     frozen: Frozen = "keep",
+    must_run: bool = True,
 ) -> ChannelGraph:
     """Trace a network like `trace_channels`, but through calls of any functions that run it.
 
@@ -41,14 +42,17 @@ def trace_calls(
         residual: See `trace_channels`.
         exact_only: See `trace_channels`.
         frozen: See `trace_channels`.
+        must_run: Whether an error of a call is raised; otherwise what ran before the error is frozen.
 
     Returns:
         The graph. For each group of a part that has copies, there is a group of every copy that follows it.
 
     Raises:
+        CallError: A call raises an error under the trace, and `must_run` is set.
         SettingsError: As in `trace_channels`.
     """
     copies = NetworkCopies() if copies is None else copies
     runner_of = partial(ForwardRunner, model, (), calls=calls, copies=copies, whole=whole or {})
     with garbage_collection_paused():
-        return add_copied_groups(trace_runs([runner_of], residual, exact_only, frozen), copies.modules)
+        graph = trace_runs([runner_of], residual, exact_only, frozen, must_run=must_run)
+    return add_copied_groups(graph, copies.modules)

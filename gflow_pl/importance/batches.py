@@ -63,8 +63,13 @@ def labels_of(batch: Batch) -> Tensor | None:
 
 def first_example(batch: Batch) -> Batch:
     """Return a batch that contains only the first example."""
+    return first_examples(batch, 1)
+
+
+def first_examples(batch: Batch, number: int) -> Batch:
+    """Return a batch that contains only the first examples."""
     size = batch_size(batch)
-    return map_tensors(batch, lambda tensor: tensor[:1] if tensor.ndim and len(tensor) == size else tensor)
+    return map_tensors(batch, lambda tensor: tensor[:number] if tensor.ndim and len(tensor) == size else tensor)
 
 
 def first_batch(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:

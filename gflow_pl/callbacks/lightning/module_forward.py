@@ -1,114 +1,187 @@
-"""The `forward` of a LightningModule: trace the network through it, and find out whether it is compiled."""
+"""Trace a LightningModule through its training step and its `forward`, and find out whether it is compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gflow_pl.callbacks.lightning.network_copies import CopyWatch, Training, frozen_outside
+from gflow_pl.callbacks.lightning.packages import attached_trainer, both_packages
 from gflow_pl.callbacks.lightning.precision import true_precision
+from gflow_pl.callbacks.lightning.rehearsal import without_needed_groups
+from gflow_pl.callbacks.lightning.silence import SideEffects
+from gflow_pl.callbacks.lightning.step_trial import Trial, step_of_training, try_call
 from gflow_pl.callbacks.lightning.training_loss import batch_inputs
-from gflow_pl.channels import keywords_of, trace_channels
+from gflow_pl.channels import Call, CallError, keywords_of, trace_calls
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.common.lightning_package import fabric, pl
 from gflow_pl.common.nested import copy_nested
+from gflow_pl.importance.batches import first_examples
 from gflow_pl.values import ChannelGraph
 from gflow_pl.values.choices import Residual
 
 __all__ = ["is_compiled", "trace_module"]
 
-_Forward = Callable[..., object]
+_FEW_EXAMPLES = 4
+"""Number of examples to trace with: a forward that looks at values is computed many times."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """A function that runs a module in evaluation mode, with its arguments.
+
+    Attributes:
+        function: The function.
+        arguments: Its positional arguments.
+        modules: Names of the modules that it runs.
+        is_loss: Whether it computes the loss, because `forward` takes no part of a batch.
+    """
+
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
+    modules: frozenset[str]
+    is_loss: bool
 
 
 def trace_module(
     module: pl.LightningModule,
     batch: object,
     loss_fn: Callable[[pl.LightningModule, Any], Tensor],
+    effects: SideEffects,
+    watch: CopyWatch,
     *,
     residual: Residual = "expand",
     exact_only: bool = False,
 ) -> ChannelGraph:
-    """Trace the channels of a LightningModule, whose `forward` may take anything.
+    """Trace the channels of a LightningModule through its training step and through its `forward`.
 
-    The first call that raises no error is traced: `forward` of the module's `example_input_array` (a dict holds keyword
-    arguments, as in Lightning), `forward` of the batch's inputs, `forward` of the whole batch, `forward` of the items
-    of a dict batch as keyword arguments, the loss of the batch.
+    In evaluation mode the first call that raises no error is traced: `forward` of the module's `example_input_array` (a
+    dict holds keyword arguments, as in Lightning), `forward` of the batch's inputs, `forward` of the whole batch,
+    `forward` of the items of a dict batch as keyword arguments, the loss of the batch. In training mode it is
+    `training_step`. If the step cannot be followed, `forward` is traced in both modes, and layers that the step needs
+    whole are found by running it on smaller networks.
 
     Args:
         module: The module, attached to its Trainer.
         batch: A training batch on the module's device.
         loss_fn: ``loss_fn(module, batch)`` returns the scalar loss.
+        effects: Side effects on the module, which are undone.
+        watch: Finds the copies of parts of the module.
         residual: As in `trace_channels`.
         exact_only: As in `trace_channels`.
 
     Raises:
-        SettingsError: None of these calls succeeds.
+        SettingsError: None of these calls succeeds, or the step fails on every smaller network.
     """
-    forward = module.forward
+    # Try out what can be called, on few examples if these are enough.
+    for example in (first_examples(batch, _FEW_EXAMPLES), batch):
+        step = _tried_step(module, example, effects)
+        forward, reasons = _tried_forward(module, example, loss_fn, effects)
+        if forward is not None and (step is None or step.error is None):
+            break
+    if forward is None:
+        raise SettingsError(
+            f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor "
+            f"on the whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
+            "`example_input_array` to inputs that `forward` takes."
+        )
+
+    # What is copied, and what only the step runs without training it.
+    training = _training_of(module, step)
+    copies = watch.find(module, training)
+    called = frozenset() if forward.is_loss else forward.modules
+    whole = {
+        name: f"only `training_step` runs '{name}', which is not trained, like a teacher"
+        for name in frozen_outside(module, training, called, copies.modules)
+    }
+    options: dict[str, Any] = {"copies": copies.for_trace(), "residual": residual, "exact_only": exact_only}
+
+    # Trace both, or else the forward alone.
+    calls: dict[bool, list[Call]] = {mode: [(forward.function, forward.arguments)] for mode in (True, False)}
+    with true_precision(module):
+        if step is not None and step.error is None:
+            try:
+                joint = {True: [(step_of_training(module), (example,))], False: calls[False]}
+                return trace_calls(module, joint, whole=whole, **options)
+            except CallError as error:
+                step = replace(step, error=error)
+        graph = trace_calls(module, calls, must_run=False, **options)
+    if step is not None and step.modules:
+        return without_needed_groups(module, graph, step_of_training(module), example, step, effects)
+    return graph
+
+
+def _tried_step(module: pl.LightningModule, batch: object, effects: SideEffects) -> Trial | None:
+    """Run the training step; None if the module has none that takes a batch."""
+    defaults = [getattr(base, "training_step", None) for base in both_packages(pl.LightningModule)]
+    if (
+        type(module).training_step in defaults
+        or "dataloader_iter" in inspect.signature(module.training_step).parameters
+    ):
+        return None
+    return try_call(module, step_of_training(module), (batch,), effects, training=True)
+
+
+def _tried_forward(
+    module: pl.LightningModule,
+    batch: object,
+    loss_fn: Callable[[pl.LightningModule, Any], Tensor],
+    effects: SideEffects,
+) -> tuple[_Forward | None, list[str]]:
+    """Return the first call in evaluation mode that succeeds, if any, and why the others have failed."""
 
     def loss_of_batch(whole_batch: object) -> Tensor:
-        with _forward_replaced(module, forward):  # the loss may call the module
-            return loss_fn(module, whole_batch)
+        return loss_fn(module, whole_batch)
 
-    calls: list[tuple[_Forward, tuple[object, ...]]] = [
-        (forward, (batch_inputs(batch),)),
-        (forward, (batch,)),
-        (loss_of_batch, (batch,)),
-    ]
+    calls: list[Call] = [(module, (batch_inputs(batch),)), (module, (batch,)), (loss_of_batch, (batch,))]
     keywords = keywords_of(module, batch)
     if keywords is not None:
-        calls.insert(2, (lambda keywords: forward(**keywords), (keywords,)))
-    num_calls_of_batch = len(calls)
+        calls.insert(2, (lambda keywords: module(**keywords), (keywords,)))
     if module.example_input_array is not None:
-        calls.insert(0, _call_of_example(module, forward))
-
-    # Find the first call that succeeds.
-    reasons = []
+        calls.insert(0, _call_of_example(module))
+    reasons: list[str] = []
     for function, arguments in calls:
-        with _forward_replaced(module, function), true_precision(module):
-            try:
-                with evaluation_mode(module), torch.no_grad():
-                    module(*copy_nested(arguments, Tensor.clone))
-            except Exception as error:  # the module's own code may raise anything
-                first_line = str(error).partition("\n")[0]
-                reasons.append(f"{type(error).__name__}: {first_line}"[:160])
-                continue
-            return trace_channels(module, arguments, residual=residual, exact_only=exact_only)
-    raise SettingsError(
-        f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch "
-        f"({reasons[-num_calls_of_batch]}) nor on the whole batch, and the loss of the batch cannot be computed "
-        f"({reasons[-1]}): set the module's `example_input_array` to inputs that `forward` takes."
-    )
+        with true_precision(module):
+            trial = try_call(module, function, arguments, effects, training=False)
+        if trial.error is None:
+            return _Forward(function, arguments, trial.modules, function is loss_of_batch), reasons
+        first_line = str(trial.error).partition("\n")[0]
+        reasons.append(f"{type(trial.error).__name__}: {first_line}"[:160])
+    return None, reasons
 
 
-def _call_of_example(module: pl.LightningModule, forward: _Forward) -> tuple[_Forward, tuple[object, ...]]:
-    """Return a function and its arguments that call `forward` with the module's example input.
+def _training_of(module: pl.LightningModule, step: Trial | None) -> Training:
+    """Return which parameters an optimizer holds and trains, and which the step changes by itself."""
+    trainer = attached_trainer(module)
+    optimizers = [] if trainer is None else trainer.strategy.optimizers
+    names = {id(p): name for name, p in module.named_parameters()}
+    parameters = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"] if id(p) in names}
+    if not optimizers:
+        parameters = {id(p): p for p in module.parameters() if p.requires_grad}
+    stepped = {id(p) for o in optimizers for p, state in o.state.items() if state}
+    reached = None if step is None or step.error is not None else step.trained
+    trained = {
+        names[key]
+        for key, p in parameters.items()
+        if p.requires_grad and (reached is None or names[key] in reached or key in stepped or p.grad is not None)
+    }
+    return Training(trained, {names[key] for key in parameters}, () if step is None else step.changed)
+
+
+def _call_of_example(module: pl.LightningModule) -> Call:
+    """Return a function and its arguments that call the module with its example input.
 
     This is its `example_input_array`, prepared as Lightning does.
     """
     example = module.trainer.precision_plugin.convert_input(module.example_input_array)
     example = fabric.utilities.apply_func.move_data_to_device(example, module.device)
     if isinstance(example, Mapping):
-        return (lambda keywords: forward(**keywords)), (dict(example),)
-    return forward, example if isinstance(example, tuple) else (example,)
-
-
-@contextmanager
-def _forward_replaced(module: pl.LightningModule, function: _Forward) -> Iterator[None]:
-    """Make a function the module's `forward` for the time of the block."""
-    before = module.__dict__.get("forward")  # set on the instance by `torch.compile` of a LightningModule
-    module.__dict__["forward"] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        return (lambda keywords: module(**keywords)), (dict(example),)
+    return module, example if isinstance(example, tuple) else (example,)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "batch_inputs",
     "default_logits",
     "is_classifier",
+    "run_training_step",
     "training_loss",
     "training_step_returns_loss",
 ]
@@ -33,10 +34,8 @@ def training_loss(module: pl.LightningModule, batch: object) -> Tensor:
     Raises:
         SettingsError: The step returns no loss.
     """
-    # Call the step like Lightning does, which leaves the batch index out if the step does not take it.
-    arguments = (batch, 0) if _num_positional_arguments(module) > 1 else (batch,)
     try:
-        output = module.training_step(*arguments)
+        output = run_training_step(module, batch)
     except Exception as error:
         if not module.training:
             error.add_note(
@@ -52,6 +51,13 @@ def training_loss(module: pl.LightningModule, batch: object) -> Tensor:
             "give the PruningCallback a `loss_fn(module, batch)` that returns the scalar loss."
         )
     return loss
+
+
+def run_training_step(module: pl.LightningModule, batch: object) -> Any:
+    """Return what `training_step` returns for a batch."""
+    # Call the step like Lightning does, which leaves the batch index out if the step does not take it.
+    arguments = (batch, 0) if _num_positional_arguments(module) > 1 else (batch,)
+    return module.training_step(*arguments)
 
 
 def training_step_returns_loss(module: pl.LightningModule) -> bool:

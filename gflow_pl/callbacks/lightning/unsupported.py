@@ -68,6 +68,13 @@ def _callback_problem(
             "StochasticWeightAveraging keeps a copy of full size that cannot be pruned: use WeightAveraging or "
             "EMAWeightAveraging, whose copies are pruned with the module."
         )
+    for other in callbacks_of(trainer, pl.callbacks.ModelPruning):
+        # Private: whether it puts the initial weights back, in full size. Without it, training would fail after a cut.
+        if getattr(other, "_use_lottery_ticket_hypothesis", True):
+            return (
+                "ModelPruning puts the initial weights back in full size: give it use_lottery_ticket_hypothesis=False "
+                "(its masks are then cut along with the weights)."
+            )
     if any(other is not callback for other in callbacks_of(trainer, only_one)):
         return "there are two of these callbacks in the Trainer: keep one, which can cut several rounds (`rounds`)."
     return None
