@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from gflow_pl.callbacks.lightning.module_forward import training_of
 from gflow_pl.callbacks.lightning.network_copies import CopyWatch
 from gflow_pl.callbacks.lightning.ranks import computed_on_rank_zero
 from gflow_pl.common.lightning_package import pl
@@ -31,7 +32,7 @@ def current_graph(
         watch: Finds the copies of parts of the module.
         trace: Traces the module.
     """
-    watch.find(module)  # on every rank, whose copies are its own
+    watch.find(module, training_of(module))  # on every rank, whose copies are its own
 
     def traced() -> dict[str, Any] | None:
         if known is not None and describes(known, module) and _has_same_copies(known, watch):

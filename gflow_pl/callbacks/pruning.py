@@ -89,8 +89,7 @@ class PruningCallback(PruningState):
         prune_lr: Learning rate to hold during warm-up and rounds, > 0. The module's own schedule continues unaffected.
         published_truncation: Whether to repeat the published code's truncation of the percentage kept.
         loss_fn: ``loss_fn(module, batch)`` returns the scalar loss that gradients are taken of, in place of the
-            module's `training_step`. Required under
-            manual optimization, unless the measure reads no batches.
+            module's `training_step`. Required under manual optimization, unless the measure reads no data.
         logits_fn: ``logits_fn(module, batch)`` returns (logits, labels), for a measure with a temperature of its own.
         reset_best: Whether monitored ModelCheckpoints and EarlyStopping start anew at each round, so that "best" never
             refers to the network before the cut.

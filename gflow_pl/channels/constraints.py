@@ -135,6 +135,10 @@ class Constraints:
             self._by_tensor[name] = known
         return known
 
+    def has_tensor(self, name: str) -> bool:
+        """Return whether a parameter or buffer has labels, because an operator has read it."""
+        return name in self._by_tensor
+
     def new_labels(self, source: Source, size: int) -> Labels:
         """Allocate a new range of labels, even if the source has some.
 

@@ -70,6 +70,7 @@ class ForwardRunner:
         calls: What is run in every mode in place of the forward; None to run the forward.
         copies: Copies of parts of the network, which count as the same part that is called again.
         whole: Name of a module to the reason why all of its tensors stay whole.
+        unread: Name of a module that no call runs to the reason why channels that it could read stay.
         call_number: Number of the call that is running, from 0.
         inputs: The tensors among the arguments, as the next run passes them to the forward.
         modules: Every module under its first name.
@@ -88,6 +89,7 @@ class ForwardRunner:
     calls: Calls | None = None
     copies: NetworkCopies = field(default_factory=NetworkCopies)
     whole: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.call_number, self._training = 0, False

@@ -150,6 +150,9 @@ class LayerHooks:
                 self._note_layer(name, module, x, output)
             elif self._kinds[name].is_channel_norm and output.ndim > 1:
                 self._output_boundary(name, output, 1)
+        if self._runner.unread:
+            known = [(tensor, self._table.info(tensor).labels) for tensor in iter_tensors(output)]
+            self._record.module_outputs += [(tensor.shape, list(labels)) for tensor, labels in known]
 
     def _output_boundary(self, name: str, output: Tensor, dim: int) -> Boundary | None:
         """Give the channels of a module's output new labels for everything that reads them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
+
 from gflow_pl.channels.constraints import Constraints, Labels
 from gflow_pl.channels.data_flow import Sources
 from gflow_pl.channels.operator_record import OperatorRecord
@@ -52,6 +54,7 @@ class Record:
         layers: Facts about the layers, in the order of their first calls.
         outputs: Label vectors of the model's outputs.
         output_sources: For every mode, where the model's outputs come from.
+        module_outputs: Shape and labels of the outputs of all modules, if a layer may read them that nothing runs.
         expanded: Module that carries an expansion already, to the expansion's dimension and width.
         gathering: Layers that gather their input channels already.
         expands_at_norm: Layer to the channel-wise norm that is the only reader of its output: an expansion of the layer
@@ -66,6 +69,7 @@ class Record:
     layers: dict[str, LayerFacts] = field(default_factory=dict)
     outputs: list[Labels] = field(default_factory=list)
     output_sources: dict[bool, Sources] = field(default_factory=dict)
+    module_outputs: list[tuple[torch.Size, list[Labels | None]]] = field(default_factory=list)
     expanded: dict[str, tuple[int, int]] = field(default_factory=dict)
     gathering: set[str] = field(default_factory=set)
     expands_at_norm: dict[str, str | None] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from gflow_pl.channels.record import Record
 from gflow_pl.channels.recorder import Recorder
 from gflow_pl.channels.rules.registry import RuleError
 from gflow_pl.common.nested import iter_tensors
+from gflow_pl.channels.unread_layers import freeze_for_unread
 from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["record_forward"]
@@ -78,6 +79,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     for dim, positions, reason in corrections.frozen_positions:
         size = runner.tensors[dim.tensor].shape[dim.dim]
         record.constraints.freeze(record.constraints.labels_of(dim, size)[positions], reason)
+    freeze_for_unread(record, runner)
     _freeze_whole_modules(record, runner)
     return record
 

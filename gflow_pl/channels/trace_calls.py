@@ -23,6 +23,7 @@ def trace_calls(
     *,
     copies: NetworkCopies | None = None,
     whole: Mapping[str, str] | None = None,
+    unread: Mapping[str, str] | None = None,
     residual: Residual = "expand",
     exact_only: bool = False,
     frozen: Frozen = "keep",
@@ -39,6 +40,7 @@ def trace_calls(
             is that of the first call in evaluation mode that runs it.
         copies: Copies of parts of the network. Each unit of the part holds the slices of its copies as well.
         whole: Name of a module to the reason why all of its tensors stay whole.
+        unread: Name of a module that no call runs, to the reason why channels stay that have the width of its input.
         residual: See `trace_channels`.
         exact_only: See `trace_channels`.
         frozen: See `trace_channels`.
@@ -52,7 +54,7 @@ def trace_calls(
         SettingsError: As in `trace_channels`.
     """
     copies = NetworkCopies() if copies is None else copies
-    runner_of = partial(ForwardRunner, model, (), calls=calls, copies=copies, whole=whole or {})
+    runner_of = partial(ForwardRunner, model, (), calls=calls, copies=copies, whole=whole or {}, unread=unread or {})
     with garbage_collection_paused():
         graph = trace_runs([runner_of], residual, exact_only, frozen, must_run=must_run)
     return add_copied_groups(graph, copies.modules)

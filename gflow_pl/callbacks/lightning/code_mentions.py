@@ -47,7 +47,8 @@ def hands_weights_on(module: pl.LightningModule, attribute: str) -> bool:
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
-    """Yield the methods of a class and of its bases, up to Lightning's own."""
+    """Yield the methods of a class and of its bases, up to Lightning's own, without those that are overridden."""
+    seen: set[str] = set()
     for base in cls.__mro__:
         if base in both_packages(pl.LightningModule) or base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
@@ -57,7 +58,9 @@ def _methods(cls: type) -> Iterator[ast.FunctionDef]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # made in an interactive session
             continue
-        yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+        methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        yield from (method for method in methods if method.name not in seen)
+        seen |= {method.name for method in methods}
 
 
 def _is_self(node: ast.AST) -> bool:

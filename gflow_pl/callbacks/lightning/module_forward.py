@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gflow_pl.callbacks.lightning.further_calls import further_calls
 from gflow_pl.callbacks.lightning.network_copies import CopyWatch, Training, frozen_outside
 from gflow_pl.callbacks.lightning.packages import attached_trainer, both_packages
 from gflow_pl.callbacks.lightning.precision import true_precision
@@ -19,15 +20,14 @@ from gflow_pl.callbacks.lightning.training_loss import batch_inputs
 from gflow_pl.channels import Call, CallError, keywords_of, trace_calls
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.lightning_package import fabric, pl
-from gflow_pl.common.nested import copy_nested
 from gflow_pl.importance.batches import first_examples
 from gflow_pl.values import ChannelGraph
 from gflow_pl.values.choices import Residual
 
-__all__ = ["is_compiled", "trace_module"]
+__all__ = ["is_compiled", "trace_module", "training_of"]
 
-_FEW_EXAMPLES = 4
-"""Number of examples to trace with: a forward that looks at values is computed many times."""
+_MAX_EXAMPLES = 32
+"""A larger batch is cut to this number of examples if it can be: a forward that looks at values is run many times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,37 +78,47 @@ def trace_module(
         SettingsError: None of these calls succeeds, or the step fails on every smaller network.
     """
     # Try out what can be called, on few examples if these are enough.
-    for example in (first_examples(batch, _FEW_EXAMPLES), batch):
+    for example in (first_examples(batch, _MAX_EXAMPLES), batch):
         step = _tried_step(module, example, effects)
         forward, reasons = _tried_forward(module, example, loss_fn, effects)
         if forward is not None and (step is None or step.error is None):
             break
     if forward is None:
         raise SettingsError(
-            f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[-3]}) nor "
+            f"`forward` of {type(module).__name__} runs neither on the inputs of a training batch ({reasons[0]}) nor "
             f"on the whole batch, and the loss of the batch cannot be computed ({reasons[-1]}): set the module's "
             "`example_input_array` to inputs that `forward` takes."
         )
 
-    # What is copied, and what only the step runs without training it.
-    training = _training_of(module, step)
+    # What is copied, what only the step runs without training it, and what nothing runs.
+    training = training_of(module, step)
     copies = watch.find(module, training)
     called = frozenset() if forward.is_loss else forward.modules
+    in_step = frozenset() if step is None else step.modules
     whole = {
-        name: f"only `training_step` runs '{name}', which is not trained, like a teacher"
-        for name in frozen_outside(module, training, called, copies.modules)
+        name: f"'{name}' is not trained, and `forward` does not run it: a teacher stays as it is"
+        for name in frozen_outside(module, training, called, in_step, copies.modules)
     }
-    options: dict[str, Any] = {"copies": copies.for_trace(), "residual": residual, "exact_only": exact_only}
-
-    # Trace both, or else the forward alone.
     calls: dict[bool, list[Call]] = {mode: [(forward.function, forward.arguments)] for mode in (True, False)}
+    further, unread = further_calls(module, example, forward.modules | in_step, copies.modules, effects)
+    options: dict[str, Any] = {
+        "copies": copies.for_trace(),
+        "unread": unread,
+        "residual": residual,
+        "exact_only": exact_only,
+    }
+
+    # Trace all calls together, or else the forward alone.
     with true_precision(module):
         if step is not None and step.error is None:
+            joint = {True: [(step_of_training(module), (example,))], False: calls[False]}
             try:
-                joint = {True: [(step_of_training(module), (example,))], False: calls[False]}
+                if further:
+                    return trace_calls(module, {**joint, False: [*calls[False], *further]}, whole=whole, **options)
                 return trace_calls(module, joint, whole=whole, **options)
             except CallError as error:
-                step = replace(step, error=error)
+                cause = error.__cause__
+                step = replace(step, error=cause if isinstance(cause, Exception) else error)
         graph = trace_calls(module, calls, must_run=False, **options)
     if step is not None and step.modules:
         return without_needed_groups(module, graph, step_of_training(module), example, step, effects)
@@ -141,21 +151,26 @@ def _tried_forward(
     keywords = keywords_of(module, batch)
     if keywords is not None:
         calls.insert(2, (lambda keywords: module(**keywords), (keywords,)))
-    if module.example_input_array is not None:
-        calls.insert(0, _call_of_example(module))
+    examples = [] if module.example_input_array is None else [_call_of_example(module)]
     reasons: list[str] = []
-    for function, arguments in calls:
+    for function, arguments in (*examples, *calls):
         with true_precision(module):
             trial = try_call(module, function, arguments, effects, training=False)
         if trial.error is None:
             return _Forward(function, arguments, trial.modules, function is loss_of_batch), reasons
         first_line = str(trial.error).partition("\n")[0]
         reasons.append(f"{type(trial.error).__name__}: {first_line}"[:160])
-    return None, reasons
+    return None, reasons[len(examples) :]
 
 
-def _training_of(module: pl.LightningModule, step: Trial | None) -> Training:
-    """Return which parameters an optimizer holds and trains, and which the step changes by itself."""
+def training_of(module: pl.LightningModule, step: Trial | None = None) -> Training:
+    """Return which parameters an optimizer holds and trains, and which the step changes by itself.
+
+    Args:
+        module: The module.
+        step: What a trial of the step has shown; None if there was none. All parameters that an optimizer holds then
+            count as trained.
+    """
     trainer = attached_trainer(module)
     optimizers = [] if trainer is None else trainer.strategy.optimizers
     names = {id(p): name for name, p in module.named_parameters()}

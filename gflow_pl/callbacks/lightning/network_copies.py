@@ -248,19 +248,26 @@ def _is_inside(name: str, prefixes: Iterable[str]) -> bool:
 
 
 def frozen_outside(
-    module: pl.LightningModule, training: Training, called: Collection[str], copies: Mapping[str, str]
+    module: pl.LightningModule,
+    training: Training,
+    forward: Collection[str],
+    step: Collection[str],
+    copies: Mapping[str, str],
 ) -> Iterator[str]:
-    """Yield the names of modules whose own parameters are not trained, and that `forward` does not run.
+    """Yield the names of modules with parameters that training leaves alone, and that `forward` does not run.
 
     Args:
         module: The module.
         training: What is known of the training.
-        called: Names of the modules that `forward` runs.
+        forward: Names of the modules that `forward` runs.
+        step: Names of the modules that the training step runs.
         copies: Copies, which are left out.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     for name, part in module.named_modules():
-        own = [p for p in part.parameters(recurse=False)]
+        own = list(part.parameters(recurse=False))
+        if not own or not name or name in forward or _is_inside(name, copies):
+            continue
         is_trained = any(p.requires_grad and names.get(id(p)) in training.trained for p in own)
-        if own and name and not is_trained and name not in called and not _is_inside(name, copies):
+        if not any(p.requires_grad for p in own) or (name in step and not is_trained):
             yield name

@@ -16,7 +16,7 @@ from gflow_pl.callbacks.lightning.silence import SideEffects
 from gflow_pl.callbacks.lightning.training_loss import run_training_step
 from gflow_pl.common.evaluation_mode import evaluation_mode
 from gflow_pl.common.lightning_package import pl
-from gflow_pl.common.nested import iter_tensors
+from gflow_pl.common.nested import copy_nested, iter_tensors
 
 __all__ = ["Trial", "step_of_training", "try_call"]
 
@@ -29,7 +29,7 @@ class Trial:
         error: What the function has raised; None if it has run to its end.
         modules: Names of the modules that it has run.
         trained: Names of the parameters that got a gradient from a loss; None if that is not known.
-        changed: Names of the parameters whose values it has changed.
+        changed: Names of the parameters that it has written to.
     """
 
     error: Exception | None
@@ -73,9 +73,10 @@ def try_call(
         training: Whether the module is as in training, and gradients of the result are computed; otherwise it is in
             evaluation mode.
     """
+    arguments = copy_nested(arguments, Tensor.clone)  # a step may change its batch
     names = {id(part): name for name, part in module.named_modules()}
     parameters = dict(module.named_parameters())
-    before = {name: p.detach().clone() for name, p in parameters.items()} if training else {}
+    before = {name: (p._version, p.detach().clone()) for name, p in parameters.items()} if training else {}
     called: set[str] = set()
     hook = nn.modules.module.register_module_forward_pre_hook(
         lambda part, args: called.add(names[id(part)]) if id(part) in names else None
@@ -87,13 +88,13 @@ def try_call(
         if training:
             with torch.enable_grad():
                 output = function(*arguments)
-                changed = {name for name, p in parameters.items() if _differs(p, before[name])}
+                changed = {name for name, p in parameters.items() if _is_written(p, *before[name])}
                 trained = _trained(output, parameters)
         else:
             with evaluation_mode(module), torch.no_grad():
                 function(*arguments)
     except Exception as raised:  # the module's own code may raise anything
-        error = raised
+        error = raised.with_traceback(None)  # whose frames would keep the graph of the gradients alive
     finally:
         hook.remove()
         if effects is not None:
@@ -101,8 +102,11 @@ def try_call(
     return Trial(error, frozenset(called), trained, frozenset(changed))
 
 
-def _differs(parameter: Tensor, before: Tensor) -> bool:
-    return parameter.shape != before.shape or not torch.equal(parameter.detach(), before)
+def _is_written(parameter: Tensor, version: int, values: Tensor) -> bool:
+    """Return whether a parameter has been written to, also if its values have not changed."""
+    if parameter._version != version or parameter.shape != values.shape:
+        return True
+    return not torch.equal(parameter.detach(), values)
 
 
 def _trained(output: object, parameters: Mapping[str, Tensor]) -> frozenset[str] | None:
