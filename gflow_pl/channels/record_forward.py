@@ -12,8 +12,8 @@ from gflow_pl.channels.operator_record import OperatorRecord
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.recorder import Recorder
 from gflow_pl.channels.rules.registry import RuleError
-from gflow_pl.common.nested import iter_tensors
 from gflow_pl.channels.unread_layers import freeze_for_unread
+from gflow_pl.common.nested import iter_tensors
 from gflow_pl.values.expansion_names import EXPANSION, GATHER
 
 __all__ = ["record_forward"]
