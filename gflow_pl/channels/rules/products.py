@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gflow_pl.channels.constraints import Labels
 from gflow_pl.channels.labels import DimLabels
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.rules.rule_table import rule_table
@@ -11,6 +12,7 @@ from gflow_pl.channels.rules.rule_table import rule_table
 __all__ = ["PRODUCT_RULES"]
 
 _INPUT = "reads channels that cannot change"
+_HEADS = "heads that cannot change"
 
 
 def _contract(op: OperatorCall, a: Tensor, dim_a: int, b: Tensor, dim_b: int) -> None:
@@ -70,14 +72,14 @@ def _attention(op: OperatorCall) -> None:
 
     ``f(query, key, value, ..., scale=None)`` with tensors of shape (..., heads, positions, width). Heads may be removed
     together from all three. So may positions of the width of query and key, which is inexact if the scale follows the
-    width, and positions of the width of the value, which is the width of the output.
+    width, and positions of the width of the value, which is the width of the output. In grouped-query attention,
+    several consecutive heads of the query share one head of key and value, and go with it.
     """
     query, key, value = op.args[:3]
     labels_q, labels_k, labels_v = (op.info(x).labels for x in (query, key, value))
     for dim in range(query.ndim - 2):
-        if query.shape[dim] == key.shape[dim] == value.shape[dim]:
-            for other in (labels_k[dim], labels_v[dim]):
-                op.match(labels_q[dim], other, "heads that cannot change")
+        _match_heads(op, labels_k[dim], labels_v[dim], key.shape[dim])
+        _match_heads(op, labels_k[dim], labels_q[dim], key.shape[dim])
     _contract(op, query, query.ndim - 1, key, key.ndim - 1)
     if op.kwargs.get("scale") is None:
         op.mark_inexact(labels_q[-1], "the scale of an attention follows its width")
@@ -90,6 +92,23 @@ def _attention(op: OperatorCall) -> None:
     op.set_labels(output, [*labels_q[:-1], labels_v[-1]], dims & op.info(value).zero_dims)
     for extra in extras:
         op.set_labels(extra, [None] * extra.ndim, is_uniform=True)
+
+
+def _match_heads(op: OperatorCall, shared: Labels | None, heads: Labels | None, num_shared: int) -> None:
+    """Match every head of key and value with the consecutive heads that share it.
+
+    Args:
+        op: The call.
+        shared: Labels of the heads of key and value; None if these cannot change.
+        heads: Labels of the heads of the query, a multiple of these; None if these cannot change.
+        num_shared: Number of heads of key and value. All heads of the query may share a single one, which stays.
+    """
+    if num_shared == 1 or heads is None or len(heads) == num_shared:
+        if num_shared > 1:
+            op.match(shared, heads, _HEADS)
+        return
+    for column in heads.reshape(num_shared, -1).T:
+        op.match(shared, column, _HEADS)
 
 
 _NAMES: dict[Rule, str] = {

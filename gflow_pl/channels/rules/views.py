@@ -169,8 +169,7 @@ def _reshaped_dim(
     # For every element of the block its position along the old dimension, in the new shape.
     shape = [1] * len(old)
     shape[dim] = old[dim]
-    numbers = _first_positions(labels) if isinstance(op.module, _ConvNd) else np.arange(old[dim])
-    positions = np.broadcast_to(numbers.reshape(shape), old).reshape(new)
+    positions = np.broadcast_to(_first_positions(labels).reshape(shape), old).reshape(new)
 
     # New dimensions along which the position changes; of the others, one element is enough.
     varying = [d for d in range(len(new)) if (positions != positions.take([0], axis=d)).any()]
@@ -181,7 +180,7 @@ def _reshaped_dim(
     interpretations = _interpretations(op, new, varying)
     choice = 0
     if len(interpretations) > 1:
-        is_certain, shared_key = len(varying) == 1, (len(old), len(new))
+        is_certain, shared_key = len(varying) == 1, (len(old), len(new), len(varying))
         choice = op.choose(len(interpretations) + 1, is_certain=is_certain, shared_key=shared_key)
     if choice == len(interpretations):
         op.freeze(labels, "a view with sizes that do not follow the channels")
@@ -203,7 +202,8 @@ def _reshaped_dim(
 def _first_positions(labels: Labels) -> np.ndarray:
     """Return, for every position, the first position with the same label.
 
-    Input channels that were merged with a kernel have each label several times, and are split from it again here.
+    A dimension that was merged with another one (heads with examples, input channels with a kernel) has each label
+    several times. Where it is split again, the channels are in the dimension along which the label changes.
     """
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return first[inverse]
