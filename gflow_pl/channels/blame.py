@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from gflow_pl.channels.checked_sizes import sizes_checked_before
 from gflow_pl.channels.constraints import Labels, TensorDim
 from gflow_pl.channels.corrections import Correction, Corrections, OperatorIndex
 from gflow_pl.channels.grouping import Partition
@@ -69,6 +70,11 @@ class Blame:
                     break
                 if operator.choices_left > 0:
                     return Correction(reason, failed=index, site=operator.site)
+
+        # A number of the module that its code compares with the width of a tensor.
+        for sizes in sizes_checked_before(error) if is_between and not isinstance(error, Mismatch) else ():
+            if self._corrections.allows_sizes(sizes):
+                return Correction(reason, failed=index, sizes=sizes)
 
         # The nearest earlier choice that concerns the same units; a path may depend on an attribute of a later one.
         culprits: list[int] = []

@@ -127,6 +127,10 @@ class Constraints:
             self._by_source[source] = self.new_labels(source, size)
         return self._by_source[source]
 
+    def has(self, source: TensorDim | SizeAttribute) -> bool:
+        """Return whether a source has labels."""
+        return source in self._by_source
+
     def labels_of_tensor(self, name: str, shape: Sequence[int]) -> list[Labels]:
         """Return the labels of a parameter or buffer, a vector for every dimension."""
         known = self._by_tensor.get(name)

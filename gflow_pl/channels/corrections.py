@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import nn
+
+from gflow_pl.channels.checked_sizes import CheckedSizes
 from gflow_pl.channels.constraints import Labels, TensorDim
 from gflow_pl.channels.labels import ChoiceSite
 from gflow_pl.values import SizeAttribute
@@ -29,12 +32,13 @@ class OperatorIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class Correction:
-    """One change to the next recording: another choice at a site, or labels that are frozen.
+    """One change to the next recording: another choice at a site, numbers that count channels, or frozen labels.
 
     Attributes:
         reason: Why the labels are frozen.
         failed: The operator at which the verification failed.
         site: Site whose next choice is made, or None.
+        sizes: Numbers of a class of modules that count channels of what its modules read, or None.
         operator: Operator whose labels are frozen if there is no site.
         positions: Positions of tensors whose labels are frozen if there is neither.
         freezes_rest: Whether the labels of all later operators of that pass are frozen, too, because their sizes depend
@@ -44,6 +48,7 @@ class Correction:
     reason: str
     failed: OperatorIndex
     site: ChoiceSite | None = None
+    sizes: CheckedSizes | None = None
     operator: OperatorIndex | None = None
     positions: tuple[tuple[TensorDim, Labels], ...] = ()
     freezes_rest: bool = False
@@ -55,6 +60,7 @@ class Corrections:
 
     Attributes:
         choices: Site to the number of the choice to make there.
+        checked_sizes: Class of modules to the names of their numbers that count channels, see `CheckedSizes`.
         frozen_operators: Operator to the reason why its labels are frozen, together with the labels of all operators
             that are called from the same place in the code.
         frozen_positions: Positions of tensors that are frozen, each with the reason.
@@ -67,6 +73,7 @@ class Corrections:
     """
 
     choices: dict[ChoiceSite, int] = field(default_factory=dict)
+    checked_sizes: dict[type[nn.Module], tuple[str, ...]] = field(default_factory=dict)
     frozen_operators: dict[OperatorIndex, str] = field(default_factory=dict)
     frozen_positions: list[tuple[TensorDim, Labels, str]] = field(default_factory=list)
     ends: dict[bool, tuple[int, str]] = field(default_factory=dict)
@@ -74,6 +81,7 @@ class Corrections:
     is_choosing: bool = True
     num_neighbors: int = 0
     _tried: dict[OperatorIndex, dict[ChoiceSite, int]] = field(default_factory=dict)
+    _sizes_tried: dict[CheckedSizes, OperatorIndex] = field(default_factory=dict)
     _in_vain: set[OperatorIndex] = field(default_factory=set)
 
     def allows_choices(self, failed: OperatorIndex) -> bool:
@@ -81,15 +89,26 @@ class Corrections:
         num_tried = sum(self.choices[site] - before for site, before in self._tried.get(failed, {}).items())
         return self.is_choosing and failed not in self._in_vain and num_tried < _MAX_TRIES
 
+    def allows_sizes(self, sizes: CheckedSizes) -> bool:
+        """Return whether these numbers of a class of modules may be tried: once."""
+        return self.is_choosing and sizes not in self._sizes_tried
+
     def add(self, correction: Correction) -> None:
-        """Add one correction. Choices that did not cure a failure are taken back once labels are frozen for it."""
+        """Add one correction. What did not cure a failure is taken back once labels are frozen for it."""
         failed, site = correction.failed, correction.site
         if site is not None:
             self._tried.setdefault(failed, {}).setdefault(site, self.choices.get(site, 0))
             self.choices[site] = self.choices.get(site, 0) + 1
             return
 
+        if correction.sizes is not None:
+            self.checked_sizes[correction.sizes.kind] = correction.sizes.names
+            self._sizes_tried[correction.sizes] = failed
+            return
+
         self.choices.update(self._tried.pop(failed, {}))
+        for sizes in [sizes for sizes, tried_for in self._sizes_tried.items() if tried_for == failed]:
+            self.checked_sizes.pop(sizes.kind, None)
         self._in_vain.add(failed)
         if correction.operator is None:
             self.frozen_positions += [(dim, positions, correction.reason) for dim, positions in correction.positions]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gflow_pl.channels.checked_sizes import count_checked_sizes
 from gflow_pl.channels.constraints import FIXED, Auxiliary, Boundary, BoundaryKey
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.record import LayerFacts, Record
@@ -70,11 +71,19 @@ class LayerHooks:
         runner: The model and its inputs.
         names: id of a parameter or buffer, or of its placeholder, to its name.
         training: Whether the pass is in training mode.
+        checked_sizes: Class of modules to the names of their numbers that count channels, see `CheckedSizes`.
     """
 
     def __init__(
-        self, record: Record, recorder: Recorder, runner: ForwardRunner, names: Mapping[int, str], training: bool
+        self,
+        record: Record,
+        recorder: Recorder,
+        runner: ForwardRunner,
+        names: Mapping[int, str],
+        training: bool,
+        checked_sizes: Mapping[type[nn.Module], Sequence[str]],
     ) -> None:
+        self._checked_sizes = checked_sizes
         self._record, self._recorder, self._names, self._training = record, recorder, names, training
         self._table, self._constraints = recorder.table, record.constraints
         self._runner = runner
@@ -94,12 +103,23 @@ class LayerHooks:
         self._recorder.module_stack.append((name, module))
         x = args[0] if args and isinstance(args[0], Tensor) else None
         self._recorder.module_inputs.append(x)
+        if self._checked_sizes:
+            self._count_checked_sizes(args)
         kind = self._kinds[name]
         if x is not None and kind.is_norm:
             self._note_norm(name, x)
         if x is not None and kind.is_grouped and isinstance(module, _ConvNd) and name not in self._record.gathering:
             return self._input_boundary(name, module, x), *args[1:]
         return None
+
+    def _count_checked_sizes(self, tensors: object) -> None:
+        """Let numbers of the running module count channels of tensors that it got from elsewhere."""
+        if not self._recorder.module_stack:
+            return
+        name, module = self._recorder.module_stack[-1]
+        names = self._checked_sizes.get(type(module), ())
+        for tensor in iter_tensors(tensors) if names else ():
+            count_checked_sizes(name, module, names, tensor, self._table, self._constraints)
 
     def _note_norm(self, name: str, x: Tensor) -> None:
         """Note that a norm belongs to the layer whose channels it reads, even if activations lie between."""
@@ -153,6 +173,8 @@ class LayerHooks:
         if self._runner.unread:
             known = [(tensor, self._table.info(tensor).labels) for tensor in iter_tensors(output)]
             self._record.module_outputs += [(tensor.shape, list(labels)) for tensor, labels in known]
+        if self._checked_sizes:
+            self._count_checked_sizes(output)
 
     def _output_boundary(self, name: str, output: Tensor, dim: int) -> Boundary | None:
         """Give the channels of a module's output new labels for everything that reads them."""

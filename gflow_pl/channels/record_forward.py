@@ -54,7 +54,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
         recorder.replaces_real = bool(runner.copies.tensors)
         for tensor in runner.inputs:
             recorder.table.set_labels(tensor, [None] * tensor.ndim, is_activation=True)
-        hooks = LayerHooks(record, recorder, runner, {**first_names, **names}, training)
+        hooks = LayerHooks(record, recorder, runner, {**first_names, **names}, training, corrections.checked_sizes)
         with runner.placeholders_set(placeholders, training):
             try:
                 output = runner.run(recorder, hooks.before, hooks.after)

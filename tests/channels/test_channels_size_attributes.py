@@ -22,6 +22,7 @@ class Viewed(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(7)])
         self.head = nn.Linear(6, 6)
+        self.relu = nn.ReLU()
         vars(self).update(numbers)
 
     def features(self, x):
@@ -60,6 +61,41 @@ class NumClasses(Viewed):
         return self.head(x) - F.one_hot(torch.arange(len(x)), self.num_classes)
 
 
+class Checked(Viewed):
+    """Compares a number with the width of what it got, and reads it nowhere else."""
+
+    def forward(self, x):
+        for features in self.features(x):
+            x = features
+        if x.shape[1] != self.k:
+            raise ValueError(f"expected {self.number} channels")
+        return self.head(self.relu(x).mean((2, 3)))
+
+
+class CheckedChildren(nn.Module):
+    """Children that compare a number with the width of their input."""
+
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k, self.depth = 6, 6
+
+        def forward(self, x):
+            assert x.shape[1] == self.k
+            return F.interpolate(x, scale_factor=2.0)
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 6, 6, 3) for i in range(3)])
+        self.children_ = nn.ModuleList([self.Child() for _ in range(3)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        for conv, child in zip(self.convs, self.children_, strict=True):
+            x = child(conv(x))
+        return self.head(x.mean((2, 3)))
+
+
 class TwoPurposes(Viewed):
     """The size of the view is at the same time the number of a feature map."""
 
@@ -73,6 +109,7 @@ NETWORKS = [
     (Depth, {"depth": 6, "num_classes": 6, "head_index": 6, "k": 6}, {"k"}),
     (OutIndices, {"out_indices": [6], "depth": 6, "sizes": (6, -1)}, {"sizes"}),
     (NumClasses, {"num_classes": 6, "width": 6, "k": 6}, {"k"}),
+    (Checked, {"number": 6, "depth": 6, "k": 6}, {"k"}),
     (TwoPurposes, {"depth": 6, "num_classes": 6}, set()),
 ]
 
@@ -89,6 +126,15 @@ def test_only_the_numbers_that_the_forward_needs_change(network, numbers, needed
     assert {name: vars(model)[name] for name in numbers} == numbers  # restored after the trace
     assert {name.split(".")[0] for name in graph.frozen} == ({"head"} if needed else {"head", "convs"})
     assert graph.coverage() == 1 or not needed
+
+
+@pytest.mark.parametrize("residual", ["expand", "remove"])
+def test_a_number_that_children_compare_with_their_input(residual):
+    torch.manual_seed(0)
+    difference, _, graph, pruned = compare_with_masked(CheckedChildren(), (IMAGES,), residual=residual)
+    assert difference < 1e-12
+    assert graph.coverage() == 1
+    assert [(child.k, child.depth) for child in pruned.children_] == [(3, 6)] * 3
 
 
 class Attention(nn.Module):
