@@ -184,15 +184,24 @@ def _placement_problems(
                 yield f"no module '{name}' to expand"
             elif not -_MAX_NDIM <= entry["dim"] < _MAX_NDIM:
                 yield f"the expansion of module '{name}' has dim {entry['dim']}"
-            elif not _has_channels(table.modules[name], local.get(name, {}), entry):
+            elif not _has_channels(table.modules[name], local.get(name, {}), structure.attributes.get(name, {}), entry):
                 yield f"module '{name}' has no {len(entry['index'])} channels to expand"
 
 
-def _has_channels(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], entry: Mapping[str, Any]) -> bool:
-    """Return whether a module has as many channels as an expansion scatters, or a gather reads."""
+def _has_channels(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, object], entry: Mapping[str, Any]
+) -> bool:
+    """Return whether a module has as many channels as an expansion scatters, or a gather reads.
+
+    Args:
+        module: The module.
+        shapes: Shapes of its tensors, in the structure.
+        values: Its attributes in the structure.
+        entry: The expansion or gather.
+    """
     count = len(entry["index"])
     if not shapes:  # a norm without weights
         return not module._modules and hasattr(module, "num_features")
-    groups = getattr(module, "groups", 1)
+    groups = values.get("groups", getattr(module, "groups", 1))
     sizes = {size for shape in shapes.values() for size in shape}
     return count in sizes or any(size * groups == count for size in sizes if isinstance(groups, int))

@@ -203,10 +203,11 @@ def _first_positions(labels: Labels) -> np.ndarray:
     """Return, for every position, the first position with the same label.
 
     A dimension that was merged with another one (heads with examples, input channels with a kernel) has each label
-    several times. Where it is split again, the channels are in the dimension along which the label changes.
+    several times. Where it is split again, the channels are in the dimension along which the label changes. A single
+    label for all positions tells nothing: they count as different.
     """
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return first[inverse]
+    unique, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return first[inverse] if len(unique) > 1 else np.arange(len(labels))
 
 
 def _interpretations(op: OperatorCall, new: Sequence[int], varying: Sequence[int]) -> list[_Interpretation]:
