@@ -57,4 +57,7 @@ def trace_calls(
     runner_of = partial(ForwardRunner, model, (), calls=calls, copies=copies, whole=whole or {}, unread=unread or {})
     with garbage_collection_paused():
         graph = trace_runs([runner_of], residual, exact_only, frozen, must_run=must_run)
+    # A loss gives the output layers a reason of its own, which says less.
+    outputs = [name for name in graph.frozen if graph.layers[name].is_output]
+    graph.frozen.update(dict.fromkeys(outputs, "the model's output"))
     return add_copied_groups(graph, copies.modules)

@@ -86,12 +86,13 @@ def try_call(
     changed: set[str] = set()
     try:
         if training:
-            with torch.enable_grad():
+            # Compiled code would be compiled again for the size of this batch.
+            with torch.compiler.set_stance("force_eager"), torch.enable_grad():
                 output = function(*arguments)
                 changed = {name for name, p in parameters.items() if _is_written(p, *before[name])}
                 trained = _trained(output, parameters)
         else:
-            with evaluation_mode(module), torch.no_grad():
+            with torch.compiler.set_stance("force_eager"), evaluation_mode(module), torch.no_grad():
                 function(*arguments)
     except Exception as raised:  # the module's own code may raise anything
         error = raised.with_traceback(None)  # whose frames would keep the graph of the gradients alive
