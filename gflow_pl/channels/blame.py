@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from torch import nn
 
 from gflow_pl.channels.checked_sizes import sizes_checked_before
 from gflow_pl.channels.constraints import Labels, TensorDim
@@ -29,12 +30,21 @@ class Blame:
 
     Args:
         trial: Runs trials.
+        modules: Every module of the network by its name.
         record: The record of the model.
         partition: The units and groups.
         corrections: The corrections so far.
     """
 
-    def __init__(self, trial: Trial, record: Record, partition: Partition, corrections: Corrections) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        modules: Mapping[str, nn.Module],
+        record: Record,
+        partition: Partition,
+        corrections: Corrections,
+    ) -> None:
+        self._modules = modules
         self._trial, self._record, self._partition, self._corrections = trial, record, partition, corrections
         is_removable = np.zeros(record.constraints.num_labels, dtype=bool)
         for roots in partition.unit_roots:
@@ -100,6 +110,7 @@ class Blame:
             index: The operator that failed.
             reason: Reason to report.
         """
+        numbers = self._in_all_blocks(numbers, self._record.operators[index.training][index.number].module)
         count = self._corrections.num_neighbors
         groups = [
             group for number in numbers for group in self._partition.groups[max(0, number - count) : number + count + 1]
@@ -108,6 +119,29 @@ class Blame:
             groups, reason = self._partition.groups, _UNREPEATABLE
         positions = tuple(part for group in groups for part in self._filters(group))
         return Correction(reason, failed=index, positions=positions)
+
+    def _in_all_blocks(self, numbers: Iterable[int], module: str) -> list[int]:
+        """Return groups together with those that have the same place in other blocks: blocks run the same code.
+
+        Args:
+            numbers: Numbers of the groups.
+            module: Name of the module whose forward failed.
+        """
+        number_of = {group.layers[0].layer: number for number, group in enumerate(self._partition.groups)}
+        found = list(numbers)
+        for number in tuple(found):
+            # The innermost module that contains both the layer and what failed.
+            layer = self._partition.groups[number].layers[0].layer
+            block = layer
+            while block and block != module and not module.startswith(f"{block}."):
+                block = block.rpartition(".")[0]
+            if block and block != layer and not isinstance(self._modules[block], (nn.Sequential, nn.ModuleList)):
+                kind = type(self._modules[block])
+                alike = [name for name, other in self._modules.items() if type(other) is kind and name]
+                found += [
+                    number_of[name + layer[len(block) :]] for name in alike if name + layer[len(block) :] in number_of
+                ]
+        return list(dict.fromkeys(found))
 
     def culprits(self, failure: Failure, removed: Removed) -> list[int]:
         """Return the numbers of the groups whose removal causes a failure, in the order in which they were found.

@@ -51,7 +51,7 @@ class Verifier:
     ) -> None:
         self._runner, self._record, self._partition = runner, record, partition
         self._trial = Trial(runner, record, expansions)
-        self._blame = Blame(self._trial, record, partition, corrections)
+        self._blame = Blame(self._trial, runner.modules, record, partition, corrections)
         # Of the last trial: (labels,) units that it did not try, and operators that were called with other numbers.
         self._is_skipped = np.zeros(record.constraints.num_labels, dtype=bool)
         self._differing: list[OperatorIndex] = []

@@ -6,6 +6,7 @@ from masked_networks import compare_with_masked
 from torch import nn
 from torch.nn import functional as F
 
+import gflow_pl.channels.trace as trace_file
 from gflow_pl.channels import trace_channels
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -139,3 +140,27 @@ def test_every_width_that_steers_is_found():
 
     graph = trace_channels(Several(), IMAGES.float())
     assert {name for name in graph.frozen if name.startswith("convs")} == {"convs.1", "convs.4"}
+
+
+class SteeredBlock(nn.Module):
+    """A residual block whose inner width decides on a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1), nn.Tanh()
+
+    def forward(self, x):
+        inner = self.a(x).relu()
+        y = self.b(inner)
+        return x + (self.act(y) if inner.shape[1] == 8 else y)
+
+
+@pytest.mark.parametrize("residual", ["expand", "remove"])
+def test_blocks_run_the_same_code(residual, monkeypatch):
+    """What steers one block steers all: a few rounds are enough for any number of blocks."""
+    monkeypatch.setattr(trace_file, "_CHOOSING_ROUNDS", 3)
+    monkeypatch.setattr(trace_file, "_FREEZING_ROUNDS", 0)
+    blocks = [SteeredBlock() for _ in range(30)]
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    graph = trace_channels(model, IMAGES.float(), residual=residual)
+    assert set(graph.frozen) == {*(f"{i}.a" for i in range(1, 31)), "33"}
