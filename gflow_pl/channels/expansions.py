@@ -22,14 +22,16 @@ class Expansions:
     Attributes:
         boundaries: Boundary to the reason why the labels on its outer side stay.
         layers: Layer to the module whose output is scattered for it: the layer, or the norm that alone reads it.
+        whole: Layer that cannot be expanded and therefore stays, to the reason.
     """
 
     boundaries: dict[BoundaryKey, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
 
     def add(self, record: Record, layer: str, reason: str) -> None:
         """Expand a layer: scatter its output, or the output of the norm that alone reads it."""
-        module = record.expands_at_norm.get(layer) or layer
+        module = record.expands_at_norm.get(layer) or record.layers[layer].module or layer
         self.layers[layer] = module
         self.boundaries.setdefault(BoundaryKey(module), reason)
 
@@ -68,12 +70,12 @@ def connected_labels(
 def present_expansions(record: Record) -> Expansions:
     """Return the expansions that the model has already; they stay."""
     expansions = Expansions()
-    for layer in record.layers:
+    for layer, facts in record.layers.items():
         norm = record.expands_at_norm.get(layer)
-        if norm in record.expanded or layer in record.expanded:
+        if norm in record.expanded or facts.module in record.expanded:
             expansions.add(record, layer, PRESENT)
             if norm not in record.expanded:
-                expansions.layers[layer] = layer
+                expansions.layers[layer] = facts.module or layer
     scattered = [BoundaryKey(module) for module in record.expanded]
     gathered = [BoundaryKey(layer, is_input=True) for layer in record.gathering]
     expansions.boundaries = dict.fromkeys([*scattered, *gathered], PRESENT)
@@ -96,5 +98,9 @@ def add_residual_expansions(record: Record, expansions: Expansions) -> None:
     for layer, facts in record.layers.items():
         if not facts.votes or facts.outputs is None or layer in expansions.layers:
             continue
-        if streams[whole[facts.outputs]].any():
+        if not streams[whole[facts.outputs]].any():
+            continue
+        if facts.module is None:  # no module returns its output, so that nothing can scatter it
+            expansions.whole[layer] = STREAM
+        else:
             expansions.add(record, layer, STREAM)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gflow_pl.channels.checked_sizes import count_checked_sizes
 from gflow_pl.channels.constraints import FIXED, Auxiliary, Boundary, BoundaryKey
 from gflow_pl.channels.forward_runner import ForwardRunner
+from gflow_pl.channels.functional_layers import FunctionalLayers
 from gflow_pl.channels.record import LayerFacts, Record
 from gflow_pl.channels.recorder import Recorder
 from gflow_pl.common.nested import iter_tensors
@@ -91,6 +92,7 @@ class LayerHooks:
         self._input_ids = {id(x) for x in runner.inputs}
         self._layer_of_label: dict[int, LayerFacts] = {}  # first outer label of a layer's output to the layer
         self._boundary_of_output: dict[int, tuple[LayerFacts, Boundary]] = {}  # by the id of a layer's output
+        self._functional = FunctionalLayers(record, recorder, runner, names, training)
 
     # -- before a module ---------------------------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class LayerHooks:
             vector = labels[dim] if x.ndim else None
             if vector is None or not len(vector):
                 continue
-            facts = self._layer_of_label.get(int(vector[0]))
+            facts = self._layer_of_label.get(int(vector[0])) or self._functional.of_label.get(int(vector[0]))
             if facts is None or facts.num_filters != len(vector):
                 continue
             if facts.norm is None:
@@ -170,6 +172,10 @@ class LayerHooks:
                 self._note_layer(name, module, x, output)
             elif self._kinds[name].is_channel_norm and output.ndim > 1:
                 self._output_boundary(name, output, 1)
+            elif found := self._functional.layer_in(name, output):
+                facts, dim = found
+                facts.module, facts.output_dim = name, dim
+                self._note_boundary(facts, output, dim)
         if self._runner.unread:
             known = [(tensor, self._table.info(tensor).labels) for tensor in iter_tensors(output)]
             self._record.module_outputs += [(tensor.shape, list(labels)) for tensor, labels in known]
@@ -204,6 +210,7 @@ class LayerHooks:
         if facts is None:
             is_grouped = self._kinds[name].is_grouped
             facts = LayerFacts(name, weight, output.shape[dim], not _is_depthwise(module), is_grouped=is_grouped)
+            facts.dim, facts.module, facts.output_dim = int(isinstance(module, _ConvTransposeNd)), name, dim
             self._record.layers[name] = facts
 
         # The multiply-accumulates of a transposed convolution follow its input, those of other layers their output.
@@ -217,7 +224,12 @@ class LayerHooks:
             facts.positions[self._training] = facts.positions.get(self._training, 0) + positions
         facts.reads_input |= id(x) in self._input_ids
 
-        boundary = self._output_boundary(name, output, dim)
+        self._note_boundary(facts, output, dim)
+
+    def _note_boundary(self, facts: LayerFacts, output: Tensor, dim: int) -> None:
+        """Give the output of a layer new labels for everything that reads it, and find its readers from here on."""
+        assert facts.module is not None
+        boundary = self._output_boundary(facts.module, output, dim)
         if boundary is None:
             return
         facts.outputs = boundary.inner if facts.outputs is None else facts.outputs

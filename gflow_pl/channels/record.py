@@ -20,7 +20,7 @@ class LayerFacts:
     """What the calls of one convolution, transposed convolution or linear layer showed.
 
     Attributes:
-        name: Name of the layer, as in ``named_modules()``.
+        name: Name of the layer, as in ``named_modules()``, or the name of its weight.
         weight: Name of its weight tensor.
         num_filters: Number of output channels.
         votes: Whether its scores count for its group; a depthwise convolution only follows.
@@ -30,6 +30,11 @@ class LayerFacts:
         counted_call: For every mode, the number of the call of the model whose multiply-accumulates count.
         reads_input: Whether it reads the input of the network.
         norm: Name of the first norm that reads its channels.
+        dim: Dimension of the weight that counts filters.
+        bias: Name of its bias, if it is no `nn.Linear` and no convolution of torch and has one.
+        module: Name of the module whose output holds its filters, and can be scattered; None if there is none.
+        output_dim: Dimension of that output, counted from the end.
+        is_functional: Whether a module uses the weight itself, without a call of `nn.Linear` or a convolution.
     """
 
     name: str
@@ -42,6 +47,11 @@ class LayerFacts:
     counted_call: dict[bool, int] = field(default_factory=dict)
     reads_input: bool = False
     norm: str | None = None
+    dim: int = 0
+    bias: str | None = None
+    module: str | None = None
+    output_dim: int | None = None
+    is_functional: bool = False
 
 
 @dataclass(eq=False)

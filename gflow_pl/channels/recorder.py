@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class Recorder(PlaceholderMode):
         records: The records of all operators so far, in order.
         readers: id of a layer's output to the names of the modules that read it.
         has_guesses: Whether a rule had to guess what the size of a dimension follows.
+        products: Names of the operators that may apply a weight.
+        on_product: Called with every call of these operators.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Recorder(PlaceholderMode):
         self.records: list[OperatorRecord] = []
         self.readers: dict[int, list[str]] = {}
         self.has_guesses = False
+        self.products: Container[str] = ()
+        self.on_product: Callable[[OperatorCall], None] | None = None
         self._choices = corrections.choices
         self._records_locations = bool(corrections.frozen_operators)
         self._end = corrections.ends[training][0] if training in corrections.ends else None
@@ -140,6 +144,8 @@ class Recorder(PlaceholderMode):
         call.is_activation = any([info.is_activation for info in infos])
         rule(call)
         self.has_guesses |= call.is_guess
+        if call.name in self.products and self.on_product is not None:
+            self.on_product(call)
 
         # Outputs.
         outputs: list[Tensor] = []

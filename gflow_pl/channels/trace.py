@@ -173,7 +173,11 @@ def _partition(
                 for facts in stuck
                 if facts.is_grouped and (facts.name in expansions.layers or groups.frozen[facts.name] == STREAM)
             ]
-        scattered = [facts for facts in stuck if facts.outputs is not None and facts.name not in expansions.layers]
+        scattered = [
+            facts
+            for facts in stuck
+            if facts.outputs is not None and facts.module is not None and facts.name not in expansions.layers
+        ]
         gathered = [
             facts
             for facts in stuck
@@ -190,10 +194,22 @@ def _partition(
         groups = partition(record, expansions, exact_only=exact_only, inexact=inexact)
 
 
+def _layers_in_order(runner: ForwardRunner, record: Record) -> list[str]:
+    """Return the names of the layers in the order of the modules, and within a module of its parameters."""
+    places: dict[str, int] = {}
+    for module_name, module in runner.modules.items():
+        prefix = f"{module_name}." if module_name else ""
+        for name in (module_name, *(prefix + leaf for leaf, _ in module._parameters.items())):
+            places.setdefault(name, len(places))
+    last = len(places)
+    names = list(record.layers)
+    return sorted(names, key=lambda name: places.get(name, places.get(record.layers[name].weight, last)))
+
+
 def _graph(runner: ForwardRunner, record: Record, groups: Partition) -> ChannelGraph:
     """Collect what is known of layers, tensors and groups in a graph."""
     # Layers, in the order of `named_modules`.
-    order = [name for name in runner.modules if name in record.layers]
+    order = _layers_in_order(runner, record)
     layers: dict[str, Layer] = {}
     uses: dict[str, int] = {}
     for name in order:
@@ -207,6 +223,11 @@ def _graph(runner: ForwardRunner, record: Record, groups: Partition) -> ChannelG
             norm=facts.norm,
             reads_input=facts.reads_input,
             is_output=name in groups.outputs,
+            dim=facts.dim,
+            bias=facts.bias,
+            module=facts.module,
+            output_dim=facts.output_dim,
+            is_functional=facts.is_functional,
         )
         uses[facts.weight] = uses.get(facts.weight, 0) + positions
     # Tensors and groups. The index buffers of expansions are no part of the network.

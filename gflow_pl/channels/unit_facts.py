@@ -38,6 +38,8 @@ class UnitFacts:
         frozen = [(np.array([FIXED]), "padded with constants"), *constraints.frozen]
         expanded = expansions.boundaries
         frozen += [(b.outer, expanded[b.key]) for b in constraints.boundaries if b.key in expanded]
+        whole = [(record.layers[name].outputs, reason) for name, reason in expansions.whole.items()]
+        frozen += [(labels, reason) for labels, reason in whole if labels is not None]
         inexact = [*constraints.inexact, *more_inexact]
         if exact_only:
             frozen += [(labels, f"{reason} (exact_only)") for labels, reason in inexact]
@@ -99,11 +101,11 @@ def freeze_shared_expansions(
         facts = layers[pair // len(constraints.sources)]
         source = constraints.sources[pair % len(constraints.sources)]
         if isinstance(source, SizeAttribute):
-            is_own = source.module == facts.name
+            is_own = source.module in (facts.name, facts.module)
         else:
             assert isinstance(source, TensorDim)
             is_own = source.tensor == facts.weight or source.tensor.startswith(
-                (f"{facts.name}.", f"{expansions.layers[facts.name]}.")
+                (f"{facts.name}.", f"{facts.module}.", f"{expansions.layers[facts.name]}.")
             )
         if not is_own:
             number = unit_facts.number_of_frozen_reason("its weight is used elsewhere too")

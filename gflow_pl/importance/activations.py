@@ -79,7 +79,8 @@ def mean_activation_scores(
 
     Args:
         model: The model, in `scoring_mode`.
-        layers: Its layers. Those that no forward pass calls are missing from the result, with a warning.
+        layers: Its layers. Those that no forward pass calls are missing from the result, with a warning, and also those
+            whose weight is used inside a module that returns something else.
         measure: The measure.
         batches: Batches, moved to the device of the model one at a time.
         forward: ``forward(model, batch)`` runs a forward pass.
@@ -88,6 +89,12 @@ def mean_activation_scores(
     Raises:
         SettingsError: `score_activations` returns a tensor of a wrong shape, or no layer is called.
     """
+    unseen = [layer.name for layer in layers if layer.use is not None and layer.use.output is None]
+    if unseen:
+        log.warning("Layers whose output no module returns have no activations; not scored: %s.", ", ".join(unseen))
+        layers = [layer for layer in layers if layer.name not in unseen]
+    if not layers:
+        raise SettingsError(f"Measure '{measure.name}' needs activations, but no module returns the output of a layer.")
     weights = {layer.name: layer.tensors("weight")[0].value for layer in layers}
     sums = {
         layer.name: torch.zeros(layer.num_filters, dtype=accumulator_dtype(weight), device=weight.device)
@@ -146,6 +153,10 @@ def _checked_numbers(measure: ActivationImportance, layer: ScoredLayer, activati
 def _examples_and_filters_first(layer: ScoredLayer, activations: Tensor) -> Tensor:
     """Return activations as (examples, filters, ...), in float32 or float64."""
     activations = activations.to(accumulator_dtype(activations))
+    if layer.use is not None:
+        assert layer.use.output is not None
+        dim = layer.use.output[1]
+        return (activations if activations.ndim > -dim else activations.unsqueeze(0)).movedim(dim, 1)
     if isinstance(layer.module, _ConvNd):
         is_batched = activations.ndim == layer.module.weight.ndim
         return activations if is_batched else activations.unsqueeze(0)
@@ -201,13 +212,21 @@ class ActivationObserver(TorchFunctionMode):
             self._report(candidate, candidate.tensor)
 
     def _register_hooks(self) -> Iterator[RemovableHandle]:
-        modules = {layer.module for layer in self._layers}
-        for layer in self._layers:
-            yield layer.module.register_forward_hook(self._layer_hook(layer))
+        outputs = [self._module_of(layer) for layer in self._layers]
+        modules = set(outputs)
+        for layer, module in zip(self._layers, outputs, strict=True):
+            yield module.register_forward_hook(self._layer_hook(layer))
         for module in self._model.modules():
             if module not in modules and (is_norm(module) or _is_non_linearity(module)):
                 yield module.register_forward_pre_hook(self._before_module, with_kwargs=True)
                 yield module.register_forward_hook(self._after_module)
+
+    def _module_of(self, layer: ScoredLayer) -> nn.Module:
+        """Return the module whose output are the first activations of a layer."""
+        if layer.use is None:
+            return layer.module
+        assert layer.use.output is not None
+        return self._model.get_submodule(layer.use.output[0])
 
     def _layer_hook(self, layer: ScoredLayer) -> Callable[..., None]:
         def after_layer(_module: nn.Module, _inputs: object, output: object) -> None:

@@ -12,7 +12,8 @@ from gflow_pl.common.checks import check_choice
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.importance.base import Importance
 from gflow_pl.importance.gradients import accumulator_dtype
-from gflow_pl.importance.layers import ScoredLayer, gradient_rows, unique_refs, weight_rows
+from gflow_pl.importance.layers import ScoredLayer, unique_refs
+from gflow_pl.importance.rows import gradient_rows, weight_rows
 from gflow_pl.values.choices import Bias
 
 __all__ = ["FilterFormula", "exponential_average", "layer_rows", "layer_values"]

@@ -36,10 +36,11 @@ def flow_tensors(model: nn.Module, layers: list[ScoredLayer]) -> list[TensorRef]
     refs: list[TensorRef] = []
     sources: list[str] = []
     for layer in layers:
-        if not isinstance(layer.module.weight, nn.Parameter):
-            refs.append(layer.tensors("weight")[0])
-            prefix = f"{layer.name}." if layer.name else ""
-            sources += [prefix + part for part in ("parametrizations.weight.", "weight_g", "weight_v", "weight_orig")]
+        if not isinstance(layer.weight, nn.Parameter):
+            ref = layer.tensors("weight")[0]
+            refs.append(ref)
+            prefix, own = f"{layer.module_name}." if layer.module_name else "", ref.attribute
+            sources += [prefix + part for part in (f"parametrizations.{own}.", f"{own}_g", f"{own}_v", f"{own}_orig")]
     seen: set[int] = set()
     for owner_name, owner in model.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):

@@ -1,10 +1,10 @@
-"""The layers that are scored, the norms that follow them, and their tensors as rows: one row for each filter."""
+"""The layers that are scored, the norms that follow them, and the tensors that measures read of both."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,21 +17,20 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gflow_pl.common.errors import SettingsError
-from gflow_pl.values import ChannelGraph
+from gflow_pl.values import ChannelGraph, Layer
 
 __all__ = [
     "Reads",
     "ScoredLayer",
     "TensorRef",
+    "WeightUse",
     "find_layers",
-    "gradient_rows",
     "is_norm",
     "log_layers_without_norm",
     "recompute_weights",
     "source_parameters",
     "unique_refs",
     "weight_hooks",
-    "weight_rows",
 ]
 
 log = logging.getLogger(__name__)
@@ -133,16 +132,37 @@ class _AttributeReader(nn.Module):
 
 
 @dataclass(frozen=True)
+class WeightUse:
+    """How a module uses a weight itself, without a call of `nn.Linear` or of a convolution of torch.
+
+    Attributes:
+        module_name: Name of the module that holds the weight.
+        weight: Name of the weight in the module.
+        bias: Name of the bias in the module, if it is known.
+        dim: Dimension of the weight that counts filters.
+        output: Name of the module whose output holds the filters, and the dimension of that output, counted from the
+            end; None if no module returns them.
+    """
+
+    module_name: str
+    weight: str
+    bias: str | None
+    dim: int
+    output: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
 class ScoredLayer:
     """A convolution, transposed convolution or linear layer, and the norm that follows it.
 
     Attributes:
         name: Name of the layer.
-        module: The layer.
+        module: The layer, or the module that holds the weight and uses it itself.
         norm: The norm that follows it, if any.
         norm_name: Name of that norm.
         first_names: Name of every parameter to the first of its names, as in ``named_parameters()``; the two differ for
             tied parameters.
+        use: How the module uses the weight; None for a convolution or linear layer of torch.
     """
 
     name: str
@@ -150,11 +170,26 @@ class ScoredLayer:
     norm: nn.Module | None
     norm_name: str | None
     first_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    use: WeightUse | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the forward pass uses it."""
+        weight = getattr(self.module, "weight" if self.use is None else self.use.weight)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def module_name(self) -> str:
+        """Name of `module`."""
+        return self.name if self.use is None else self.use.module_name
 
     @property
     def num_filters(self) -> int:
         """Number of output channels."""
-        weight = _weight(self.module)
+        weight = self.weight
+        if self.use is not None:
+            return weight.shape[self.use.dim]
         return weight.shape[1] * self.module.groups if isinstance(self.module, _ConvTransposeNd) else weight.shape[0]
 
     def tensors(self, reads: Reads) -> list[TensorRef]:
@@ -163,13 +198,16 @@ class ScoredLayer:
         A layer without a norm is treated as if a norm of weight 1 and bias 0 followed. The gradients of these two
         follow from those of the layer's own weight and bias, which are returned then.
         """
+        own = ("weight", "bias") if self.use is None else (self.use.weight, self.use.bias)
         if reads == "weight":
-            return [self._ref(self.module, self.name, "weight")]
-        owner, name = (self.module, self.name) if self.norm is None else (self.norm, self.norm_name)
-        attributes = [attribute for attribute in ("weight", "bias") if getattr(owner, attribute, None) is not None]
+            return [self._ref(self.module, self.module_name, own[0])]
+        owner, name, attributes = self.module, self.module_name, [attribute for attribute in own if attribute]
+        if self.norm is not None:
+            owner, name, attributes = self.norm, self.norm_name or "", ["weight", "bias"]
+        attributes = [attribute for attribute in attributes if getattr(owner, attribute, None) is not None]
         return [self._ref(owner, name, attribute) for attribute in attributes]
 
-    def _ref(self, owner: nn.Module, owner_name: str | None, attribute: str) -> TensorRef:
+    def _ref(self, owner: nn.Module, owner_name: str, attribute: str) -> TensorRef:
         name = f"{owner_name}.{attribute}" if owner_name else attribute
         return TensorRef(owner, attribute, self.first_names.get(name, name))
 
@@ -177,10 +215,13 @@ class ScoredLayer:
 def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[ScoredLayer]:
     """Return every convolution, transposed convolution and linear layer, in the order of ``named_modules()``.
 
+    Weights that modules use themselves come behind these, in the order of the graph.
+
     Args:
         model: Any module; it is not changed.
-        graph: Graph that names the norm behind each layer. Without a graph, and for layers that the graph does not
-            contain, the norm is the next one of the layer's width that is registered in the same parent module.
+        graph: Graph that names the norm behind each layer, and the weights that modules use themselves. Without a
+            graph, and for layers that the graph does not contain, the norm is the next one of the layer's width that is
+            registered in the same parent module.
 
     Raises:
         SettingsError: The model has no such layer, or a lazy one that is not initialized.
@@ -197,9 +238,47 @@ def find_layers(model: nn.Module, graph: ChannelGraph | None = None) -> list[Sco
         norm_name = _name_of_norm(modules, ScoredLayer(name, module, None, None), graph)
         norm = modules[norm_name] if norm_name is not None else None
         layers.append(ScoredLayer(name, module, norm, norm_name, first_names))
+    found = {layer.name for layer in layers}
+    for name, layer in graph.layers.items() if graph is not None else ():
+        if name not in found and layer.is_functional:
+            layers.append(_layer_of_weight(modules, layer, graph, first_names))
     if not layers:
         raise SettingsError(f"{type(model).__name__} has no conv, transposed conv or linear layer: nothing to score.")
     return layers
+
+
+def _layer_of_weight(
+    modules: Mapping[str, nn.Module], layer: Layer, graph: ChannelGraph | None, first_names: Mapping[str, str]
+) -> ScoredLayer:
+    """Return the layer whose weight a module uses itself.
+
+    Args:
+        modules: Modules of the network by name.
+        layer: The graph's description of the layer.
+        graph: The graph.
+        first_names: See `ScoredLayer`.
+    """
+    # The weight, or the attribute that a parametrization or a hook computes from it.
+    owner_name, _, weight = layer.weight.rpartition(".")
+    if ".parametrizations." in f".{layer.weight}":
+        owner_name, _, inner = f".{layer.weight}".partition(".parametrizations.")
+        owner_name, weight = owner_name.removeprefix("."), inner.partition(".")[0]
+    owner = modules[owner_name]
+    weight = next((hook.name for hook in weight_hooks(owner) if weight.startswith(f"{hook.name}_")), weight)
+
+    # The bias: the one that the trace has seen, or the one that is named like the weight.
+    bias = None if layer.bias is None else layer.bias.removeprefix(f"{owner_name}." if owner_name else "")
+    use = WeightUse(owner_name, weight, bias, layer.dim, None)
+    if layer.module is not None and layer.output_dim is not None:
+        use = replace(use, output=(layer.module, layer.output_dim))
+    if bias is None or not isinstance(getattr(owner, bias, None), Tensor):
+        likely = weight.replace("weight", "bias")
+        vector = getattr(owner, likely, None) if likely != weight else None
+        fits = isinstance(vector, Tensor) and vector.shape == (layer.num_filters,)
+        use = replace(use, bias=likely if fits else None)
+    plain = ScoredLayer(layer.name, owner, None, None, first_names, use)
+    norm_name = _name_of_norm(modules, plain, graph)
+    return replace(plain, norm=None if norm_name is None else modules[norm_name], norm_name=norm_name)
 
 
 def _name_of_norm(modules: Mapping[str, nn.Module], layer: ScoredLayer, graph: ChannelGraph | None) -> str | None:
@@ -232,61 +311,6 @@ def is_norm(module: nn.Module) -> bool:
 
 def _has_vector_weight(module: nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor) and _weight(module).ndim == 1
-
-
-def _filter_rows(layer: ScoredLayer, weight: Tensor) -> Tensor:
-    """Return a weight, or a tensor of its shape, as (filters, weights of one filter)."""
-    if not isinstance(layer.module, _ConvTransposeNd):
-        return weight.flatten(1)
-    # The weight of a transposed convolution is (inputs, outputs of one group, ...), group by group.
-    groups = layer.module.groups
-    inputs, outputs, *kernel = weight.shape
-    size = inputs // groups * torch.Size(kernel).numel()
-    return weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2).reshape(groups * outputs, size)
-
-
-def weight_rows(layer: ScoredLayer, reads: Reads, values: Mapping[str, Tensor]) -> Tensor:
-    """Return the tensors that a measure reads of one layer as rows, (filters, weights of one filter).
-
-    Args:
-        layer: The layer.
-        reads: "weight", or "norm" for weight and bias of the norm (1 and 0 if there is none).
-        values: Tensors by the names of ``layer.tensors(reads)``.
-    """
-    found = [values[ref.name] for ref in layer.tensors(reads)]
-    if reads == "weight":
-        return _filter_rows(layer, found[0])
-    if layer.norm is None:
-        ones = found[0].new_ones(layer.num_filters)
-        return torch.stack([ones, torch.zeros_like(ones)], dim=1)
-    return torch.stack(found, dim=1)
-
-
-def gradient_rows(
-    layer: ScoredLayer, reads: Reads, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-) -> Tensor:
-    """Return gradients of one layer, or tensors that are linear in them, in the rows of `weight_rows`.
-
-    A missing norm would scale and shift the outputs of the layer. Its weight, at 1, has the gradient
-    ``sum(w g) + b g_b``, and its bias, at 0, the gradient ``g_b``.
-
-    Args:
-        layer: The layer.
-        reads: As in `weight_rows`.
-        values: Tensors by the names of ``layer.tensors(reads)``.
-        gradients: Their gradients by the same names.
-    """
-    refs = layer.tensors(reads)
-    found = [gradients[ref.name] for ref in refs]
-    if reads == "weight":
-        return _filter_rows(layer, found[0])
-    if layer.norm is not None:
-        return torch.stack(found, dim=1)
-    scale = (_filter_rows(layer, values[refs[0].name]) * _filter_rows(layer, found[0])).sum(1)
-    shift = found[1] if len(found) > 1 else torch.zeros_like(scale)
-    if len(found) > 1:
-        scale = scale + values[refs[1].name] * shift
-    return torch.stack([scale, shift], dim=1)
 
 
 def unique_refs(layers: list[ScoredLayer], reads: Reads) -> list[TensorRef]:

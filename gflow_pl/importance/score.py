@@ -63,8 +63,9 @@ def score_filters(
         model: Any module, a LightningModule or a plain one.
         measure: Name of a measure, or an `Importance`.
         batches: Iterable of (inputs, targets), or of the batches that `loss_fn` takes. Ignored by measures of weights.
-        graph: Graph that names the norm behind each layer. Without it, the norm of a layer is the next one of its width
-            that is registered in the same parent module.
+        graph: Graph that names the norm behind each layer, and the weights that modules use themselves (with
+            `torch.nn.functional.linear`, say). Without it, the norm of a layer is the next one of its width that is
+            registered in the same parent module, and only convolutions and linear layers of torch are scored.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss. It is used unchanged, without a temperature.
         temperature: Divisor of the logits, > 0. None: the measure's own (200 for grasp, 1 for others).
         num_samples: Number of images of each rank to score on: whole batches until they contain that many, or, for a
@@ -82,8 +83,8 @@ def score_filters(
         seed: Seed of the private generator of `random`.
 
     Returns:
-        One vector (filters,) for each layer, by name in the order of ``named_modules()``, on the device of the model,
-        in float32 (float64 for float64 weights).
+        One vector (filters,) for each layer, by name in the order of ``named_modules()``, then those of weights that
+        modules use themselves; on the device of the model, in float32 (float64 for float64 weights).
 
     Raises:
         SettingsError: The measure is unknown, a number is out of range, a class has too few images, the loss is not

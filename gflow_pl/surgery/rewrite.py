@@ -186,7 +186,8 @@ def _update_attributes(
     # Numbers that follow from the sizes of groups (num_heads, split sizes).
     for module_name, patches in after.patched_attributes(after.groups).items():
         module = modules[module_name]
-        if module_name in after.layers and after.layers[module_name].num_filters == 0:
+        is_layer = isinstance(module, (_ConvNd, nn.Linear)) and module_name in after.layers
+        if is_layer and after.layers[module_name].num_filters == 0:
             continue  # An emptied layer keeps its numbers: a convolution with 0 groups would be refused.
         from_shapes = attributes_from_shapes(module, all_local.get(module_name, {}))
         for name, value in patches.items():

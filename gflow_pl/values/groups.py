@@ -88,16 +88,24 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Layer:
-    """A conv, transposed conv or linear layer that the network calls as a module.
+    """A conv, transposed conv or linear layer: a weight whose filters compute channels.
 
     Attributes:
-        name: As in ``named_modules()``.
+        name: Name of the module that is called, as in ``named_modules()``. If a module uses the weight itself (with
+            `torch.nn.functional.linear`, say), the name of the module that holds the weight, or, if that module holds
+            several parameters with two or more dimensions, the name of the weight.
         weight: Name of its weight.
         num_filters: Number of output channels now.
         positions: Number of multiply-accumulates for one example, per element of the weight.
         norm: Name of the norm that reads this layer's output, if there is one.
         reads_input: Whether the layer reads the network's input directly.
         is_output: Whether its outputs are (part of) the model's outputs.
+        dim: Dimension of the weight that counts filters.
+        bias: Name of its bias, if `is_functional` and if it is known.
+        module: Name of the module whose output holds its filters; None if no module returns them.
+        output_dim: Dimension of that output, counted from the end.
+        is_functional: Whether a module uses the weight itself, so that no call of an `nn.Linear` or of a convolution of
+            torch shows the layer.
     """
 
     name: str
@@ -107,6 +115,11 @@ class Layer:
     norm: str | None = None
     reads_input: bool = False
     is_output: bool = False
+    dim: int = 0
+    bias: str | None = None
+    module: str | None = None
+    output_dim: int | None = None
+    is_functional: bool = False
 
 
 @dataclass(frozen=True, eq=False)

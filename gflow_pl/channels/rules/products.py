@@ -21,7 +21,9 @@ def _contract(op: OperatorCall, a: Tensor, dim_a: int, b: Tensor, dim_b: int) ->
     The removal of their channels is exact if one of the tensors is zero for removed channels.
     """
     info_a, info_b = op.info(a), op.info(b)
-    op.match(info_a.labels[dim_a], info_b.labels[dim_b], _INPUT)
+    # A uniform tensor (the first hidden state of a recurrent layer) takes any size.
+    if not info_a.is_uniform and not info_b.is_uniform:
+        op.match(info_a.labels[dim_a], info_b.labels[dim_b], _INPUT)
     if dim_a not in info_a.zero_dims and dim_b not in info_b.zero_dims:
         op.mark_inexact(info_a.labels[dim_a], "a product sums over channels that are not zero once removed")
 
