@@ -37,6 +37,11 @@ dimension that counts filters. The first one of a convolution counts its inputs 
 _BIAS = {"addmm": 0, "addmv": 0, "convolution": 2, "torchvision::deform_conv2d": 4}
 """Position of the bias among the arguments."""
 
+_MODULE_LAYERS = frozenset(
+    [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+)
+"""Types whose forward applies the weight of the module and no other."""
+
 _OF_WEIGHT = ("weight", "weight_v", "weight_g", "weight_orig")
 _PARAMETRIZED = "parametrizations"
 
@@ -72,6 +77,8 @@ class FunctionalLayers:
 
     def note(self, call: OperatorCall) -> None:
         """Add what one call of an operator shows about the layer whose weight it applies, if it applies one."""
+        if type(call.module) in _MODULE_LAYERS:
+            return  # `LayerHooks` describes it
         is_activation = [call.info(x).is_activation for x in call.operands]
         if all(is_activation) or not (any(is_activation) or self._has_bias(call)):
             return

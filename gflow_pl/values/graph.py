@@ -27,7 +27,7 @@ class ChannelGraph:
     Attributes:
         groups: The groups of units that can be removed or expanded, in the order of the network.
         frozen: Layer name to the reason why (some of) its filters cannot be pruned.
-        layers: Name to every conv, transposed conv and linear layer that is called as a module.
+        layers: Name to every conv, transposed conv and linear layer, and to every weight that a module uses like one.
         shapes: Name of every parameter and buffer to its present shape.
         uses: Weight name to the number of multiply-accumulates for one example, per element of that weight. Times the
             number of its elements, this is the cost of the layer, before and after any plan.
