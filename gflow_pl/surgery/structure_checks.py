@@ -109,7 +109,7 @@ def _follows_from_shapes(
 ) -> bool:
     """Return whether a listed attribute is the one that follows from the shapes of a module's tensors.
 
-    The number of groups of a convolution, and with it one of its widths, does not follow from them alone.
+    The number of groups of a convolution or norm, and with it a convolution's widths, does not follow from them alone.
 
     Args:
         module: The module.
@@ -120,11 +120,12 @@ def _follows_from_shapes(
     """
     if plain_value(from_shapes[name]) == plain_value(values[name]):
         return True
-    groups = values.get("groups")
-    if not is_whole_number(groups) or groups < 1 or getattr(module, "groups", 1) == groups == 1:
+    key = "num_groups" if name == "num_groups" else "groups"
+    groups = values.get(key)
+    if not is_whole_number(groups) or groups < 1 or getattr(module, key, 1) == groups == 1:
         return False
     sizes = {size for shape in shapes.values() for size in shape}
-    if name == "groups":
+    if name in ("groups", "num_groups"):
         return any(size % groups == 0 for size in sizes)
     return values[name] in {size * factor for size in sizes for factor in (1, groups)}
 
