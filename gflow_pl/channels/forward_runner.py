@@ -18,6 +18,7 @@ from gflow_pl.channels.shape_cache import ShapeCache
 from gflow_pl.common.attention import attention_fast_path_disabled
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.nested import copy_nested, exhaust_iterators, iter_tensors
+from gflow_pl.common.own_width_attention import own_widths
 from gflow_pl.common.snapshot import ModuleSnapshot, module_snapshots, restored_afterwards, seed_generators
 
 __all__ = ["Call", "Calls", "ForwardRunner", "NetworkCopies"]
@@ -235,6 +236,7 @@ class ForwardRunner:
             seed_generators(0)  # every pass draws the same numbers, whatever the state of the generators
             # Compiled submodules run as written, and attention calls plain operators.
             stack.enter_context(attention_fast_path_disabled())
+            stack.enter_context(own_widths(self.accessible_modules))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for module in self.accessible_modules:
                 for tensors in (module._parameters, module._buffers):

@@ -80,24 +80,27 @@ class FunctionalLayers:
         if type(call.module) in _MODULE_LAYERS:
             return  # `LayerHooks` describes it
         is_activation = [call.info(x).is_activation for x in call.operands]
-        if all(is_activation) or not (any(is_activation) or self._has_bias(call)):
+        if all(is_activation):
             return
-        for position, dim in PRODUCTS[call.name]:
+        has_input = any(is_activation)
+        for position, dim in PRODUCTS[call.name] if has_input else PRODUCTS[call.name][-1:]:
             weight = call.args[position]
             if call.info(weight).is_activation:
                 continue
-            if not any(is_activation) and position != max(place for place, _ in PRODUCTS[call.name]):
-                continue  # of two parameters, the weight comes last
             if call.name == "convolution" and call.arg(6, "transposed", False):
                 dim = 1
             source = self._filters(call.info(weight).labels[dim])
-            if source is not None and not self._belongs_to_running_layer(source.tensor):
+            if source is None or not (has_input or self._is_weight_of_parameter(call, source)):
+                continue
+            if not self._belongs_to_running_layer(source.tensor):
                 self._note(call, weight, source)
 
-    def _has_bias(self, call: OperatorCall) -> bool:
-        """Return whether an operator adds a bias, which tells a layer from a product of two parameters."""
-        place = _BIAS.get(call.name)
-        return place is not None and place < len(call.args) and self._bias_of(call) is not None
+    def _is_weight_of_parameter(self, call: OperatorCall, source: TensorDim) -> bool:
+        """Return whether a product of two parameters applies the second one to the first one (learned queries, say).
+
+        A bias tells it from a weight that is itself a product, and so does a weight whose filters are its rows.
+        """
+        return call.name == "convolution" or source.dim == 0 or self._bias_of(call) is not None
 
     def _bias_of(self, call: OperatorCall) -> str | None:
         """Return the name of the vector whose elements an operator adds to the filters of its weight."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.common.own_width_attention import update_attention
 from gflow_pl.surgery.emptied import update_emptiness
 from gflow_pl.surgery.expansion import Placement, expansion_of, gather_of, set_expansion, set_gather
 from gflow_pl.surgery.module_attributes import (
@@ -112,6 +113,8 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
             set_expansion(module, _placement(wanted.expansions.get(name)))
             set_gather(module, _placement(wanted.gathers.get(name)))
             update_emptiness(module, network_has_emptied_layers=has_emptied_layers)
+        for module in modules.values():
+            update_attention(module)  # after the hooks of all modules
     if resized:
         model.zero_grad(set_to_none=True)
 

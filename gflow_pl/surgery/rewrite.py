@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.common.optimizers import OptimizerLike
+from gflow_pl.common.own_width_attention import is_torch_attention, update_attention
 from gflow_pl.surgery.dead_groups import find_dead_groups
 from gflow_pl.surgery.emptied import update_emptiness
 from gflow_pl.surgery.expansion import Placement, expansion_of, gather_of, set_expansion, set_gather
@@ -148,6 +149,7 @@ def _rewrite_network(
                 commits.append(_update_gather(table.modules, group, masks))
     if any(group.size == 0 for group in after.groups):
         commits += [partial(update_emptiness, module) for module in table.modules.values()]
+    commits += [partial(update_attention, module) for module in table.modules.values() if is_torch_attention(module)]
     return commits
 
 

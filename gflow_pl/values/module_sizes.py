@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from gflow_pl.common.own_width_attention import OwnWidthAttention
+
 __all__ = ["shape_attributes"]
 
 Shape = tuple[int, ...]
@@ -121,10 +123,12 @@ def _attention(module: nn.MultiheadAttention, shapes: Mapping[str, Shape]) -> di
     inputs = packed or query
     if inputs is None:
         return {}
-    width = inputs[1]
-    # The number of heads does not follow from shapes. If it changes, the trace has noted how in `ChannelGraph.patches`.
+    width, inner = inputs[1], inputs[0] // 3 if packed else inputs[0]
     sizes = {"embed_dim": width, "kdim": key[1] if key else width, "vdim": value[1] if value else width}
-    return {**sizes, "head_dim": width // module.num_heads}
+    # Heads are removed as a whole. Networks of older versions may have heads of another width.
+    own = module.head_dim
+    is_kept = isinstance(module, OwnWidthAttention) or (own and inner % own == 0)
+    return {**sizes, "head_dim": own if is_kept else inner // module.num_heads}
 
 
 # The first entry that matches a module applies.
