@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gflow_pl.common.checks import is_whole_number
 from gflow_pl.common.errors import SettingsError
+from gflow_pl.surgery.expansion import expansion_of
 from gflow_pl.surgery.module_attributes import attributes_from_shapes, local_shapes, original_values, plain_value
 from gflow_pl.surgery.tensor_table import TensorTable
 from gflow_pl.values import Structure
@@ -185,24 +186,37 @@ def _placement_problems(
                 yield f"no module '{name}' to expand"
             elif not -_MAX_NDIM <= entry["dim"] < _MAX_NDIM:
                 yield f"the expansion of module '{name}' has dim {entry['dim']}"
-            elif not _has_channels(table.modules[name], local.get(name, {}), structure.attributes.get(name, {}), entry):
+            elif not _has_channels(table, name, local, structure.attributes.get(name, {}), entry):
                 yield f"module '{name}' has no {len(entry['index'])} channels to expand"
 
 
 def _has_channels(
-    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, object], entry: Mapping[str, Any]
+    table: TensorTable,
+    name: str,
+    local: Mapping[str, Mapping[str, tuple[int, ...]]],
+    values: Mapping[str, object],
+    entry: Mapping[str, Any],
 ) -> bool:
     """Return whether a module has as many channels as an expansion scatters, or a gather reads.
 
     Args:
-        module: The module.
-        shapes: Shapes of its tensors, in the structure.
-        values: Its attributes in the structure.
+        table: The tensors and modules of the network.
+        name: Name of the module.
+        local: Shapes of the tensors that every module holds, in the structure.
+        values: Attributes of the module in the structure.
         entry: The expansion or gather.
     """
-    count = len(entry["index"])
-    if not shapes:  # a norm without weights
-        return not module._modules and hasattr(module, "num_features")
+    module, count = table.modules[name], len(entry["index"])
     groups = values.get("groups", getattr(module, "groups", 1))
-    sizes = {size for shape in shapes.values() for size in shape}
-    return count in sizes or any(size * groups == count for size in sizes if isinstance(groups, int))
+    sizes = {size for shape in local.get(name, {}).values() for size in shape}
+    if sizes:
+        return count in sizes or any(size * groups == count for size in sizes if isinstance(groups, int))
+    if not module._modules:  # a norm without weights
+        return hasattr(module, "num_features")
+
+    # A module that uses the weights of modules in it: the full width is one of theirs, too.
+    inner = f"{name}." if name else ""
+    sizes = {size for part, shapes in local.items() if part.startswith(inner) for s in shapes.values() for size in s}
+    widths = {size for full in table if full.startswith(inner) for size in table[full].tensor.shape}
+    present = expansion_of(module)
+    return count in sizes and entry["width"] in widths | ({present["width"]} if present else set())

@@ -385,11 +385,16 @@ class RandomNetwork(nn.Module):
         torch.manual_seed(seed)
         draw = random.Random(seed)
         widths, self.steps, self.reads = [3], nn.ModuleList(), []
-        for _ in range(draw.randint(4, 14)):
-            a = max(0, len(widths) - 1 - min(draw.randrange(4), draw.randrange(4)))
+        # Every kind follows a convolution and is followed by one in some network, so that a wrong rule shows.
+        kinds = ["conv", KINDS[seed % len(KINDS)], "conv"]
+        for number in range(draw.randint(6, 14)):
+            a = len(widths) - 1
+            if number >= len(kinds):
+                a = max(0, a - min(draw.randrange(4), draw.randrange(4)))
             equal = [i for i, width in enumerate(widths) if width == widths[a]]
             b = draw.choice(equal) if draw.random() < 0.7 else draw.randrange(len(widths))
-            step = _Step(draw.choice(KINDS), widths[a], widths[b], draw.choice(_WIDTHS))
+            kind = kinds[number] if number < len(kinds) else draw.choice(KINDS)
+            step = _Step(kind, widths[a], widths[b], 8 if number == 0 else draw.choice(_WIDTHS))
             if step.made is not None and step.made <= 48:
                 self.steps.append(step)
                 self.reads.append((a, b))
