@@ -40,11 +40,13 @@ class Auxiliary(Enum):
         FIXED: The label `FIXED`.
         BOUNDARY: The other side of a `Boundary`.
         SUM: The result of an addition of two activations.
+        BROADCAST: A dimension that was broadcast, and can have any size.
     """
 
     FIXED = 0
     BOUNDARY = 1
     SUM = 2
+    BROADCAST = 3
 
 
 Source = TensorDim | SizeAttribute | Auxiliary
@@ -165,6 +167,11 @@ class Constraints:
         """Return the first label and the one after the last if the vector is a whole allocated range, else None."""
         known = self._ranges.get(id(labels))
         return None if known is None else (self.starts[known[0]], self.starts[known[0] + 1])
+
+    def is_broadcast(self, labels: Labels) -> bool:
+        """Return whether a vector is that of a dimension that was broadcast."""
+        known = self._ranges.get(id(labels))
+        return known is not None and self.sources[known[0]] is Auxiliary.BROADCAST
 
     def join(self, a: Labels, b: Labels) -> None:
         """Require that label i of `a` and label i of `b` are pruned together, for every i."""

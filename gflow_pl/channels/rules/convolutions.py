@@ -93,7 +93,29 @@ def _grouped_filters(op: OperatorCall, inputs: Labels | None, kernel: DimLabels,
     return filters
 
 
+def _deformable(op: OperatorCall) -> None:
+    """Label the output of torchvision's ``deform_conv2d``.
+
+    The arguments are x, weight, offset, mask, bias, three pairs of sizes, groups, groups of offsets, and whether there
+    is a mask. The offsets and the mask have a channel for every position of the kernel, which stay.
+    """
+    x, weight, offset, mask, bias = op.args[:5]
+    labels, kernel = op.info(x).labels, op.info(weight).labels
+    for vector in (*op.info(offset).labels, *op.info(mask).labels, *kernel[2:], *labels[2:]):
+        op.freeze(vector, "positions that a deformable convolution samples")
+    filters = kernel[0]
+    if op.args[11] == op.args[12] == 1:
+        op.match(labels[1], kernel[1], _INPUT)
+    else:
+        for vector in (labels[1], kernel[0], kernel[1]):
+            op.freeze(vector, "a grouped deformable convolution")
+        filters = None
+    op.match(filters, op.info(bias).labels[0], "a bias whose filters cannot change")
+    op.set_labels(op.output, [labels[0], filters, None, None], {1})
+
+
 _NAMES: dict[Rule, str] = {
+    _deformable: "torchvision::deform_conv2d",
     _convolution: "convolution convolution_overrideable _convolution cudnn_convolution mkldnn_convolution",
 }
 CONVOLUTION_RULES = rule_table(_NAMES)

@@ -79,17 +79,18 @@ def _unbind(op: OperatorCall) -> None:
 def _expand(op: OperatorCall) -> None:
     """Label the output of ``expand(x, sizes)``.
 
-    Dimensions are added in front, and dimensions of size 1 are broadcast.
+    Dimensions are added in front, and dimensions of size 1 are broadcast. A broadcast dimension can have any size: it
+    follows the channels that it meets, if its size in the code does.
     """
     x = op.operands[0]
     info = op.info(x)
     num_new = op.output.ndim - x.ndim
-    labels: DimLabels = [None] * num_new
+    labels: DimLabels = [op.broadcast_labels(size) for size in op.output.shape[:num_new]]
     for dim, vector in enumerate(info.labels):
         is_kept = x.shape[dim] == op.output.shape[dim + num_new]
         if not is_kept:
             op.freeze(vector, "a single channel that is broadcast to many")
-        labels.append(vector if is_kept else None)
+        labels.append(vector if is_kept else op.broadcast_labels(op.output.shape[dim + num_new]))
     op.set_labels(op.output, labels, [dim + num_new for dim in info.zero_dims], info.is_uniform)
 
 

@@ -143,6 +143,14 @@ class OperatorCall:
         """Return new labels for a sum of two activations, which belongs to neither of them alone."""
         return self.table.constraints.new_labels(Auxiliary.SUM, size)
 
+    def broadcast_labels(self, size: int) -> Labels | None:
+        """Return new labels for a dimension that is broadcast to a size; None for a single position."""
+        return self.table.constraints.new_labels(Auxiliary.BROADCAST, size) if size > 1 else None
+
+    def is_broadcast(self, labels: Labels | None) -> bool:
+        """Return whether labels are those of a dimension that was broadcast, and met no other channels yet."""
+        return labels is not None and self.table.constraints.is_broadcast(labels)
+
     def add_activations(self, a: Labels, b: Labels) -> None:
         """Join the labels of two added activations: a residual stream, unless something else joins them too."""
         self.table.constraints.adds.append((a, b))

@@ -96,6 +96,52 @@ def _attention(op: OperatorCall) -> None:
         op.set_labels(extra, [None] * extra.ndim, is_uniform=True)
 
 
+def _trilinear(op: OperatorCall) -> None:
+    """Label the output of ``_trilinear(a, b, c, expand_a, expand_b, expand_c, summed)``, which bilinear layers call.
+
+    The three operands get dimensions of size 1, are multiplied, and the summed dimensions go.
+    """
+    ndim = op.args[0].ndim + len(op.args[3])
+    summed = {dim % ndim for dim in op.args[6]}
+    columns: list[list[tuple[Labels | None, bool]]] = [[] for _ in range(ndim)]
+    for operand, expanded in zip(op.args[:3], op.args[3:6], strict=True):
+        info = op.info(operand)
+        own = [dim for dim in range(ndim) if dim not in {e % ndim for e in expanded}]
+        for position, dim in enumerate(own):
+            columns[dim].append((info.labels[position], position in info.zero_dims))
+    labels: DimLabels = []
+    zero_dims = set()
+    for dim, column in enumerate(columns):
+        vectors, is_zero = [vector for vector, _ in column], any(zero for _, zero in column)
+        for vector in vectors[1:]:
+            op.match(vectors[0], vector, _INPUT)
+        if dim in summed:
+            if not is_zero:
+                op.mark_inexact(vectors[0], "a product sums over channels that are not zero once removed")
+            continue
+        zero_dims |= {len(labels)} if is_zero else set()
+        labels.append(vectors[0])
+    op.set_labels(op.output, labels, zero_dims)
+
+
+def _grouped_mm(op: OperatorCall) -> None:
+    """Label the output of ``_grouped_mm(a, b, offsets)``.
+
+    Rows of a (rows, inputs) are multiplied with the matrix of b of their group. Other forms freeze the channels.
+    """
+    a, b = op.args[:2]
+    labels_a, labels_b = op.info(a).labels, op.info(b).labels
+    if a.ndim != 2 or b.ndim != 3:
+        for vector in (*labels_a, *labels_b):
+            op.freeze(vector, "a product of groups of matrices")
+        op.set_labels(op.output, [None] * op.output.ndim)
+        return
+    _contract(op, a, 1, b, 1)
+    for vector in (labels_a[0], labels_b[0]):
+        op.freeze(vector, "the groups of a product of matrices")
+    op.set_labels(op.output, [None, labels_b[2]], {1} if 2 in op.info(b).zero_dims else ())
+
+
 def _match_heads(op: OperatorCall, shared: Labels | None, heads: Labels | None, num_shared: int) -> None:
     """Match every head of key and value with the consecutive heads that share it.
 
@@ -118,6 +164,8 @@ _NAMES: dict[Rule, str] = {
     _addmm: "addmm baddbmm",
     _bmm: "bmm",
     _mv: "mv dot",
+    _trilinear: "_trilinear",
+    _grouped_mm: "_grouped_mm",
     _attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable""",

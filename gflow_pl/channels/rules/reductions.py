@@ -13,8 +13,8 @@ __all__ = ["REDUCTION_RULES"]
 _SUMS = frozenset(["sum", "linalg_vector_norm", "norm", "count_nonzero"])
 """Reductions that zeros do not change, so that channels that are zero once removed may go."""
 
-_MEANS = frozenset(["mean", "var", "std", "var_mean", "std_mean", "logsumexp"])
-"""Reductions whose result depends on the number of positions."""
+_MEANS = frozenset(["mean", "var", "std", "var_mean", "std_mean", "logsumexp", "amax", "amin", "max", "min", "aminmax"])
+"""Reductions whose result changes if positions go, even if these hold zeros."""
 
 _OF_ZEROS_ZERO = frozenset(["sum", "mean", "amax", "amin"])
 """Reductions of zeros that are zero."""
@@ -37,7 +37,8 @@ def _reduced_dims(op: OperatorCall, position: int, ndim: int) -> tuple[int, ...]
 def _reduce(op: OperatorCall) -> None:
     """Label the outputs of ``sum(x, dim, keepdim)``, mean, var, norm, amax, argmax, any and others.
 
-    Over channels, a sum of zeros is exact, other sums and means are inexact, and anything else freezes the channels.
+    Over channels, a sum of zeros is exact; other sums, means, maxima and minima are inexact, and anything else freezes
+    the channels.
     """
     x = op.operands[0]
     info = op.info(x)
@@ -61,6 +62,21 @@ def _reduce(op: OperatorCall) -> None:
         else:
             zero_dims = [i for i, dim in enumerate(remaining) if dim in info.zero_dims and stays_zero]
             op.set_labels(output, [info.labels[dim] for dim in remaining][: output.ndim], zero_dims)
+
+
+def _unpool(op: OperatorCall) -> None:
+    """Label the output of ``max_unpool2d(x, indices, size)``; the indices have the channels of x."""
+    x, indices = op.operands[:2]
+    info = op.info(x)
+    first = x.ndim - int(next(char for char in op.name if char.isdigit()))
+    for dim in range(x.ndim):
+        if dim < first:
+            op.match(info.labels[dim], op.info(indices).labels[dim], "indices of other channels")
+        else:
+            op.freeze(info.labels[dim], "a spatial dim of a pooling or resizing op")
+    op.set_labels(
+        op.output, [*info.labels[:first], *[None] * (x.ndim - first)], {d for d in info.zero_dims if d < first}
+    )
 
 
 def _mix_along(op: OperatorCall) -> None:
@@ -113,6 +129,7 @@ _NAMES: dict[Rule, str] = {
     _reduce: """sum mean var std var_mean std_mean linalg_vector_norm norm amax amin max min argmax argmin prod any all
         logsumexp count_nonzero aminmax""",
     _mix_along: "_softmax softmax _log_softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp",
+    _unpool: "max_unpool2d max_unpool3d",
     _sort: "sort topk argsort kthvalue median mode msort",
     _pool: """max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
         avg_pool3d _adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d

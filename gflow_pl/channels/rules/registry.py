@@ -13,11 +13,13 @@ from gflow_pl.channels.rules.dimensions import DIMENSION_RULES
 from gflow_pl.channels.rules.elementwise import ELEMENTWISE_RULES
 from gflow_pl.channels.rules.indexing import INDEXING_RULES
 from gflow_pl.channels.rules.joining import JOINING_RULES
+from gflow_pl.channels.rules.losses import LOSS_RULES
 from gflow_pl.channels.rules.norms import NORM_RULES
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.rules.products import PRODUCT_RULES
 from gflow_pl.channels.rules.rearranging import REARRANGING_RULES
 from gflow_pl.channels.rules.reductions import REDUCTION_RULES
+from gflow_pl.channels.rules.scattering import SCATTERING_RULES
 from gflow_pl.channels.rules.splitting import SPLITTING_RULES
 from gflow_pl.channels.rules.tensor_lists import TENSOR_LIST_RULES
 from gflow_pl.channels.rules.views import VIEW_RULES
@@ -32,10 +34,12 @@ RULES: dict[str, Rule] = {
     **ELEMENTWISE_RULES,
     **INDEXING_RULES,
     **JOINING_RULES,
+    **LOSS_RULES,
     **NORM_RULES,
     **PRODUCT_RULES,
     **REARRANGING_RULES,
     **REDUCTION_RULES,
+    **SCATTERING_RULES,
     **SPLITTING_RULES,
     **TENSOR_LIST_RULES,
     **VIEW_RULES,

@@ -45,8 +45,14 @@ def _view(op: OperatorCall) -> None:
             zero_dims |= {new_dims[0]} if old_dims[0] in info.zero_dims else set()
             continue
 
-        # Of several dimensions with channels that are merged, only the last one can be pruned.
+        # Of several dimensions with channels that are merged, only the last one can be pruned. One that was broadcast
+        # keeps its size if it is merged with channels.
         labelled = [dim for dim in old_dims if before[dim] is not None]
+        broadcast = [dim for dim in labelled if op.is_broadcast(before[dim])]
+        if len(broadcast) < len(labelled):
+            for dim in broadcast:
+                op.freeze(before[dim], "a broadcast dim that is merged with channels")
+            labelled = [dim for dim in labelled if dim not in broadcast]
         for dim in labelled:
             if x.shape[dim] == 1:
                 op.freeze(before[dim], "a single channel")
