@@ -82,7 +82,9 @@ NETS = {
             a=nn.Linear(6, 16), b=nn.Linear(6, 12), c=nn.Bilinear(16, 12, 20), o=nn.Linear(20, 3)),
         torch.randn(4, 6),
     ),
-    "packed": lambda: (Net(packed, c=nn.Conv1d(4, 16, 3, padding=1), r=nn.LSTM(16, 8), f=nn.Linear(8, 3)), torch.randn(3, 9, 4)),
+    "packed": lambda: (
+        Net(packed, c=nn.Conv1d(4, 16, 3, padding=1), r=nn.LSTM(16, 8), f=nn.Linear(8, 3)), torch.randn(3, 9, 4),
+    ),
 }  # fmt: skip
 
 
