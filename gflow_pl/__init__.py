@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # type checkers cannot follow `__getattr__`
     from gflow_pl.channels import register_rule, trace_channels
     from gflow_pl.importance import Importance, score_filters
     from gflow_pl.selection import select_units
-    from gflow_pl.surgery import StructureMixin, apply_structure, load_from_checkpoint, rewrite, structure_of
+    from gflow_pl.surgery import (
+        StructureMixin,
+        apply_structure,
+        finalize,
+        load_from_checkpoint,
+        rewrite,
+        structure_of,
+    )
     from gflow_pl.tasks import ImageClassifier
     from gflow_pl.values import ChannelGraph, ChannelGroup, KeepPlan, Scores, Structure
 
@@ -32,6 +39,7 @@ _ROOM_OF_NAME = {
     "Structure": "values",
     "StructureMixin": "surgery",
     "apply_structure": "surgery",
+    "finalize": "surgery",
     "load_from_checkpoint": "surgery",
     "register_rule": "channels",
     "rewrite": "surgery",
@@ -55,6 +63,7 @@ __all__ = [
     "StructureMixin",
     "apply_structure",
     "data",
+    "finalize",
     "importance",
     "load_from_checkpoint",
     "models",

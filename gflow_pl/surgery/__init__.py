@@ -13,6 +13,7 @@ from gflow_pl.surgery.checkpoint import (
     structure_in_file,
 )
 from gflow_pl.surgery.expansion import scatter_output
+from gflow_pl.surgery.finalize import finalize
 from gflow_pl.surgery.module_structure import apply_structure, structure_of
 from gflow_pl.surgery.optimizer_state import check_optimizers, drop_empty_parameters, drop_state, register_state_rule
 from gflow_pl.surgery.rewrite import rewrite
@@ -27,6 +28,7 @@ __all__ = [
     "cut_tensor",
     "drop_empty_parameters",
     "drop_state",
+    "finalize",
     "load_from_checkpoint",
     "load_pruned",
     "register_state_rule",

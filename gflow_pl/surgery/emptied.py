@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["has_replaced_forward", "output_width", "update_emptiness"]
+__all__ = ["has_replaced_forward", "output_width", "update_emptiness", "zeros_of_layer"]
 
 _FROZEN = "_gflow_was_trained"
 """Attribute with the names of the parameters that ``requires_grad`` was turned off for."""
@@ -122,7 +122,7 @@ def _no_maps(
     lengths = input.shape[first:]
     sizes = [((n - 1) * u + g) // d + 1 for n, u, g, d in zip(lengths, up, gain, down, strict=True)]
     sizes = sizes if output_size is None else list(output_size)[-len(gain) :]
-    return _zeros(input, [*input.shape[: first - 1], 1, *sizes])
+    return zeros_of_layer(input, [*input.shape[: first - 1], 1, *sizes])
 
 
 def _no_rows(input: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _no_rows(input: Tensor) -> Tensor:
     Args:
         input: (..., features).
     """
-    return _zeros(input, [*input.shape[:-1], 1])
+    return zeros_of_layer(input, [*input.shape[:-1], 1])
 
 
 def _pass_on(input: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _pass_on(input: Tensor) -> Tensor:
 _REPLACEMENTS = (_no_maps, _no_rows, _pass_on)
 
 
-def _zeros(x: Tensor, shape: list[int]) -> Tensor:
+def zeros_of_layer(x: Tensor, shape: list[int]) -> Tensor:
     """Return zeros in the dtype that a layer would compute from `x`, under autocast as well."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
