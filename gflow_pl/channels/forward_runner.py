@@ -182,6 +182,8 @@ class ForwardRunner:
 
     def modules_like(self, name: str) -> list[nn.Module]:
         """Return a module of the network and the copies of it."""
+        if not self.copies.modules:
+            return [self.modules[name]]
         copied = [module for other, module in self.modules.items() if self.copies.original(other) == name]
         return copied or [self.modules[name]]
 
