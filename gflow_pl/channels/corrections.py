@@ -84,6 +84,16 @@ class Corrections:
     _sizes_tried: dict[CheckedSizes, OperatorIndex] = field(default_factory=dict)
     _in_vain: set[OperatorIndex] = field(default_factory=set)
 
+    def with_choice(self, site: ChoiceSite, step: int) -> Corrections:
+        """Return the choices of these corrections alone, with a later one at a site.
+
+        Args:
+            site: The site.
+            step: Number of choices to go on.
+        """
+        choices = {**self.choices, site: self.choices.get(site, 0) + step}
+        return Corrections(choices=choices, checked_sizes=dict(self.checked_sizes))
+
     def allows_choices(self, failed: OperatorIndex) -> bool:
         """Return whether choices may still cure the failure of an operator: not if many have been tried in vain."""
         num_tried = sum(self.choices[site] - before for site, before in self._tried.get(failed, {}).items())

@@ -25,12 +25,13 @@ OTHER_TENSORS = "the forward reads other tensors at smaller shapes"
 _TAKES_SIZES = frozenset(
     """view _unsafe_view reshape _reshape_alias expand repeat split split_with_sizes unsafe_split
     unsafe_split_with_sizes chunk new_zeros new_ones new_empty zeros ones empty empty_strided new_empty_strided
-    native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange""".split()  # noqa: SIM905
+    native_layer_norm _fused_rms_norm native_group_norm convolution _convolution slice as_strided arange channel_shuffle
+    native_channel_shuffle""".split()  # noqa: SIM905
 )
 # Operators whose int arguments are positions and dimensions, where another number means another element.
 _TAKES_POSITIONS = frozenset(
     """select slice roll flip transpose t permute unfold diagonal topk sort kthvalue constant_pad_nd tril triu gather
-    channel_shuffle native_channel_shuffle select_scatter slice_scatter index_select cat stack squeeze
+    select_scatter slice_scatter index_select cat stack squeeze
     unsqueeze""".split()  # noqa: SIM905
 )
 # Operators that take a shape, followed by the value to fill it with.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -14,8 +14,10 @@ from gflow_pl.channels.expansions import STREAM, Expansions, add_residual_expans
 from gflow_pl.channels.first_record import RunnerOf, first_record
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.grouping import Partition, partition
+from gflow_pl.channels.readings import misread_sites, num_removable, open_sites
 from gflow_pl.channels.record import Record
 from gflow_pl.channels.record_forward import record_forward
+from gflow_pl.channels.unit_facts import Reasons
 from gflow_pl.channels.verify import InexactLabels, Verifier
 from gflow_pl.common.checks import check_choice
 from gflow_pl.common.snapshot import garbage_collection_paused
@@ -28,6 +30,7 @@ __all__ = ["CallError", "trace_channels", "trace_runs"]
 # Rounds in which choices are tried, rounds in which only what differs is frozen, and rounds in which groups next to it
 # are frozen as well, twice as many in every round.
 _CHOOSING_ROUNDS, _FREEZING_ROUNDS, _WIDENING_ROUNDS = 24, 12, 12
+_MAX_READINGS = 6  # other readings of views and splits that a trace verifies
 _OUTPUT_WIDTH = "what reads an expanded layer keeps its width"
 _INPUT_WIDTH = "what an expanded layer reads keeps its width"
 
@@ -110,16 +113,49 @@ def trace_runs(
     Raises:
         CallError: The forward has failed in a mode, and `must_run` is set.
     """
-    corrections = Corrections()
     runner, record = first_record(readings)
     for error in record.errors.values() if must_run else ():
         raise CallError(f"{type(error).__name__}: {error}") from error
+    choose = partial(_partition, residual=residual, frozen=frozen, exact_only=exact_only)
+    settled = _better_reading(runner, _settle(runner, record, Corrections(), choose), choose)
+    return _graph(runner, settled.record, settled.groups)
+
+
+class _Choose(Protocol):
+    """`_partition` with the settings of the trace."""
+
+    def __call__(self, record: Record, *, inexact: Reasons = ...) -> tuple[Expansions, Partition]: ...
+
+
+class _Settled(NamedTuple):
+    """A record that a verification found to be right.
+
+    Attributes:
+        record: The record.
+        groups: Its units and groups.
+        corrections: The corrections that led to it.
+    """
+
+    record: Record
+    groups: Partition
+    corrections: Corrections
+
+
+def _settle(runner: ForwardRunner, record: Record, corrections: Corrections, choose: _Choose) -> _Settled:
+    """Verify a record and correct it, until a verification finds no difference.
+
+    Args:
+        runner: The model and its inputs.
+        record: The record with these corrections.
+        corrections: The corrections; more are added.
+        choose: See `_partition`.
+    """
     inexact: InexactLabels = []
     first_widening = _CHOOSING_ROUNDS + _FREEZING_ROUNDS
     for number in range(first_widening + _WIDENING_ROUNDS):
         corrections.is_choosing = number < _CHOOSING_ROUNDS
         corrections.num_neighbors = 2 ** (number - first_widening) if number >= first_widening else 0
-        expansions, groups = _partition(record, residual, frozen, exact_only, [])
+        expansions, groups = choose(record)
         if not groups.groups:
             break
         verifier = Verifier(runner, record, expansions, groups, corrections)
@@ -138,16 +174,53 @@ def trace_runs(
             for labels in (labels for operator in operators for labels in operator.all_labels):
                 record.constraints.freeze(labels, f"the verification still failed after {number + 1} corrections")
         inexact = []
-        _, groups = _partition(record, residual, frozen, exact_only, [])
+        _, groups = choose(record)
 
     # Units that the verification found to be inexact.
     if inexact:
-        _, groups = _partition(record, residual, frozen, exact_only, inexact)
-    return _graph(runner, record, groups)
+        _, groups = choose(record, inexact=inexact)
+    return _Settled(record, groups, corrections)
+
+
+def _better_reading(runner: ForwardRunner, settled: _Settled, choose: _Choose) -> _Settled:
+    """Try other readings of views, splits and slices at which channels freeze or collapse into one unit.
+
+    A reading wins if more filters can go with it, and a verification agrees.
+
+    Args:
+        runner: The model and its inputs.
+        settled: The result with the first readings that a verification did not reject.
+        choose: See `_partition`.
+    """
+    num_verified = 0
+    tried = set()
+    while sites := [pair for pair in open_sites(settled.record, settled.groups) if pair[0] not in tried]:
+        site, num_left = sites[0]
+        tried.add(site)
+        for step in range(1, num_left + 1):
+            if num_verified == _MAX_READINGS:
+                return settled
+            corrections = settled.corrections.with_choice(site, step)
+            record = record_forward(runner, corrections)
+            if num_removable(choose(record)[1]) <= num_removable(settled.groups):
+                continue
+            num_verified += 1
+            other = _settle(runner, record, corrections, choose)
+            if num_removable(other.groups) > num_removable(settled.groups):
+                settled = other
+                break
+
+    # Where no reading is better, the view itself is the reason.
+    for site, num_left in misread_sites(settled.record, settled.groups):
+        corrections = settled.corrections.with_choice(site, num_left)
+        other = _settle(runner, record_forward(runner, corrections), corrections, choose)
+        if num_removable(other.groups) >= num_removable(settled.groups):
+            settled = other
+    return settled
 
 
 def _partition(
-    record: Record, residual: Residual, frozen: Frozen, exact_only: bool, inexact: InexactLabels
+    record: Record, residual: Residual, frozen: Frozen, exact_only: bool, inexact: Reasons = ()
 ) -> tuple[Expansions, Partition]:
     """Choose the layers to expand and form the units and groups.
 

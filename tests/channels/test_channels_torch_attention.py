@@ -96,11 +96,17 @@ def test_a_vision_transformer_of_torchvision_is_covered():
     assert set(names) <= cut
 
 
-def test_heads_with_masks_of_their_own_stay():
+def test_heads_with_masks_of_their_own_stay_and_lose_positions_of_their_width():
     model = Attention()
     model.num_masks = 2 * 3
-    graph = trace_channels(model, (torch.randn(4, 2, 5), torch.randn(6, 2, 5)))
-    assert "attention" in graph.frozen
+    inputs = torch.randn(4, 2, 5), torch.randn(6, 2, 5)
+    off, change, graph, pruned = compare_with_masked(model, inputs, only=lambda group: group.name == "attention")
+    group = graph.group("attention")
+    assert (group.size, group.filters) == (4, 9)  # the same positions of all heads of queries, keys and values
+    assert "follows the width" in group.inexact
+    assert pruned.attention.num_heads == 3
+    assert off > 1e-6  # the scale changes
+    assert change > 1e-3
 
 
 def test_heads_are_inexact_if_their_weights_are_averaged():

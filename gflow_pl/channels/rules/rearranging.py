@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gflow_pl.channels.constraints import FIXED
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.rules.rule_table import rule_table
 
@@ -34,14 +35,22 @@ def _pixel_shuffle(op: OperatorCall) -> None:
 def _channel_shuffle(op: OperatorCall) -> None:
     """Label the output of ``channel_shuffle(x, groups)``.
 
-    It takes the channels of all groups in turns, so that all groups lose the same positions.
+    It takes the channels of all groups in turns. All groups lose the same positions, or, if the module counts the
+    groups, whole groups go.
     """
     info = op.info(op.operands[0])
-    channels = info.labels[1]
+    channels, groups = info.labels[1], op.args[1]
+    groups_that_stay = np.full(groups, FIXED)
     if channels is not None:
-        rows = channels.reshape(op.args[1], -1).T
-        op.join_rows(rows)
-        channels = rows.reshape(-1)
+        counts = op.size_attributes(groups)
+        choice = op.choose(1 + len(counts), is_certain=True) if counts else 0
+        rows = channels.reshape(groups, -1)
+        op.join_rows(rows if choice else rows.T)
+        if choice:
+            op.note_count(counts[choice - 1], rows[:, 0])
+            groups_that_stay = rows[:, 0]
+        channels = rows.T.reshape(-1)
+    op.expect_argument(1, groups_that_stay)
     op.set_labels(op.output, [info.labels[0], channels, *info.labels[2:]], info.zero_dims)
 
 

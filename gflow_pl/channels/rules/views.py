@@ -231,6 +231,7 @@ def _interpretations(op: OperatorCall, new: Sequence[int], varying: Sequence[int
         varying = varying[1:]  # a stack of queries, keys and values, which the code takes apart by index
     found = [_Interpretation(dim) for dim in reversed(varying)]
     found += [_Interpretation(dim, attribute) for dim in varying for attribute in op.size_attributes(new[dim])]
+    found += [_Interpretation(dim, element) for dim in varying for element in _list_elements(op, new[dim])]
     for dim in reversed(varying):
         input_labels = _input_labels(op, new, dim)
         if input_labels is not None:
