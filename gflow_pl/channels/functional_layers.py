@@ -14,6 +14,7 @@ from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.record import LayerFacts, Record
 from gflow_pl.channels.recorder import Recorder
 from gflow_pl.channels.rules.operator_call import OperatorCall
+from gflow_pl.values.expansion_names import plain_class
 
 __all__ = ["PRODUCTS", "FunctionalLayers"]
 
@@ -77,7 +78,7 @@ class FunctionalLayers:
 
     def note(self, call: OperatorCall) -> None:
         """Add what one call of an operator shows about the layer whose weight it applies, if it applies one."""
-        if type(call.module) in _MODULE_LAYERS:
+        if plain_class(call.module) in _MODULE_LAYERS:
             return  # `LayerHooks` describes it
         is_activation = [call.info(x).is_activation for x in call.operands]
         if all(is_activation):

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from gflow_pl.surgery.emptied import has_replaced_forward
 from gflow_pl.surgery.expansion import expansion_of, gather_input, gather_of, scatter_output, set_expansion, set_gather
+from gflow_pl.surgery.placement_guard import remove_guards, restore_all
 from gflow_pl.surgery.placement_modules import EmptyLayer, Gather, Placed, PlacedCall, PlacedTranspose, Scatter
 
 __all__ = ["finalize"]
@@ -46,6 +47,8 @@ def finalize(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     plain: dict[int, nn.Module] = {}  # by identity: a module with several names is replaced by one container
     kept = list(model.modules())  # alive, so that no identity is reused
+    restore_all(kept)
+    remove_guards(kept)
     for module in kept:
         replacement = _plain_form(module)
         if replacement is not module:

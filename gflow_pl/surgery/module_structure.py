@@ -20,6 +20,7 @@ from gflow_pl.surgery.module_attributes import (
     restore_attribute,
     set_attribute,
 )
+from gflow_pl.surgery.placement_guard import restore_all, update_guards
 from gflow_pl.surgery.structure_checks import check_fits
 from gflow_pl.surgery.tensor_table import TensorTable, empty_like_format
 from gflow_pl.values import Structure
@@ -43,6 +44,7 @@ def structure_of(module: nn.Module) -> Structure:
 
 def structure_from(table: TensorTable) -> Structure:
     """Return the present shape of the network that a table was made of."""
+    restore_all(table.modules.values())
     shapes = {name: tuple(entry.tensor.shape) for name, entry in table.items() if entry.persistent}
     local = local_shapes(table, {})
     attributes: dict[str, dict[str, Any]] = {}
@@ -115,6 +117,7 @@ def apply_structure(model: nn.Module, structure: Structure | Mapping[str, Any]) 
             update_emptiness(module, network_has_emptied_layers=has_emptied_layers)
         for module in modules.values():
             update_attention(module)  # after the hooks of all modules
+        update_guards(table.modules)
     if resized:
         model.zero_grad(set_to_none=True)
 

@@ -25,6 +25,7 @@ from gflow_pl.surgery.module_attributes import (
 )
 from gflow_pl.surgery.module_structure import structure_from
 from gflow_pl.surgery.optimizer_state import cut_state, drop_empty_parameters
+from gflow_pl.surgery.placement_guard import restore_all, update_guards
 from gflow_pl.surgery.plan_masks import PlanMasks, masks_of_plan, renumbered
 from gflow_pl.surgery.tensor_table import Cut, TensorTable, cut_tensor
 from gflow_pl.values import ChannelGraph, ChannelGroup, Structure
@@ -87,6 +88,8 @@ def rewrite(
         # Compute everything.
         cuts = _cuts_by_tensor(masks)
         tables = [table, *(TensorTable(copy) for copy in copies if isinstance(copy, nn.Module))]
+        for network in tables:
+            restore_all(network.modules.values())
         commits: list[Commit] = []
         for network in tables:
             commits += _rewrite_network(network, graph, masks, cuts, after)
@@ -150,7 +153,7 @@ def _rewrite_network(
     if any(group.size == 0 for group in after.groups):
         commits += [partial(update_emptiness, module) for module in table.modules.values()]
     commits += [partial(update_attention, module) for module in table.modules.values() if is_torch_attention(module)]
-    return commits
+    return [*commits, partial(update_guards, table.modules)]
 
 
 def _cut_tensors(table: TensorTable, graph: ChannelGraph, cuts: Mapping[str, list[Cut]]) -> list[Commit]:

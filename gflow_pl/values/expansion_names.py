@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["EXPANSION", "GATHER", "PlacementNames", "is_index_buffer"]
+__all__ = ["EXPANSION", "GATHER", "PLAIN_CLASS", "PlacementNames", "is_index_buffer", "plain_class"]
+
+PLAIN_CLASS = "_gflow_plain_class"
+"""Attribute of the class of an expanded layer: the class of torch that it derives from."""
+
+
+def plain_class(module: object) -> type:
+    """Return the class of a module; for an expanded layer of torch, the class that it had before."""
+    found: type = getattr(type(module), PLAIN_CLASS, type(module))
+    return found
 
 
 class PlacementNames(NamedTuple):
@@ -17,17 +26,19 @@ class PlacementNames(NamedTuple):
         positions: Non-persistent buffer, (channels,) int64: position of each channel at the full width.
         dim: Channel dimension, an int.
         width: Full width, an int.
+        kept: The positions as a tuple of ints, which outlives the buffer; old files lack it.
     """
 
     positions: str
     dim: str
     width: str
+    kept: str
 
 
-EXPANSION = PlacementNames("_gflow_index", "_gflow_dim", "_gflow_width")
+EXPANSION = PlacementNames("_gflow_index", "_gflow_dim", "_gflow_width", "_gflow_kept")
 """Scatter of a module's output into zeros of the full width."""
 
-GATHER = PlacementNames("_input_gflow_index", "_input_gflow_dim", "_input_gflow_width")
+GATHER = PlacementNames("_input_gflow_index", "_input_gflow_dim", "_input_gflow_width", "_input_gflow_kept")
 """Selection of the channels that a grouped convolution reads from an input of the full width."""
 
 

@@ -19,6 +19,7 @@ from gflow_pl.channels.constraints import Labels
 from gflow_pl.channels.labels import DimLabels
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.values import SizeAttribute
+from gflow_pl.values.expansion_names import plain_class
 
 __all__ = ["VIEW_RULES"]
 
@@ -121,7 +122,7 @@ def _unchanged_dim(op: OperatorCall, labels: Labels | None, dim: int) -> Labels 
     tensor.
     """
     attributes: list[SizeAttribute] = []
-    if labels is not None and type(op.module) is not nn.Linear:
+    if labels is not None and plain_class(op.module) is not nn.Linear:
         attributes = [*op.size_attributes(len(labels)), *_list_elements(op, len(labels))]
     choice = op.choose(len(attributes) + 1, priority=dim, is_certain=True) if attributes else 0
     if choice and labels is not None:
