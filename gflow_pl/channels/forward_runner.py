@@ -73,6 +73,7 @@ class ForwardRunner:
         whole: Name of a module to the reason why all of its tensors stay whole.
         unread: Name of a module that no call runs to the reason why channels that it could read stay.
         call_number: Number of the call that is running, from 0.
+        drawn_modules: For every mode that draws numbers, the modules that not every pass runs.
         inputs: The tensors among the arguments, as the next run passes them to the forward.
         modules: Every module under its first name.
         tensors: Every parameter and buffer under its first name.
@@ -94,6 +95,7 @@ class ForwardRunner:
 
     def __post_init__(self) -> None:
         self.call_number, self._training = 0, False
+        self.drawn_modules: dict[bool, frozenset[str]] = {}
         self.shape_cache = ShapeCache()
         self._constants: Constants = {}
         self.modules = dict(self.model.named_modules())

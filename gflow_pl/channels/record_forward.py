@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from gflow_pl.channels.constraints import Constraints
 from gflow_pl.channels.corrections import Corrections
+from gflow_pl.channels.drawn_paths import freeze_drawn_modules, has_drawn
 from gflow_pl.channels.forward_runner import ForwardRunner
 from gflow_pl.channels.layer_hooks import LayerHooks
 from gflow_pl.channels.operator_record import OperatorRecord
@@ -40,6 +41,7 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     }
     record.gathering = {name for name, module in runner.modules.items() if GATHER.positions in module._buffers}
 
+    drawn: list[bool] = []  # modes that drew numbers
     for training in (True, False):
         recorder = Recorder(
             record.constraints,
@@ -65,7 +67,9 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
             else:
                 hooks.finish(output)
                 record.output_sources[training] = recorder.flow.sources(iter_tensors(output))
-        record.operators[training] = recorder.records
+            record.operators[training] = recorder.records
+            if has_drawn(record, training):
+                drawn.append(training)
         record.has_guesses |= recorder.has_guesses
 
         # A forward that ended early has joined only some of the labels that belong together.
@@ -79,6 +83,8 @@ def record_forward(runner: ForwardRunner, corrections: Corrections) -> Record:
     for dim, positions, reason in corrections.frozen_positions:
         size = runner.tensors[dim.tensor].shape[dim.dim]
         record.constraints.freeze(record.constraints.labels_of(dim, size)[positions], reason)
+    for training in drawn:
+        freeze_drawn_modules(record, runner, training)
     freeze_for_unread(record, runner)
     _freeze_whole_modules(record, runner)
     return record
