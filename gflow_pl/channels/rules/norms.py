@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
+from gflow_pl.channels.rules.reductions import NORM_OF_WEIGHT
 from gflow_pl.channels.rules.rule_table import rule_table
 
 __all__ = ["NORM_RULES"]
@@ -101,12 +102,16 @@ def _group_norm(op: OperatorCall) -> None:
 def _weight_norm(op: OperatorCall) -> None:
     """Label the outputs of ``_weight_norm_interface(v, g, dim=0)``.
 
-    The weight has the labels of its direction v, and its length g matches them.
+    The weight has the labels of its direction v, and its length g matches them. All other dimensions are inexact,
+    because the norm runs over them.
     """
     direction, length = op.operands[:2]
     dim = op.arg(2, "dim", 0)
     info = op.info(direction)
     op.match(info.labels[dim], op.info(length).labels[dim], "a weight norm of channels that cannot change")
+    for other, labels in enumerate(info.labels):
+        if other != dim:
+            op.mark_inexact(labels, NORM_OF_WEIGHT)
     op.set_labels(op.output[0], info.labels, info.zero_dims)
     op.set_labels(op.output[1], op.info(length).labels)
 

@@ -63,7 +63,7 @@ def _bmm(op: OperatorCall) -> None:
 
 
 def _mv(op: OperatorCall) -> None:
-    """Label the output of ``mv(a, b)`` and ``dot(a, b)``."""
+    """Label the output of ``mv(a, b)``, ``dot(a, b)`` and ``vdot(a, b)``."""
     a, b = op.args[-2:]
     _contract(op, a, a.ndim - 1, b, 0)
     op.set_labels(op.output, op.info(a).labels[:-1])
@@ -163,7 +163,7 @@ _NAMES: dict[Rule, str] = {
     _mm: "mm",
     _addmm: "addmm baddbmm",
     _bmm: "bmm",
-    _mv: "mv dot",
+    _mv: "mv dot vdot",
     _trilinear: "_trilinear",
     _grouped_mm: "_grouped_mm",
     _attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
+
+from torch import Tensor
 
 from gflow_pl.channels.labels import DimLabels
 from gflow_pl.channels.rules.operator_call import OperatorCall, Rule
 from gflow_pl.channels.rules.rule_table import rule_table
 
-__all__ = ["REDUCTION_RULES"]
+__all__ = ["NORM_OF_WEIGHT", "REDUCTION_RULES"]
+
+NORM_OF_WEIGHT = "a norm of a computed weight over the pruned dim"
+"""Reason of units that a weight is normalized over: its norm changes, even if the removed channels are zero."""
 
 _SUMS = frozenset(["sum", "linalg_vector_norm", "norm", "count_nonzero"])
 """Reductions that zeros do not change, so that channels that are zero once removed may go."""
@@ -46,6 +52,9 @@ def _reduce(op: OperatorCall) -> None:
     reduced = _reduced_dims(op, position, x.ndim) if x.ndim else ()
     for dim in reduced:
         labels = info.labels[dim]
+        if labels is not None and op.name in _SUMS and _is_weight(op, x, reduced):
+            op.mark_inexact(labels, NORM_OF_WEIGHT)
+            continue
         if labels is None or (op.name in _SUMS and dim in info.zero_dims):
             continue
         if op.name in _SUMS | _MEANS:
@@ -62,6 +71,17 @@ def _reduce(op: OperatorCall) -> None:
         else:
             zero_dims = [i for i, dim in enumerate(remaining) if dim in info.zero_dims and stays_zero]
             op.set_labels(output, [info.labels[dim] for dim in remaining][: output.ndim], zero_dims)
+
+
+def _is_weight(op: OperatorCall, x: Tensor, reduced: Collection[int]) -> bool:
+    """Return whether an operand is a computed weight, whose norm stays when an activation becomes zero.
+
+    It depends on no input, or (a weight that is modulated by one) it has channels that are read and channels that are
+    written.
+    """
+    info = op.info(x)
+    labelled = [dim for dim, labels in enumerate(info.labels) if labels is not None and len(labels) > 1]
+    return not info.is_activation or any(dim not in reduced for dim in labelled)
 
 
 def _unpool(op: OperatorCall) -> None:
