@@ -13,6 +13,9 @@ from gflow_pl.values import SizeAttribute
 
 __all__ = ["Reasons", "UnitFacts", "freeze_shared_expansions", "votes"]
 
+_USED_ELSEWHERE = "its weight is used elsewhere too"
+_BY_KEYWORD = "its input is passed by keyword, so that no channels of it can be left out; pass it by position"
+
 Reasons = Sequence[tuple[Labels, str]]
 """Label vectors, each with the reason why its labels stay or are inexact."""
 
@@ -93,6 +96,7 @@ def freeze_shared_expansions(
     # Pairs of an expanded layer and a source (a tensor or an attribute) that one of its units has labels in.
     constraints, root = record.constraints, unit_facts.root
     layers = list(record.layers.values())
+    gathering = {b.key.module for b in constraints.boundaries if b.key.is_input}
     expanded_layer = unit_facts.expanded[root]
     candidates = np.flatnonzero((expanded_layer >= 0) & is_owned[source_of])
     pairs = expanded_layer[candidates] * len(constraints.sources) + source_of[candidates]
@@ -108,7 +112,8 @@ def freeze_shared_expansions(
                 (f"{facts.name}.", f"{facts.module}.", f"{expansions.layers[facts.name]}.")
             )
         if not is_own:
-            number = unit_facts.number_of_frozen_reason("its weight is used elsewhere too")
+            is_unreached = expansions.gathers(facts.name) and facts.name not in gathering
+            number = unit_facts.number_of_frozen_reason(_BY_KEYWORD if is_unreached else _USED_ELSEWHERE)
             unit_facts.frozen_reason[root[candidates[pairs == pair]]] = number
 
 

@@ -287,3 +287,19 @@ def test_a_block_that_stands_in_two_places_keeps_its_expansion():
     fresh.load_state_dict(model.state_dict())
     assert "3.c2" in structure.expansions
     assert torch.equal(fresh(x), model(x))
+
+
+def test_depthwise_convolutions_that_are_called_by_keyword_stay():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.depthwise = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.point, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.point(self.depthwise(input=x).relu()))
+
+    off, change, graph, _ = compare_with_masked(Block(), (torch.randn(2, 3, 6, 6),))
+    assert off < 1e-12 < 1e-3 < change
+    assert "passed by keyword" in graph.frozen["depthwise"]

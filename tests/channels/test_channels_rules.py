@@ -114,12 +114,6 @@ def net(name):
             a=conv(3, 8),
             h=head,
         ),
-        "weight_norm": lambda: Net(
-            lambda m, x: m.h(m.b(m.a(pooled(x))).relu()),
-            a=nn.Linear(3, 8),
-            b=nn.Linear(8, 8),
-            h=nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
-        ),
         "dropout": lambda: Net(lambda m, x: m.h(pooled(F.dropout2d(m.a(x), 0.2, m.training))), a=conv(3, 8), h=head),
         "split_sizes": lambda: SplitSizes(),
         "buffers": lambda: Net(
