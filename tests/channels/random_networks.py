@@ -440,7 +440,8 @@ def identified_twin(full, pruned):
         kept = left[name].detach().numpy()
         found = np.minimum(np.searchsorted(numbers, kept), len(numbers) - 1)
         assert (numbers[found] == kept).all(), f"{name} holds numbers that the network did not have"
-        coordinates = np.unravel_index(order[found], tuple(tensor.shape))
+        # Flat, because `unravel_index` of numpy 2.4 is wrong for large arrays of several dimensions.
+        coordinates = np.unravel_index(order[found].ravel(), tuple(tensor.shape))
         with torch.no_grad():
             for dim, places in enumerate(coordinates):
                 if dim == 0 and name.endswith("original1"):
