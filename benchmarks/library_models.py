@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import nn
 
-__all__ = ["MODELS", "library_of"]
+__all__ = ["CASTS", "MODELS", "library_of"]
 
 _TEXT = {
     "vocab_size": 99,
@@ -219,6 +219,12 @@ MODELS = {
         block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=8,
     ),
+    "diffusers: UNet2DCondition": functools.partial(
+        _diffusers, "UNet2DConditionModel", lambda: (_images(16, 4), torch.tensor([3, 7]), torch.rand(2, 5, 24)),
+        sample_size=16, norm_num_groups=4, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24,
+    ),
     "diffusers: DiT": functools.partial(
         _diffusers, "DiTTransformer2DModel", lambda: (_images(8, 4), torch.tensor([3, 5]), torch.tensor([1, 2])),
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
@@ -226,14 +232,14 @@ MODELS = {
     ),
     **{
         f"ultralytics: {name}": lambda config=f"{name}.yaml", side=side: (_Raw(config, side), (_images(side),))
-        for name, side in (("yolov8n", 64), ("yolo11n", 64), ("yolo26n", 64))
+        for name, side in (("yolov8n", 64), ("yolo11n", 64), ("yolo26n", 64), ("rtdetr-l", 64))
     },
     **{
         f"segmentation_models_pytorch: {name}": functools.partial(
             _built, f"segmentation_models_pytorch.{name}", "resnet18", inputs=lambda: (_images(64),),
             encoder_weights=None, classes=4,
         )
-        for name in ("Unet", "FPN", "DeepLabV3Plus", "PSPNet", "Linknet")
+        for name in ("Unet", "UnetPlusPlus", "MAnet", "FPN", "DeepLabV3Plus", "PSPNet", "Linknet", "UPerNet")
     },
     "monai: UNet 3-D": functools.partial(
         _built, "monai.networks.nets.UNet", inputs=lambda: (torch.randn(2, 1, 16, 16, 16),), spatial_dims=3,
@@ -244,6 +250,18 @@ MODELS = {
         init_filters=8, in_channels=1, out_channels=3,
     ),
     **{
+        f"monai: {name} 3-D": functools.partial(
+            _built, f"monai.networks.nets.{name}", inputs=lambda: (torch.randn(1, 1, 32, 32, 32),), in_channels=1,
+            out_channels=2, **settings,
+        )
+        for name, settings in {
+            "BasicUNet": {"spatial_dims": 3, "features": (8, 8, 16, 32, 32, 8)},
+            "AttentionUnet": {"spatial_dims": 3, "channels": (8, 16, 32), "strides": (2, 2)},
+            "UNETR": {"img_size": 32, "feature_size": 8, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4},
+            "SwinUNETR": {"feature_size": 12},
+        }.items()
+    },
+    **{
         f"torchvision: {name}": functools.partial(
             _built, f"torchvision.models.segmentation.{name}", inputs=lambda: (_images(64),), weights=None,
             weights_backbone=None, num_classes=4,
@@ -253,12 +271,31 @@ MODELS = {
     "torchvision: r3d_18": functools.partial(
         _built, "torchvision.models.video.r3d_18", inputs=lambda: (torch.randn(2, 3, 4, 32, 32),), num_classes=4
     ),
+    "torchvision: swin3d_t": functools.partial(
+        _built, "torchvision.models.video.swin3d_t", inputs=lambda: (torch.randn(1, 3, 4, 64, 64),), num_classes=4
+    ),
+    "torchvision: raft_small": functools.partial(
+        _built, "torchvision.models.optical_flow.raft_small", inputs=lambda: (_images(128)[:1], _images(128)[:1], 2)
+    ),
+    "torchaudio: Conformer": functools.partial(
+        _built, "torchaudio.models.Conformer", inputs=lambda: (torch.rand(2, 12, 16), torch.tensor([12, 9])),
+        input_dim=16, num_heads=4, ffn_dim=32, num_layers=2, depthwise_conv_kernel_size=5,
+    ),
+    "torchaudio: ConvTasNet": functools.partial(
+        _built, "torchaudio.models.ConvTasNet", inputs=lambda: (torch.rand(2, 1, 320),), enc_num_feats=16,
+        msk_num_feats=8, msk_num_hidden_feats=16, msk_num_layers=2, msk_num_stacks=2,
+    ),
+    "torchaudio: Wav2Letter": functools.partial(
+        _built, "torchaudio.models.Wav2Letter", inputs=lambda: (torch.rand(2, 1, 1600),), num_classes=5
+    ),
     "torch_geometric: GCNConv": functools.partial(_graph_net, "GCNConv"),
     "torch_geometric: SAGEConv": functools.partial(_graph_net, "SAGEConv"),
     "torch_geometric: GATConv": functools.partial(_graph_net, "GATConv"),
     "torch_geometric: GraphConv": functools.partial(_graph_net, "GraphConv"),
 }  # fmt: skip
 """Name of a model to the function that builds it."""
+CASTS = {"torchvision: raft_small"}
+"""Models that cast to float32 in their forward and do not run in float64."""
 
 
 def library_of(name):
