@@ -95,7 +95,7 @@ def _positions(module: nn.Module, names: PlacementNames, x: Tensor) -> Tensor:
     present = module._buffers[names.positions]
     kept = vars(module).get(names.kept)
     assert present is not None
-    if kept is None or torch.compiler.is_compiling() or present.is_meta or vars(present).get(_VALUES) == kept:
+    if kept is None or torch.compiler.is_exporting() or present.is_meta or getattr(present, _VALUES, None) == kept:
         return present
     if present.numel() != len(kept):  # the trial of a trace
         return present

@@ -185,8 +185,10 @@ def _update_attributes(
         values = attributes_from_shapes(module, local)
         kept = masks.channels.get(module_name)
         if isinstance(module, _ConvNd) and module.groups > 1 and not module.transposed and kept is not None:
+            # The weight may be computed from other tensors; then the inputs of one group follow from the attributes.
+            computed = values.get("in_channels", module.in_channels) // values.get("groups", module.groups)
             values["groups"] = groups_after_cut(module.groups, torch.from_numpy(kept))
-            values["in_channels"] = local.get("weight", (0, module.in_channels))[1] * values["groups"]
+            values["in_channels"] = local.get("weight", (0, computed))[1] * values["groups"]
         commits += [partial(set_attribute, module, name, value, record=False) for name, value in values.items()]
     # Numbers that follow from the sizes of groups (num_heads, split sizes).
     for module_name, patches in after.patched_attributes(after.groups).items():

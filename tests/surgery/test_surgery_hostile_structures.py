@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from masked_networks import random_plan
 from torch import nn
 
+from gflow_pl import rewrite, trace_channels
 from gflow_pl.common.errors import SettingsError
 from gflow_pl.surgery import apply_structure, load_pruned, save_pruned, structure_of
 
@@ -123,3 +125,20 @@ def test_a_file_whose_structure_is_not_that_of_its_tensors_is_refused_before_mem
     torch.save(data, tmp_path / "x.pt")
     with pytest.raises(SettingsError, match=r"its tensor '0\.\w+' has shape .*, its structure says \(1099511627776,"):
         load_pruned(net, tmp_path / "x.pt")
+
+
+def test_the_structure_of_a_grouped_convolution_with_a_computed_weight_is_accepted():
+    def build():
+        torch.manual_seed(0)
+        layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(32, 32, 8, padding=4, groups=2), dim=2)
+        return nn.Sequential(nn.Conv1d(3, 32, 1), layer, nn.GELU(), nn.Conv1d(32, 2, 1)).double().eval()
+
+    net, x = build(), torch.randn(2, 3, 16, dtype=torch.float64)
+    graph = trace_channels(net, x, frozen="expand")
+    assert any(part.layer == "1" for group in graph.groups for part in group.layers)
+    rewrite(net, graph, random_plan(graph))
+    fresh = build()
+    apply_structure(fresh, structure_of(net).as_dict())
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(x), net(x))
+    assert fresh[1].in_channels == fresh[1].groups * fresh[1].weight.shape[1]

@@ -44,6 +44,7 @@ PLAIN_TOOLS = {
     "jit_trace": lambda model, x: torch.jit.trace(model, x),
     "folded_by_hand": folded_by_hand,
     "to_empty": emptied_storage,
+    "compile_after_to_empty": lambda model, x: torch.compile(emptied_storage(model, x), backend="aot_eager"),
     "functional_call": functional,
     "pickle": lambda model, x: pickle.loads(pickle.dumps(model)),
     "dynamic": lambda model, x: quantization.quantize_dynamic(model, {nn.Conv2d}),
