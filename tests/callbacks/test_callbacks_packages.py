@@ -190,6 +190,7 @@ def test_the_command_line_of_either_package_takes_the_callback_in_yaml(package, 
         run=False,
         args=["--config", str(tmp_path / "run.yaml")],
         save_config_callback=None,
+        seed_everything_default=0,
     )
     found = callbacks_of(made.trainer, PruningCallback)
     assert [callback.schedule.num_rounds for callback in found] == [2]
